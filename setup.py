@@ -1,0 +1,32 @@
+"""Packaging. `kernels/` is installed as `vtc_kernels`: a top-level `kernels` would shadow another package."""
+
+from setuptools import setup
+
+setup(
+    name="vtc-cls",
+    version="0.1.0",
+    description="Keep the visual tokens the vision encoder's [CLS] token attends to: fast, exact, batched, fork-free.",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["vtc", "vtc.tiny", "vtc_kernels"],
+    package_dir={"vtc_kernels": "kernels"},
+    package_data={"vtc.tiny": ["checkpoint/*"], "vtc": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; sys_platform == 'linux'",
+        "transformers>=5.17,<6",
+        "safetensors",
+        "numpy",
+        "pillow>=10.1",
+        "typer",
+        "rich",
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-xdist", "hypothesis", "build"],
+        "dev": ["ruff", "mypy"],
+        "flash": ["flash-attn"],
+    },
+    entry_points={"console_scripts": ["vtc = vtc.cli:main"]},
+)
