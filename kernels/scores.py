@@ -1,0 +1,246 @@
+"""row_scores: one query row's attention probabilities over all keys, averaged over the heads.
+
+The softmax is split over blocks of keys, as in flash-decoding, so that one image alone keeps a GPU busy. A first kernel
+writes the logits together with each block's maximum and sum; a second one combines the blocks of every head and
+averages the heads. There are no atomics: the order of every sum is fixed, and the same inputs give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from vtc_kernels import tuning
+
+
+def row_scores(
+    query: Tensor, key: Tensor, *, scale: float | None = None, skip: int = 0, out: Tensor | None = None
+) -> Tensor:
+    """Launch the two kernels.
+
+    Parameters
+    ----------
+    query : Tensor[B, H, D], floating point
+    key : Tensor[B, H, N, D], same dtype and device
+        Any strides.
+    scale : float, optional
+        ``D ** -0.5`` when not given.
+    skip : int
+        0 <= skip < N leading columns are left out of the result, but stay in the softmax's denominator.
+    out : Tensor[B, N - skip], float32, optional
+        The scores are added to it in place.
+
+    Returns
+    -------
+    Tensor[B, N - skip], float32
+        `out` if it was given.
+    """
+    num_images, num_heads, num_tokens, num_features = key.shape
+    if query.shape != (num_images, num_heads, num_features):
+        raise ValueError(f"query {list(query.shape)} does not fit key {list(key.shape)}: [B, H, D] and [B, H, N, D]")
+    if query.dtype != key.dtype or not key.is_floating_point():
+        raise ValueError(f"query and key need one floating-point dtype, got {query.dtype} and {key.dtype}")
+    if not 0 <= skip < num_tokens:
+        raise ValueError(f"skip must be in [0, N) = [0, {num_tokens}), got {skip}")
+    accumulate = out is not None
+    if out is None:
+        out = torch.empty((num_images, num_tokens - skip), dtype=torch.float32, device=key.device)
+    if out.shape != (num_images, num_tokens - skip) or out.dtype != torch.float32:
+        raise ValueError(f"out must be float32 [{num_images}, {num_tokens - skip}], got {out.dtype} {list(out.shape)}")
+    if not query.device == key.device == out.device:
+        raise ValueError(f"tensors on different devices: {query.device}, {key.device}, {out.device}")
+
+    block_n, block_d = tuning.score_blocks(num_features)
+    num_blocks = triton.cdiv(num_tokens, block_n)
+    logits = torch.empty((num_images, num_heads, num_tokens), dtype=torch.float32, device=key.device)
+    block_max = torch.empty((num_images, num_heads, num_blocks), dtype=torch.float32, device=key.device)
+    block_sum = torch.empty((num_images, num_heads, num_blocks), dtype=torch.float32, device=key.device)
+    mean_block_h, mean_block_n = tuning.head_mean_block(num_heads)
+
+    with torch.cuda.device_of(key):
+        _logits_kernel[(num_images * num_heads, num_blocks)](
+            # tensors
+            query,
+            key,
+            logits,
+            block_max,
+            block_sum,
+            # strides
+            *query.stride(),
+            *key.stride(),
+            # scalars
+            num_heads,
+            num_tokens,
+            num_features,
+            num_features**-0.5 if scale is None else float(scale),
+            # constexprs
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+        )
+        _head_mean_kernel[(num_images, triton.cdiv(num_tokens - skip, mean_block_n))](
+            # tensors
+            logits,
+            block_max,
+            block_sum,
+            out,
+            # strides
+            *out.stride(),
+            # scalars
+            num_heads,
+            num_tokens,
+            num_blocks,
+            skip,
+            # constexprs
+            ACCUMULATE=accumulate,
+            BLOCK_H=mean_block_h,
+            BLOCK_N=mean_block_n,
+            BLOCK_S=triton.next_power_of_2(num_blocks),
+        )
+    return out
+
+
+@triton.jit
+def _logits_kernel(
+    # tensors
+    query_ptr,
+    key_ptr,
+    logits_ptr,
+    block_max_ptr,
+    block_sum_ptr,
+    # strides
+    query_stride_b,
+    query_stride_h,
+    query_stride_d,
+    key_stride_b,
+    key_stride_h,
+    key_stride_n,
+    key_stride_d,
+    # scalars
+    num_heads,
+    num_tokens,
+    num_features,
+    scale,
+    # constexprs
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Logits of one query row, and the two numbers a softmax needs of each block of keys.
+
+    ::
+
+        logits[b, h, n]    = scale · Σ_d query[b, h, d] · key[b, h, n, d]
+        block_max[b, h, s] = max_n logits[b, h, n]                              n in block s
+        block_sum[b, h, s] = Σ_n exp(logits[b, h, n] - block_max[b, h, s])      n in block s
+
+    Parameters
+    ----------
+    query_ptr : fp32 | fp16 | bf16 [B, H, D]
+        Strides between images, heads and features.
+    key_ptr : same dtype [B, H, N, D]
+        Strides between images, heads, tokens and features.
+    logits_ptr : fp32 [B, H, N], contiguous
+        Written.
+    block_max_ptr, block_sum_ptr : fp32 [B, H, S], contiguous, S = ceil(N / BLOCK_N)
+        Written. A block whose logits are all -inf has the sum 0. A NaN logit makes its block's sum NaN.
+
+    Program (b·H + h, s) processes block s of the keys of one head of one image. All programs together read every key
+    once, B·H·N·D elements, and write 4·B·H·(N + 2S) bytes.
+    """
+    # offsets
+    head = tl.program_id(0).to(tl.int64)  # which [b, h]
+    block = tl.program_id(1)
+    b = head // num_heads
+    h = head % num_heads
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    query_offsets = b * query_stride_b + h * query_stride_h + d * query_stride_d
+    key_offsets = b * key_stride_b + h * key_stride_h + n[:, None] * key_stride_n + d[None, :] * key_stride_d
+
+    # masks
+    in_row = n < num_tokens
+    in_head = d < num_features
+
+    # loads, widened: padded features add 0 to a dot product
+    query = tl.load(query_ptr + query_offsets, mask=in_head, other=0.0).to(tl.float32)
+    key = tl.load(key_ptr + key_offsets, mask=in_row[:, None] & in_head[None, :], other=0.0).to(tl.float32)
+
+    # compute and store: padded keys weigh exp(-inf) = 0
+    logits = tl.sum(query[None, :] * key, axis=1) * scale
+    logits = tl.where(in_row, logits, float("-inf"))
+    highest = tl.max(logits, axis=0)
+    # Subtracting -inf from -inf would make a block of -inf NaN, where its weight is 0.
+    total = tl.sum(tl.exp(logits - tl.where(highest == float("-inf"), 0.0, highest)), axis=0)
+    stat = head * tl.num_programs(1) + block
+    tl.store(logits_ptr + head * num_tokens + n, logits, mask=in_row)
+    tl.store(block_max_ptr + stat, highest)
+    tl.store(block_sum_ptr + stat, total)
+
+
+@triton.jit
+def _head_mean_kernel(
+    # tensors
+    logits_ptr,
+    block_max_ptr,
+    block_sum_ptr,
+    out_ptr,
+    # strides
+    out_stride_b,
+    out_stride_n,
+    # scalars
+    num_heads,
+    num_tokens,
+    num_blocks,
+    skip,
+    # constexprs
+    ACCUMULATE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Softmax from the blocks' maxima and sums, then the mean over the heads.
+
+    ::
+
+        row_max[h] = max_s block_max[b, h, s]
+        row_sum[h] = Σ_s block_sum[b, h, s] · exp(block_max[b, h, s] - row_max[h])
+        out[b, n] (+)= 1/H Σ_h exp(logits[b, h, n + skip] - row_max[h]) / row_sum[h]
+
+    Parameters
+    ----------
+    logits_ptr : fp32 [B, H, N], contiguous
+    block_max_ptr, block_sum_ptr : fp32 [B, H, S], contiguous
+        Of all N keys: the skipped ones stay in the denominator.
+    out_ptr : fp32 [B, N - skip]
+        Strides between images and tokens. Written, or added to with ACCUMULATE. NaN in any of a head's logits makes the
+        whole row NaN, and so does a row of nothing but -inf, as in `torch.softmax`.
+
+    Program (b, i) processes BLOCK_N columns of one image, all heads at once (BLOCK_H >= H), and the statistics of all
+    their key blocks (BLOCK_S >= S). All programs together read 4·B·H·N bytes of logits and write 4·B·(N - skip) bytes.
+    """
+    # offsets
+    b = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
+    h = tl.arange(0, BLOCK_H)
+    head = b * num_heads + h
+    stat_offsets = head[:, None] * num_blocks + s[None, :]
+    logit_offsets = head[:, None] * num_tokens + skip + column[None, :]
+    out_offsets = b * out_stride_b + column * out_stride_n
+
+    # masks
+    in_heads = (h < num_heads)[:, None]
+    in_stats = in_heads & (s < num_blocks)[None, :]
+    in_row = column < num_tokens - skip
+
+    # loads
+    block_max = tl.load(block_max_ptr + stat_offsets, mask=in_stats, other=float("-inf"))
+    block_sum = tl.load(block_sum_ptr + stat_offsets, mask=in_stats, other=0.0)
+    logits = tl.load(logits_ptr + logit_offsets, mask=in_heads & in_row[None, :], other=float("-inf"))
+
+    # compute and store: a padded head's maximum is -inf and would give NaN, so its probabilities are masked
+    row_max = tl.max(block_max, axis=1)
+    row_sum = tl.sum(block_sum * tl.exp(block_max - row_max[:, None]), axis=1)
+    probabilities = tl.exp(logits - row_max[:, None]) / row_sum[:, None]
+    scores = tl.sum(tl.where(in_heads, probabilities, 0.0), axis=0) / num_heads
+    if ACCUMULATE:
+        scores += tl.load(out_ptr + out_offsets, mask=in_row, other=0.0)
+    tl.store(out_ptr + out_offsets, scores, mask=in_row)

@@ -1,0 +1,37 @@
+"""Block sizes and warp counts of every kernel, and whether the kernels are interpreted.
+
+The sizes are functions of the shapes alone, never of the batch size or of timings: what an image's result is must not
+depend on its batch mates or on the run. Nothing is autotuned.
+"""
+
+import triton
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether ``TRITON_INTERPRET=1`` was set when the kernels were imported: then they run on CPU tensors, slowly."""
+
+# Elements of a two-dimensional fp32 tile that four warps hold without spilling, whatever the strides: 32 a thread.
+_TILE = 4096
+
+
+def score_blocks(num_features: int) -> tuple[int, int]:
+    """BLOCK_N, BLOCK_D for the logits: a tile of whole key rows, with few keys so that even B = 1 fills a GPU."""
+    block_d = triton.next_power_of_2(num_features)
+    return max(1, min(32, _TILE // block_d)), block_d
+
+
+def head_mean_block(num_heads: int) -> tuple[int, int]:
+    """BLOCK_H, BLOCK_N for the mean over heads: a tile with all heads."""
+    block_h = triton.next_power_of_2(num_heads)
+    return block_h, max(1, min(128, _TILE // block_h))
+
+
+def topk_block(num_tokens: int) -> tuple[int, int]:
+    """BLOCK_N and the number of warps: a row of up to 4096 tokens in one block, a longer one in several."""
+    block_n = min(4096, triton.next_power_of_2(num_tokens))
+    return block_n, 4 if block_n <= 1024 else 8
+
+
+def compact_blocks(num_features: int) -> tuple[int, int]:
+    """BLOCK_K, BLOCK_D: 1024 elements a program, which is one row of a CLIP ViT-L."""
+    block_d = min(1024, triton.next_power_of_2(max(1, num_features)))
+    return 1024 // block_d, block_d

@@ -1,0 +1,72 @@
+"""What the kernel tests share: the device, poisoned allocations, memory layouts, the error rule."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = ("triton", "torch")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Interpreted kernels take milliseconds a program, so examples are few; the same ones in every run.
+property_test = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+
+_GUARD = 64  # canary elements on either side
+
+
+@contextlib.contextmanager
+def guarded_empty() -> Iterator[list[Tensor]]:
+    """Inside, `torch.empty` gives memory of nothing but 1 bits, with canaries of the same around it.
+
+    All ones is NaN in every float format and -1, no index, as an integer. A launch that leaves an element unwritten is
+    seen in its result, and one that writes beyond its output is seen here, on leaving. Yields the allocations.
+    """
+    empty = torch.empty
+    buffers: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def guarded(*size, **kwargs) -> Tensor:
+        shape = torch.Size(size[0] if isinstance(size[0], (tuple, list)) else size)
+        buffer = empty(shape.numel() + 2 * _GUARD, **kwargs)
+        buffer.view(torch.uint8).fill_(255)
+        buffers.append(buffer)
+        outputs.append(buffer[_GUARD : _GUARD + shape.numel()].view(shape))
+        return outputs[-1]
+
+    torch.empty = guarded
+    try:
+        yield outputs
+    finally:
+        torch.empty = empty
+    for buffer in buffers:
+        for canary in (buffer[:_GUARD], buffer[-_GUARD:]):
+            assert (canary.view(torch.uint8) == 255).all(), "a launch wrote outside its output"
+
+
+LAYOUTS = ("contiguous", "tokens first", "slice", "transposed", "every other")
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """The values of `x` [B, ..., N, D] as a view of other memory, with NaN (or 1) wherever the view does not look."""
+    if layout == "contiguous":
+        return x.contiguous()
+    if layout == "tokens first":  # [B, H, N, D] as a view of [B, N, H * D]: how attention gets its keys
+        return x.movedim(-2, 1).contiguous().movedim(1, -2)
+    if layout == "transposed":  # the last axis is not the fastest
+        return x.mT.contiguous().mT
+    pad, step = (3, 1) if layout == "slice" else (0, 2)
+    size = [step * n + 2 * pad for n in x.shape]
+    memory = torch.full(size, float("nan") if x.is_floating_point() else 1, dtype=x.dtype, device=x.device)
+    view = memory[tuple(slice(pad, pad + step * n, step) for n in x.shape)]
+    return view.copy_(x)
+
+
+def assert_as_exact_as_pytorch(actual: Tensor, plain: Tensor, oracle: Tensor) -> None:
+    """The error against the fp64 oracle is at most twice plain PyTorch's in fp32, plus two units in the last place."""
+    error = (actual.double() - oracle).abs().max().item()
+    floor = 2 * torch.finfo(torch.float32).eps * oracle.abs().max().item()
+    bound = 2 * (plain.double() - oracle).abs().max().item() + floor
+    assert error <= bound, f"error {error:.3g} > {bound:.3g}"

@@ -1,0 +1,81 @@
+"""Small random LLaVAs whose every part matters, and prompts for them."""
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+IMAGE, PAD, BOS, EOS = 3, 0, 1, 2
+VOCAB = 97
+GRID = 6
+TOKENS = GRID * GRID  # N
+
+
+def build(layers: int = 6, seed: int = 0, **overrides) -> LlavaForConditionalGeneration:
+    """Return a float32 LLaVA in eval mode: CLIP tower of `layers` layers, 84 px in 6 x 6 patches; Llama of 2 layers.
+
+    Freshly initialised weights give nearly uniform attention, so that neither the selection nor the positions would
+    matter. Here query and key weights are large: attention is peaked, outputs depend on every position.
+    """
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            image_size=14 * GRID,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+        ),
+        image_token_id=IMAGE,
+        **overrides,
+    )
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim < 2:
+                weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+            else:
+                peaked = 3.0 if "q_proj" in name or "k_proj" in name else 1.2
+                fan_in = weight[0].numel() if "embed" not in name else 1
+                weight.copy_(torch.randn(weight.shape, generator=generator) * peaked * fan_in**-0.5)
+    model.generation_config.eos_token_id = None  # random models must not stop early
+    model.generation_config.pad_token_id = PAD
+    return model
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    """Return pixel_values `[count, 3, 84, 84]`, smooth enough that patches differ from each other."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    coarse = torch.randn(count, 3, GRID, GRID, generator=generator)
+    return torch.nn.functional.interpolate(coarse, scale_factor=14) + 0.3 * torch.randn(
+        count, 3, 14 * GRID, 14 * GRID, generator=generator
+    )
+
+
+def ids(*parts: int | str, seed: int = 0) -> list[int]:
+    """Build a prompt: an int is that many random text tokens, "image" is one image's placeholders."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    row = [BOS]
+    for part in parts:
+        row += [IMAGE] * TOKENS if part == "image" else torch.randint(4, VOCAB, (part,), generator=generator).tolist()
+    return row
+
+
+def batch(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Left-pad rows to `input_ids` and `attention_mask`, both `[B, L]`."""
+    length = max(map(len, rows))
+    padded = [[PAD] * (length - len(row)) + row for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}

@@ -1,0 +1,81 @@
+"""Which part may import which, and that every kernel has its namesakes."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+from vtc_kernels import compact, scores, topk
+
+from vtc import ops, reference
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+VTC = sorted((ROOT / "vtc").rglob("*.py"))
+LAUNCHERS = {"row_scores": scores.row_scores, "topk": topk.topk, "compact": compact.compact}
+
+
+def imports(path):
+    """Top-level packages, and dotted modules of this project, that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the direction of a dependency"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def packages(path):
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def public_functions(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_know_torch_and_triton_alone(path):
+    assert packages(path) <= {"torch", "triton", "vtc_kernels"}
+
+
+def test_the_reference_knows_torch_alone():
+    assert packages(ROOT / "vtc" / "reference.py") == {"torch"}
+
+
+def test_only_ops_knows_the_kernels():
+    assert [path.name for path in VTC if {"vtc_kernels", "triton"} & packages(path)] == ["ops.py"]
+
+
+def test_ops_knows_nothing_of_models():
+    names = imports(ROOT / "vtc" / "ops.py")
+    assert not any(name.startswith("transformers") for name in names)
+    assert {name for name in names if name.startswith("vtc.")} == {"vtc.reference"}
+
+
+def test_kernels_is_no_package_of_that_name():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_kernel_has_its_namesakes():
+    launchers = set().union(*(public_functions(path) for path in KERNELS if path.name != "tuning.py"))
+    assert launchers == set(LAUNCHERS) == set(ops.OPS) == public_functions(ROOT / "vtc" / "reference.py")
+    for op in ops.OPS:
+        assert (ROOT / "tests" / f"test_{op}.py").exists()
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_namesakes_have_the_same_signature(op):
+    parameters = inspect.signature(getattr(reference, op)).parameters
+    assert inspect.signature(LAUNCHERS[op]).parameters == parameters
+    checked = dict(inspect.signature(getattr(ops, op), eval_str=True).parameters)
+    assert checked.pop("backend").default == "auto"
+    assert checked == parameters
+
+
+@pytest.mark.parametrize("path", KERNELS + VTC, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_assert_where_an_error_should_explain(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]

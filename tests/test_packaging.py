@@ -1,0 +1,52 @@
+"""What is shipped: the wheel holds `vtc` with its checkpoint and `vtc_kernels`, and no top-level `kernels`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The names in a wheel built from the files git knows, so that nothing left lying about helps."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    for name in filter(None, files.split("\0")):
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(out), str(source)]
+    subprocess.run(command, check=True)
+    (wheel,) = out.glob("vtc_cls-*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_wheel_holds_everything(wheel_names: set[str]) -> None:
+    modules = {f"vtc/{path.relative_to(ROOT / 'vtc')}" for path in (ROOT / "vtc").rglob("*.py")}
+    modules |= {f"vtc_kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    checkpoint = {f"vtc/tiny/checkpoint/{path.name}" for path in (ROOT / "vtc/tiny/checkpoint").iterdir()}
+    assert "vtc/tiny/checkpoint/model.safetensors" in checkpoint
+    assert modules | checkpoint | {"vtc/py.typed"} <= wheel_names
+
+
+def test_wheel_has_no_other_top_level_package(wheel_names: set[str]) -> None:
+    top = {name.split("/")[0] for name in wheel_names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"vtc", "vtc_kernels"}
+
+
+def test_top_level_entries_of_the_repository() -> None:
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\n")
+    top = {name.split("/")[0] for name in names if name}
+    allowed = {"kernels", "vtc", "bench", "tests", "setup.py", "README.md", "LICENSE", "pyproject.toml"}
+    assert {name for name in top if not name.startswith(".")} <= allowed
+
+
+def test_checkpoint_is_small() -> None:
+    size = sum(path.stat().st_size for path in (ROOT / "vtc/tiny/checkpoint").iterdir())
+    assert size <= 16 * 2**20

@@ -1,0 +1,156 @@
+"""The bundled model: the recipe runs and resumes, the checkpoint is stock, and it answers as its card says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vtc
+from vtc import tiny
+from vtc.tiny import train as recipe
+from vtc.tiny.evaluate import accuracy, answer
+from vtc.tiny.scenes import FAMILIES, Scene, balanced_questions
+
+CARD = tiny.CHECKPOINT / "README.md"
+
+
+def test_training_runs_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    phases = (
+        recipe.Phase("vision", 112, 2, 2, 1e-3),
+        recipe.Phase("text", 112, 1, 2, 1e-3),
+        recipe.Phase("projector", 112, 1, 2, 1e-3),
+        recipe.Phase("language", 112, 1, 2, 1e-3),
+    )
+    assert recipe.train(tmp_path / "whole", phases)
+    interruptions = 0
+    while not recipe.train(tmp_path / "parts", phases, minutes=0):
+        interruptions += 1
+    assert interruptions >= 3
+    whole, parts = (load_file(tmp_path / name / "checkpoint/model.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, weights in whole.items():
+        torch.testing.assert_close(weights, parts[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("stage", ["vision", "text", "projector", "language"])
+def test_each_stage_learns_only_its_part(stage: str) -> None:
+    model = recipe.build_model()
+    contrast = recipe.PhraseContrast(model.model.vision_tower)
+    learns = {id(p) for p in recipe.trainable(stage, contrast, model)}
+    for name, parameter in model.named_parameters():
+        part = "vision" if "vision_tower" in name else "projector" if "projector" in name else "text"
+        expected = part == stage or (stage == "language" and part != "vision")
+        assert (id(parameter) in learns) == parameter.requires_grad == expected, name
+
+
+def test_encode_is_the_stock_tower() -> None:
+    torch.manual_seed(0)
+    tower = recipe.build_model().model.vision_tower.eval()
+    pixels = torch.randn(1, 3, 336, 336)
+    with torch.no_grad():
+        stock = tower(pixels, output_hidden_states=True).hidden_states
+        ours = recipe.encode(tower, pixels, torch.zeros(1, 2, dtype=torch.long))
+    assert len(stock) == len(ours)
+    for a, b in zip(stock, ours, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_window_uses_its_own_positions() -> None:
+    """The first hidden states of a window are those rows of the whole canvas."""
+    torch.manual_seed(0)
+    tower = recipe.build_model().model.vision_tower.eval()
+    pixels, (x, y) = torch.randn(1, 3, 336, 336), (5, 11)
+    window = pixels[..., y * 14 : y * 14 + 112, x * 14 : x * 14 + 112]
+    with torch.no_grad():
+        whole = recipe.encode(tower, pixels, torch.zeros(1, 2, dtype=torch.long))[0][0, 1:].unflatten(0, (24, 24))
+        part = recipe.encode(tower, window, torch.tensor([[x, y]]))[0][0, 1:].unflatten(0, (8, 8))
+    torch.testing.assert_close(part, whole[y : y + 8, x : x + 8])
+
+
+def test_packed_questions_are_as_if_asked_alone() -> None:
+    """Several questions in one row give each the logits it has on its own."""
+    torch.manual_seed(0)
+    model = recipe.build_model().eval()
+    batch = recipe.Scenes(recipe.Phase("text", 112, 1, 1, 1e-3), 0)[0]
+    allowed, positions = recipe.attention_of(batch.segments)
+    llama = model.model.language_model
+    with torch.no_grad():
+        packed = llama(
+            inputs_embeds=model.get_input_embeddings()(batch.tokens), attention_mask=allowed, position_ids=positions
+        ).last_hidden_state[0]
+        for number in range(1, int(batch.segments.max()) + 1):
+            keep = ((batch.segments[0] == 0) | (batch.segments[0] == number)).nonzero()[:, 0]
+            alone = llama(input_ids=batch.tokens[:, keep]).last_hidden_state[0]
+            mine = batch.segments[0, keep] == number
+            torch.testing.assert_close(packed[keep[mine]], alone[mine], rtol=1e-4, atol=1e-5)
+
+
+def test_stock_transformers_loads_the_checkpoint() -> None:
+    """In a process that never hears of vtc."""
+    code = (
+        "import sys, torch; from transformers import AutoProcessor, LlavaForConditionalGeneration as L\n"
+        f"m = L.from_pretrained({str(tiny.CHECKPOINT)!r}); p = AutoProcessor.from_pretrained({str(tiny.CHECKPOINT)!r})\n"
+        "assert not any(n.split('.')[0] == 'vtc' for n in sys.modules)\n"
+        "assert next(m.parameters()).dtype == torch.float16\n"
+        "print(m.config.vision_config.image_size, m.config.vision_config.patch_size, type(p).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["336", "14", "LlavaProcessor"]
+
+
+def test_prompt_has_one_placeholder_per_visual_token() -> None:
+    _, processor = tiny.load()
+    question = Scene("test", 0).questions[0]
+    inputs = processor(images=Scene("test", 0).image, text=tiny.prompt(question.text), return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 576
+    assert processor.tokenizer.unk_token_id not in inputs["input_ids"]
+
+
+def test_chat_template_gives_the_training_prompt() -> None:
+    _, processor = tiny.load()
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how many objects are there ?"}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    ids = processor.tokenizer(text).input_ids
+    assert ids == processor.tokenizer(tiny.prompt("how many objects are there ?")).input_ids
+
+
+def test_card_reports_this_checkpoint() -> None:
+    text = CARD.read_text()
+    training = json.loads((tiny.CHECKPOINT / "training.json").read_text())
+    for phase in training["recipe"]:
+        assert f"| {phase['stage']} | {phase['size']} | {phase['steps']} | {phase['batch']} | {phase['lr']} |" in text
+    assert f"seed {training['seed']}," in text
+
+
+def card_figure(row: str) -> dict[str, float]:
+    """One row of the card's accuracy table, as shares."""
+    line = re.search(rf"^\| {re.escape(row)} \|(.*)\|$", CARD.read_text(), re.MULTILINE)
+    assert line, f"no row {row!r} in the card"
+    values = [float(cell) / 100 for cell in line[1].split("|")]
+    return dict(zip(("all", *FAMILIES), values, strict=True))
+
+
+@pytest.mark.parametrize(("row", "setting"), [("all 576 tokens", None), ("vtc-cls 64", {"keep": 64})])
+def test_accuracy_is_what_the_card_says(row: str, setting: dict | None) -> None:
+    """On the first 100 of the card's questions: within four standard errors of its figure."""
+    model, processor = tiny.load(attn_implementation="sdpa")
+    asked = balanced_questions("test", 100)
+    if setting is not None:
+        vtc.enable(model, **setting)
+    measured, claimed = accuracy(asked, answer(model, processor, asked))["all"], card_figure(row)["all"]
+    assert abs(measured - claimed) <= 4 * (claimed * (1 - claimed) / len(asked)) ** 0.5 + 1 / len(asked)
+
+
+def test_card_meets_the_target() -> None:
+    full, kept, control = (card_figure(row) for row in ("all 576 tokens", "vtc-cls 64", "random 64"))
+    assert full["all"] >= 0.90
+    assert min(full.values()) >= 0.80
+    assert kept["all"] >= 0.95 * full["all"]
+    assert kept["all"] >= control["all"] + 0.05

@@ -1,0 +1,183 @@
+"""One question about one picture, as `vtc run` asks it: load, prompt, answer, measure."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+
+import vtc
+from vtc import tiny
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+WARM_RUNS = 5
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, by default the first GPU if there is one; ValueError if it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used here; try cpu, cuda or cuda:0") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is float16 on a GPU and float32 on a CPU."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    return getattr(torch, name)
+
+
+def load(model: str | None, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A LLaVA model and its processor, from a folder or the hub; the bundled one for None.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model, or it is no LLaVA.
+    """
+    if model is None:
+        loaded, processor = tiny.load(dtype=dtype)
+        return loaded.to(device), processor
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise ValueError(f"model {model!r} is no directory; pass a model directory or a hub id")
+    source = str(Path(model).expanduser()) if model.startswith("~") else model
+    try:
+        kind = AutoConfig.from_pretrained(source).model_type
+        if kind != "llava":
+            raise ValueError(f"model {model!r} is of type {kind!r}; VTC supports 'llava' (LLaVA-1.5 and its relatives)")
+        loaded = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"model {model!r} comes without an image processor; add its preprocessor_config.json")
+    if processor.patch_size is None:  # processors saved before transformers 4.46 leave these three to the model
+        config: Any = loaded.config
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = 1
+    return loaded.eval().to(device), processor
+
+
+def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> Any:
+    """Model inputs for one question, with the processor's chat template or else LLaVA-1.5's prompt."""
+    if not question.strip():
+        raise ValueError("the question is empty; ask something about the picture")
+    if processor.image_token in question:
+        raise ValueError(f"the question contains {processor.image_token}, which stands for the picture; leave it out")
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    else:
+        prompt = f"USER: {processor.image_token}\n{question} ASSISTANT:"
+        inputs = processor(images=image, text=prompt, return_tensors="pt")
+    return inputs.to(model.device, model.dtype)
+
+
+def unknown_words(processor: Any, question: str) -> list[str]:
+    """Words that the tokenizer does not know; always empty for tokenizers that spell words out."""
+    tokenizer = processor.tokenizer
+    unknown = tokenizer.unk_token_id
+    return [
+        word
+        for word in re.findall(r"\w+", question)
+        if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]
+    ]
+
+
+def compare(model: Any, processor: Any, inputs: Any, length: int, timed: bool = True, **options: Any) -> dict[str, Any]:
+    """The answer with compression and, if `timed`, the one without, with what both cost.
+
+    Parameters
+    ----------
+    model, processor, inputs
+        From `load` and `prepare`; the model is a stock one, and is again afterwards.
+    length : int
+        Longest answer in tokens.
+    timed : bool
+        Whether to measure, and to run the uncompressed model at all.
+    **options
+        Fields of `VTCConfig`.
+
+    Returns
+    -------
+    dict
+        `compressed` and `uncompressed` (None if not `timed`), each with `visual_tokens` per image, `answer` and, if
+        `timed`, `time_to_first_token_ms` and `kv_cache_bytes`; `backend`, by operation.
+    """
+
+    def side() -> dict[str, Any]:
+        found: dict[str, Any] = {"answer": answer(model, processor, inputs, length)[0]}
+        if timed:
+            seconds, kv_bytes = first_token(model, inputs)
+            found |= {"time_to_first_token_ms": round(1000 * seconds, 2), "kv_cache_bytes": kv_bytes}
+        return found
+
+    with vtc.compress(model, **options) as run:
+        compressed = side()
+    return {
+        "compressed": {"visual_tokens": run.tokens_after, **compressed},
+        "uncompressed": {"visual_tokens": run.tokens_before, **side()} if timed else None,
+        "backend": dict(run.backend),
+    }
+
+
+def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
+    """Greedy answers, one per row of the batch."""
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def first_token(model: Any, inputs: Any, runs: int = WARM_RUNS) -> tuple[float, int]:
+    """Time to first token, and the size of the KV cache that the prompt leaves behind.
+
+    Returns
+    -------
+    seconds : float
+        Median over `runs` after one warm-up: from pixels on the device to the first new token on the host.
+    kv_bytes : int
+        Bytes of the keys and values in the cache, all layers.
+    """
+    times = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+        out.sequences.cpu()  # waits for the device
+        times.append(time.perf_counter() - start)
+    layers = out.past_key_values.layers
+    return statistics.median(times[1:]), sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
+def as_seen(image: Image.Image, processor: Any, pixel_values: torch.Tensor) -> Image.Image:
+    """The picture to draw kept patches on: `image` itself if the processor only resizes and crops its centre.
+
+    Otherwise (padding, distortion) it is recovered from `pixel_values` [1, 3, H, W].
+    """
+    steps = processor.image_processor
+    crop = {steps.crop_size["height"], steps.crop_size["width"]} if steps.do_center_crop else set()
+    if steps.do_resize and crop == {steps.size.get("shortest_edge")} and not getattr(steps, "do_pad", False):
+        return image
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (steps.image_mean, steps.image_std))
+    pixels = (pixel_values[0].float().cpu() * std + mean).clamp(0, 1) * 255
+    return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).numpy())

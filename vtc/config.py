@@ -1,0 +1,118 @@
+"""What to keep. `VTCConfig` is the request, `kept_count` the promise: the only place where a count is rounded."""
+
+import dataclasses
+import math
+from typing import Any
+
+METHODS = ("vtc-cls", "random")
+ENSEMBLES = ("sum", "mean", "max", "min")
+BACKENDS = ("auto", "triton", "torch")
+DEFAULT_KEEP = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class VTCConfig:
+    """How many visual tokens are kept, and which scores choose them.
+
+    Parameters
+    ----------
+    method : str
+        "vtc-cls": the attention of the vision tower's [CLS] token (arXiv 2412.05819).
+        "random": uniform scores, a function of the image's pixels and `seed`; the control for every comparison.
+    keep : int, optional
+        Visual tokens kept per image, 1 <= keep <= N. Default 128 when `ratio` is not given either.
+    ratio : float, optional
+        Share of the visual tokens kept, 0 < ratio <= 1; see `kept_count`. Exclusive with `keep`.
+    ensemble_layers : int
+        Number of vision layers whose [CLS] rows are combined; they end at the feature layer.
+    ensemble : str
+        How the layers are combined: "sum", "mean", "max" or "min".
+    start_layer : int, optional
+        First scored layer, counted from 0; overrides `ensemble_layers`.
+    backend : str
+        "auto", "triton" or "torch"; see `vtc.ops`.
+    seed : int
+        Seed of "random".
+
+    Raises
+    ------
+    ValueError
+        If a value is of the wrong type or out of range, or if both `keep` and `ratio` are given.
+    """
+
+    method: str = "vtc-cls"
+    keep: int | None = None
+    ratio: float | None = None
+    ensemble_layers: int = 3
+    ensemble: str = "sum"
+    start_layer: int | None = None
+    backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("ensemble", self.ensemble, ENSEMBLES)
+        _one_of("backend", self.backend, BACKENDS)
+        if self.keep is not None and self.ratio is not None:
+            raise ValueError(f"got both keep={self.keep!r} and ratio={self.ratio!r}; give one of them")
+        if self.keep is None and self.ratio is None:
+            object.__setattr__(self, "keep", DEFAULT_KEEP)
+        if self.keep is not None:
+            _integer("keep", self.keep, 1)
+        if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
+            raise ValueError(f"ratio must be a number with 0 < ratio <= 1, got {self.ratio!r}; 0.25 keeps a quarter")
+        _integer("ensemble_layers", self.ensemble_layers, 1)
+        if self.start_layer is not None:
+            _integer("start_layer", self.start_layer, 0)
+        _integer("seed", self.seed, 0)
+
+    def updated(self, **changes: Any) -> "VTCConfig":
+        """Return a copy with `changes`; a new `keep` replaces an old `ratio` and the other way round.
+
+        Raises
+        ------
+        ValueError
+            If a name is not a field, or a value is not accepted.
+        """
+        names = [field.name for field in dataclasses.fields(self)]
+        if unknown := sorted(set(changes) - set(names)):
+            raise ValueError(f"unknown option(s) {', '.join(unknown)}; VTCConfig has {', '.join(names)}")
+        if "keep" in changes and changes.get("ratio") is None:
+            changes["ratio"] = None
+        elif "ratio" in changes and changes.get("keep") is None:
+            changes["keep"] = None
+        return dataclasses.replace(self, **changes)
+
+
+def kept_count(config: VTCConfig, num_tokens: int) -> int:
+    """Number of visual tokens kept of an image's `num_tokens`: `keep`, or ceil(ratio * num_tokens).
+
+    Raises
+    ------
+    ValueError
+        If `config.keep` is larger than `num_tokens`.
+    """
+    if config.ratio is not None:
+        # Rounded first, or 0.07 * 100 = 7.000000000000001 would keep 8. Never 0, and num_tokens for ratio 1.
+        return math.ceil(round(config.ratio * num_tokens, 6)) or 1
+    keep = config.keep or DEFAULT_KEEP
+    if keep > num_tokens:
+        raise ValueError(
+            f"keep={keep}, but an image of this model has only {num_tokens} visual tokens; "
+            f"set keep to at most {num_tokens}, e.g. vtc.configure(model, keep={max(num_tokens // 4, 1)}), or use ratio"
+        )
+    return keep
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def _integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -1,0 +1,143 @@
+"""Switching compression on and off, settings, and what a scoped run did: the public functions for one model."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.models.llava.modeling_llava import LlavaModel
+
+from vtc.attention import NAME
+from vtc.config import VTCConfig
+from vtc.llava import Plan, Selection, encode, find_llava, is_on, settings
+
+CONFIGS = ("", "vision_config", "text_config")  # the keys of transformers' attn_implementation dict; "" is the model
+
+
+@dataclasses.dataclass
+class Run:
+    """What happened inside one `vtc.compress` block. Cache bytes are those of the latest prompt, after its prefill."""
+
+    tokens_before: int | None = None
+    tokens_after: int | None = None
+    images: int = 0
+    prompt_before: int | None = None
+    prompt_after: int | None = None
+    kv_bytes_before: int | None = None
+    kv_bytes_after: int | None = None
+    backend: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def report(self) -> str:
+        """Return the counts as a few lines of text."""
+        if not self.images:
+            return "no image was encoded"
+        lines = [f"{self.tokens_before} -> {self.tokens_after} visual tokens per image, {self.images} image(s)"]
+        if self.prompt_before:
+            lines.append(f"{self.prompt_before} -> {self.prompt_after} tokens in the latest prompt")
+        if self.kv_bytes_before and self.kv_bytes_after:
+            lines.append(f"{self.kv_bytes_before / 2**20:.2f} -> {self.kv_bytes_after / 2**20:.2f} MiB of KV cache")
+        lines.append("backend: " + ", ".join(f"{op} {choice}" for op, choice in self.backend.items()))
+        return "\n".join(lines)
+
+    def saw_cache(self, cache: Any) -> None:
+        """Count the prompt's bytes from the tensors `[B, H_kv, M, D]` that the prefill left in `cache`."""
+        tensors = [t for layer in getattr(cache, "layers", ()) for t in (layer.keys, layer.values)]
+        per_token = sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in tensors)
+        self.kv_bytes_before = per_token * (self.prompt_before or 0)
+        self.kv_bytes_after = per_token * (self.prompt_after or 0)
+
+
+def configure(model: torch.nn.Module, **options: Any) -> VTCConfig:
+    """Change the model's settings (fields of `VTCConfig`); does not switch it on. Returns the new settings.
+
+    Raises
+    ------
+    ValueError
+        If `model` holds no supported LLaVA, or an option is not accepted or does not fit the model.
+    """
+    base = find_llava(model)
+    config = settings(base).updated(**options)
+    Plan.of(base, config=config)  # an impossible request fails here rather than at the first image
+    base.config.vtc = dataclasses.asdict(config)
+    return config
+
+
+def enable(model: torch.nn.Module, **options: Any) -> VTCConfig:
+    """Compress from now on; idempotent. Only the vision tower's attention changes, not the language model's.
+
+    Raises
+    ------
+    ValueError
+        As `configure`.
+    """
+    base = find_llava(model)
+    config = configure(model, **options)
+    if not is_on(base):
+        base.__dict__["_vtc_before"] = _implementations(base)
+        base.set_attn_implementation({"vision_config": NAME})
+    return config
+
+
+def disable(model: torch.nn.Module) -> None:
+    """Be the stock model again: the attention from before `enable` ("sdpa" if it was loaded as "vtc"), no settings."""
+    base = find_llava(model)
+    before = base.__dict__.pop("_vtc_before", {})
+    now = _implementations(base)
+    base.set_attn_implementation({key: before.get(key, "sdpa") if name == NAME else name for key, name in now.items()})
+    base.config.__dict__.pop("vtc", None)
+
+
+@contextlib.contextmanager
+def compress(model: torch.nn.Module, **options: Any) -> Iterator[Run]:
+    """Compress inside a `with` block; afterwards the model is what it was before, whatever happened inside.
+
+    Yields
+    ------
+    Run
+        Filled while the block runs.
+    """
+    base = find_llava(model)
+    own = base.__dict__  # plain attributes: modules and parameters are elsewhere
+    before = {name: own.get(name) for name in ("_vtc_before", "_vtc_run")}
+    stored, implementations = getattr(base.config, "vtc", None), _implementations(base)
+    try:
+        enable(model, **options)
+        own["_vtc_run"] = run = Run()
+        yield run
+    finally:
+        _restore(own, before)
+        _restore(base.config.__dict__, {"vtc": stored})
+        base.set_attn_implementation(implementations)
+
+
+@torch.no_grad()
+def select(model: torch.nn.Module, pixel_values: torch.Tensor, **options: Any) -> Selection:
+    """Return which patches of each image would be kept, without running the language model.
+
+    Parameters
+    ----------
+    pixel_values : Tensor [B, 3, height, width]
+    options
+        Fields of `VTCConfig`; they hold for this call only.
+
+    Raises
+    ------
+    ValueError
+        As `configure`.
+    """
+    with compress(model, **options):
+        base = find_llava(model)
+        return encode(base, pixel_values, Plan.of(base, pixel_values))[1]
+
+
+def _implementations(base: LlavaModel) -> dict[str, str]:
+    configs = (base.config, base.vision_tower.config, base.language_model.config)
+    return {key: config._attn_implementation for key, config in zip(CONFIGS, configs, strict=True)}
+
+
+def _restore(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    for name, value in before.items():
+        attributes.pop(name, None)
+        if value is not None:
+            attributes[name] = value

@@ -1,0 +1,227 @@
+"""What `vtc demo` shows: the bundled model with fewer and fewer visual tokens, measured and drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+import vtc
+from vtc import ask, tiny
+from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
+
+FULL = 576
+SHOWN = 64  # the budget whose kept patches are drawn
+SETTINGS: tuple[tuple[str, int, str | None], ...] = (
+    ("all tokens", FULL, None),
+    ("vtc-cls", 192, "vtc-cls"),
+    ("vtc-cls", 128, "vtc-cls"),
+    ("vtc-cls", 64, "vtc-cls"),
+    ("vtc-cls", 32, "vtc-cls"),
+    ("random", 64, "random"),
+)
+BATCH = 8
+COLUMNS = ("selection", "visual tokens", "right", "accuracy", "time to first token", "per question", "KV cache")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting: its answers in the order of the questions, and its cost."""
+
+    selection: str
+    tokens: int
+    answers: list[str]
+    right: list[bool]
+    first_token: float  # seconds, one question
+    per_question: float  # seconds, in batches
+    kv_bytes: int  # one question
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return sum(self.right) / len(self.right)
+
+    def cells(self) -> tuple[str, ...]:
+        """The row under `COLUMNS`."""
+        return (
+            self.selection,
+            str(self.tokens),
+            f"{sum(self.right)}/{len(self.right)}",
+            f"{100 * self.accuracy:.1f} %",
+            f"{1000 * self.first_token:.1f} ms",
+            f"{1000 * self.per_question:.1f} ms",
+            f"{self.kv_bytes / 2**20:.2f} MiB",
+        )
+
+    def record(self, families: list[str]) -> dict[str, Any]:
+        """The row for `--json`; `families` are those of the questions."""
+        asked = {f: [ok for ok, family in zip(self.right, families, strict=True) if family == f] for f in FAMILIES}
+        return {
+            "selection": self.selection,
+            "visual_tokens": self.tokens,
+            "right": sum(self.right),
+            "accuracy": round(self.accuracy, 4),
+            "accuracy_by_family": {f: round(sum(oks) / len(oks), 4) for f, oks in asked.items() if oks},
+            "time_to_first_token_ms": round(1000 * self.first_token, 2),
+            "per_question_ms": round(1000 * self.per_question, 2),
+            "kv_cache_bytes": self.kv_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Everything measured, and what the picture needs."""
+
+    asked: list[tuple[Scene, Question]]
+    rows: list[Row]
+    overlays: dict[int, Image.Image]  # by number of the question, for those in the picture
+    device: str
+    threads: int
+
+    def record(self) -> dict[str, Any]:
+        """The JSON document."""
+        families = [question.family for _, question in self.asked]
+        rows = [row.record(families) for row in self.rows]
+        return {"questions": len(self.asked), "device": self.device, "cpu_threads": self.threads, "rows": rows}
+
+    def footnote(self) -> str:
+        """How the figures of the table were taken."""
+        return (
+            f"Time to first token: one question, median of {ask.WARM_RUNS} warm runs, from pixels to token. "
+            f"Per question: in batches of {BATCH}, whole answer. KV cache: one question, after the prompt. "
+            f"Accuracies are good to about {self.half_width():.0f} points (95 %)."
+        )
+
+    def half_width(self) -> float:
+        """Half the widest 95 % interval of the accuracies, in percentage points."""
+        return max(196 * math.sqrt(row.accuracy * (1 - row.accuracy) / len(self.asked)) for row in self.rows)
+
+
+def measure(count: int, device: str | None = None, note: Callable[[str], None] = lambda line: None) -> Demo:
+    """Ask the bundled model `count` held-out questions at every setting.
+
+    Parameters
+    ----------
+    count : int
+        Questions; families and answers are balanced, one question a scene.
+    device : str, optional
+        By default the first GPU, else the CPU. The model runs in float32.
+    note : callable
+        Gets a line of progress before each setting.
+    """
+    import torch
+
+    where = ask.pick_device(device)
+    model, processor = tiny.load()
+    model.to(where)
+    asked = balanced_questions("test", count)
+    batches = [_inputs(model, processor, asked[i : i + BATCH]) for i in range(0, count, BATCH)]
+    single = _inputs(model, processor, asked[:1])
+    rows = []
+    for selection, tokens, method in SETTINGS:
+        note(f"{count} questions with {tokens} visual tokens ({selection}) …")
+        with vtc.compress(model, keep=tokens, method=method) if method else contextlib.nullcontext():
+            first_token, kv_bytes = ask.first_token(model, single)
+            start = time.perf_counter()
+            answers = [text for batch in batches for text in ask.answer(model, processor, batch, max_new_tokens=3)]
+            seconds = time.perf_counter() - start
+        right = [given == question.answer for given, (_, question) in zip(answers, asked, strict=True)]
+        rows.append(Row(selection, tokens, answers, right, first_token, seconds / count, kv_bytes))
+    overlays = {}
+    for number in _cards(asked, rows):
+        scene = asked[number][0]
+        pixels = _inputs(model, processor, asked[number : number + 1])["pixel_values"]
+        overlays[number] = vtc.overlay(scene.image, vtc.select(model, pixels, keep=SHOWN), side=PICTURE)
+    return Demo(asked, rows, overlays, str(where), torch.get_num_threads())
+
+
+def _inputs(model: Any, processor: Any, asked: list[tuple[Scene, Question]]) -> Any:
+    images, prompts = zip(*((scene.image, tiny.prompt(question.text)) for scene, question in asked), strict=True)
+    inputs = processor(images=list(images), text=list(prompts), padding=True, return_tensors="pt")
+    return inputs.to(model.device, model.dtype)
+
+
+def _cards(asked: list[tuple[Scene, Question]], rows: list[Row]) -> list[int]:
+    """Which questions are drawn: the first of each family, and the first other that the settings disagree on."""
+    families = [question.family for _, question in asked]
+    cards = [families.index(family) for family in FAMILIES]
+    others = [n for n in range(len(asked)) if n not in cards]
+    disagreed = [n for n in others if len({row.answers[n] for row in rows}) > 1]
+    return cards + (disagreed or others)[:1]
+
+
+# ---- the picture
+
+PICTURE = 336  # pixels a side
+MARGIN, GAP, HEAD, FOOT = 36, 16, 168, 40
+CARD = (2 * PICTURE + GAP, PICTURE + 112)
+ACROSS = 2
+PAPER, INK, FAINT = (255, 255, 255), (24, 28, 36), (104, 112, 124)
+RIGHT, WRONG = (26, 127, 55), (207, 34, 46)
+
+
+def draw(demo: Demo) -> Image.Image:
+    """The demo as one picture: scenes, kept patches, questions, and the answer at every setting."""
+    down = -(-len(demo.overlays) // ACROSS)
+    width = 2 * MARGIN + ACROSS * CARD[0] + (ACROSS - 1) * MARGIN
+    sheet = Image.new("RGB", (width, HEAD + down * (CARD[1] + MARGIN) + FOOT), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, 28), f"{SHOWN} of {FULL} visual tokens, chosen by the [CLS] token", INK, _font(36))
+    pen.text(
+        (MARGIN, 80),
+        f"Left: the scene. Right: the {SHOWN} patches that vtc-cls keeps, crisp and outlined; "
+        "the language model never sees the dark ones. Below: the answers, by number of visual tokens.",
+        FAINT,
+        _font(19),
+    )
+    shares = "     ".join(f"{_label(row)}: {100 * row.accuracy:.0f} %" for row in demo.rows)
+    pen.text((MARGIN, 114), f"Right answers to {len(demo.asked)} held-out questions:     {shares}", INK, _font(19))
+    for place, number in enumerate(demo.overlays):
+        x = MARGIN + place % ACROSS * (CARD[0] + MARGIN)
+        y = HEAD + place // ACROSS * (CARD[1] + MARGIN)
+        _draw_card(sheet, demo, number, x, y)
+    chosen = "Shown: the first question of each family, and the first other that the settings disagree on."
+    pen.text((MARGIN, sheet.height - FOOT - 10), chosen, FAINT, _font(16))
+    return sheet
+
+
+def _draw_card(sheet: Image.Image, demo: Demo, number: int, x: int, y: int) -> None:
+    pen = ImageDraw.Draw(sheet)
+    scene, question = demo.asked[number]
+    sheet.paste(scene.image.resize((PICTURE, PICTURE)), (x, y))
+    sheet.paste(demo.overlays[number], (x + PICTURE + GAP, y))
+    y += PICTURE + 10
+    pen.text((x, y), question.text, INK, _font(24))
+    pen.text((x + CARD[0], y + 4), f"answer: {question.answer}", FAINT, _font(20), anchor="ra")
+    y += 40
+    step = (CARD[0] + 8) / len(demo.rows)
+    for i, row in enumerate(demo.rows):
+        right = row.right[number]
+        box = (round(x + i * step), y, round(x + (i + 1) * step) - 8, y + 58)
+        middle = (box[0] + box[2]) // 2
+        answer = _shortened(row.answers[number] or "(none)", box[2] - box[0] - 16)
+        pen.rounded_rectangle(box, 8, fill=RIGHT if right else WRONG)
+        pen.text((middle, y + 15), _label(row), PAPER, _font(14), anchor="mm")
+        pen.text((middle, y + 39), answer, PAPER, _font(20), anchor="mm")
+        if not right:  # crossed out as well, for those who do not tell red from green
+            half = _font(20).getlength(answer) / 2 + 4
+            pen.line((middle - half, y + 40, middle + half, y + 40), PAPER, 2)
+
+
+def _label(row: Row) -> str:
+    return f"random {row.tokens}" if row.selection == "random" else str(row.tokens)
+
+
+def _shortened(text: str, width: int) -> str:
+    while _font(20).getlength(text) > width:
+        text = text.removesuffix("..")[:-1] + ".."
+    return text
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)

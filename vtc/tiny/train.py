@@ -1,0 +1,444 @@
+"""Train the bundled model from nothing: `python -m vtc.tiny.train --out DIR`.
+
+The recipe is LLaVA's, with what LLaVA takes ready-made trained first:
+
+1. `vision`: a CLIP vision tower with a [CLS] token, by image-caption contrast. A caption is a set of phrases; every
+   phrase of the vocabulary is scored against every image with the sigmoid loss (SigLIP, arXiv 2303.15343), and since
+   the scene is known, so is which phrases are true of it: there are no false negatives.
+2. `text`: the language model alone, on captions as text followed by questions and answers.
+3. `projector`: LLaVA's first stage. The projector alone learns, vision tower and language model are frozen.
+4. `language`: LLaVA's second stage. Projector and language model learn, the vision tower stays frozen.
+
+All visual tokens are always present. Pictures grow from phase to phase (84 to 336 pixels), because small ones show
+more objects per token; a small one is a window on the canvas and uses that window's position embeddings. Every batch is drawn from its own seed, so a run can
+be interrupted and resumed, and two runs on one machine agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from vtc.tiny.scenes import CANVAS, PATCH, PHRASES, WORDS, Scene
+
+GRID = CANVAS // PATCH
+PHRASE_NUMBER = {phrase: number for number, phrase in enumerate(PHRASES)}
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one kind of data and one learning-rate cycle."""
+
+    stage: str  # "vision" | "text" | "projector" | "language"
+    size: int  # pixels
+    steps: int
+    batch: int
+    lr: float
+
+
+RECIPE = (
+    Phase("vision", 84, 1000, 64, 1.2e-3),
+    Phase("vision", 112, 500, 32, 8e-4),
+    Phase("vision", 224, 400, 16, 5e-4),
+    Phase("vision", 336, 250, 12, 3e-4),
+    Phase("text", 336, 300, 32, 1e-3),
+    Phase("projector", 112, 150, 32, 2e-3),
+    Phase("language", 112, 700, 32, 1e-3),
+    Phase("language", 224, 450, 16, 6e-4),
+    Phase("language", 336, 500, 12, 5e-4),
+)
+QUICK = tuple(Phase(p.stage, p.size, 2, 2, p.lr) for p in RECIPE)  # exercises every line, learns nothing
+
+
+# --- model and tokenizer -----------------------------------------------------------------------------------------
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word; case does not matter; what it does not know becomes `<unk>`."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def build_processor() -> LlavaProcessor:
+    """The stock processor: resize, crop, normalise, and one `<image>` per visual token."""
+    side = {"height": CANVAS, "width": CANVAS}
+    template = (
+        "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}{% if c.type == 'image' %}<image>\n"
+        "{% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": CANVAS}, crop_size=side),
+        tokenizer=build_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
+def build_model() -> LlavaForConditionalGeneration:
+    """A LLaVA-1.5 in miniature: 6-layer CLIP tower, 4-layer Llama, random weights."""
+    vision = CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        image_size=CANVAS,
+        patch_size=PATCH,
+        projection_dim=192,
+        hidden_act="gelu_pytorch_tanh",
+    )
+    text = LlamaConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=SPECIAL.index("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=GRID**2,
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    _start_well(model.model.vision_tower)
+    return model
+
+
+@torch.no_grad()
+def _start_well(tower: CLIPVisionModel) -> None:
+    """Initial values from which a small vision transformer learns quickly: only the start differs from stock CLIP.
+
+    Positions start as 2-D sines; queries and keys start equal, so that every token first looks at tokens that resemble
+    it (mimetic initialisation, arXiv 2305.09828).
+    """
+    width = tower.config.hidden_size
+    frequencies = 1.5 * (1 / 24) ** (torch.arange(width // 4) / (width // 4 - 1))  # radians per patch
+    angles = torch.arange(GRID)[:, None] * frequencies
+    waves = 0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)  # [GRID, width / 2]
+    rows, columns = waves[:, None].expand(-1, GRID, -1), waves[None].expand(GRID, -1, -1)
+    tower.embeddings.position_embedding.weight[1:] = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    for layer in tower.encoder.layers:
+        nn.init.normal_(layer.self_attn.q_proj.weight, std=0.6 * width**-0.5)
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+
+
+def encode(tower: CLIPVisionModel, pixels: Tensor, origins: Tensor) -> list[Tensor]:
+    """Hidden states `[B, 1 + n, C]` before the first layer and after each, for windows on the canvas.
+
+    `pixels` is `[B, 3, S, S]`, `origins` the windows' corners `[B, 2]` (x, y) in patches. At S = 336 this is what
+    `CLIPVisionModel.forward` computes.
+    """
+    embeddings, side = tower.embeddings, pixels.shape[-1] // PATCH
+    patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    steps = torch.arange(side)
+    window = (steps[:, None] * GRID + steps).flatten()  # [n]
+    ids = 1 + origins[:, :1] + origins[:, 1:] * GRID + window  # [B, n]
+    first = embeddings.class_embedding + embeddings.position_embedding.weight[0]
+    hidden = torch.cat([first.expand(len(pixels), 1, -1), patches + embeddings.position_embedding(ids)], dim=1)
+    states = [tower.pre_layrnorm(hidden)]
+    for layer in tower.encoder.layers:
+        states.append(layer(states[-1], attention_mask=None))
+    return states
+
+
+class PhraseContrast(nn.Module):
+    """Cosine similarity of images and phrases; a phrase is the bag of its words, passed through a small network."""
+
+    def __init__(self, tower: CLIPVisionModel, width: int = 192) -> None:
+        super().__init__()
+        self.tower = tower
+        self.words = nn.EmbeddingBag(len(WORDS), width, mode="sum")
+        self.phrase_head = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.image_head = nn.Linear(tower.config.hidden_size, width)
+        self.log_scale = nn.Parameter(torch.tensor(3.0))
+        self.bias = nn.Parameter(torch.tensor(-4.0))
+        flat = [WORDS.index(word) for phrase in PHRASES for word in phrase.split()]
+        lengths = [len(phrase.split()) for phrase in PHRASES]
+        self.register_buffer("flat", torch.tensor(flat), persistent=False)
+        self.register_buffer("offsets", torch.tensor([0, *np.cumsum(lengths)[:-1]]), persistent=False)
+
+    def forward(self, pixels: Tensor, origins: Tensor) -> Tensor:
+        """Logits `[B, len(PHRASES)]` of pictures `[B, 3, S, S]`."""
+        pooled = self.tower.post_layernorm(encode(self.tower, pixels, origins)[-1][:, 0])
+        images = F.normalize(self.image_head(pooled), dim=-1)
+        phrases = F.normalize(self.phrase_head(self.words(self.flat, self.offsets)), dim=-1)
+        return self.log_scale.exp() * images @ phrases.T + self.bias
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Pictures with true phrases (vision stage) or packed questions (other stages); what a stage needs not is empty."""
+
+    pixels: Tensor  # [B, 3, S, S] fp32
+    origins: Tensor  # [B, 2] int64, in patches
+    phrases: Tensor  # [B, P] fp32, 1 where the phrase is true
+    tokens: Tensor  # [B, T] int64, `<image>` where a visual token goes
+    segments: Tensor  # [B, T]: 0 for the part every question sees, 1.. for each question, -1 for padding
+    targets: Tensor  # [B, T] int64, -100 where nothing is learnt
+
+
+class Scenes(Dataset):
+    """Item i is batch i of the phase: no scene is seen twice."""
+
+    def __init__(self, phase: Phase, first: int) -> None:
+        self.phase, self.first = phase, first
+        self.tokenizer = build_tokenizer()
+
+    def __len__(self) -> int:
+        return self.phase.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        start = self.first + step * self.phase.batch
+        scenes = [Scene("train", start + i, self.phase.size) for i in range(self.phase.batch)]
+        pixels = torch.zeros(0)
+        if self.phase.stage != "text":
+            stacked = np.stack([np.asarray(scene.image, np.float32) for scene in scenes])
+            pixels = torch.from_numpy(((stacked / 255 - MEAN) / STD).astype(np.float32)).permute(0, 3, 1, 2)
+        origins = torch.tensor([scene.origin for scene in scenes]) // PATCH
+        truth = torch.zeros(0)
+        rows: list[tuple[Tensor, ...]] = [(torch.zeros(0),) * 3]
+        if self.phase.stage == "vision":
+            truth = torch.zeros(len(scenes), len(PHRASES))
+            for row, scene in zip(truth, scenes, strict=True):
+                row[[PHRASE_NUMBER[phrase] for phrase in scene.phrases]] = 1
+        else:
+            rows = [self._pack(scene) for scene in scenes]
+        tokens, segments, targets = (
+            nn.utils.rnn.pad_sequence([row[i] for row in rows], batch_first=True, padding_value=value)
+            for i, value in enumerate((0, -1, -100))
+        )
+        return Batch(pixels.contiguous(), origins, truth, tokens, segments, targets)
+
+    def _pack(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+        """Many questions about one picture in one row; each sees the picture and itself, as if asked alone."""
+
+        def ids(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False).input_ids
+
+        if self.phase.stage == "text":
+            shown = ids(scene.caption)
+        else:
+            shown = [SPECIAL.index("<image>")] * (scene.size // PATCH) ** 2
+        tokens = [SPECIAL.index("<s>"), *ids("USER:"), *shown]
+        segments, targets = [0] * len(tokens), [-100] * len(tokens)
+        asked = [question for draw in range(3) for question in scene.ask(draw)]
+        if self.phase.stage == "projector":
+            pairs = [("", scene.caption)]
+        else:
+            pairs = [(q.text, q.answer) for q in dict.fromkeys(asked)]
+        for number, (question, answer) in enumerate(pairs, start=1):
+            asking, reply = ids(f"{question} ASSISTANT:"), [*ids(answer), SPECIAL.index("</s>")]
+            tokens += asking + reply
+            segments += [number] * (len(asking) + len(reply))
+            # A position's target is the token after it.
+            targets += [-100] * (len(asking) - 1) + reply + [-100]
+        return torch.tensor(tokens), torch.tensor(segments), torch.tensor(targets)
+
+
+def attention_of(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Which token sees which, `[B, 1, T, T]` bool, and positions `[B, T]`, from `segments` `[B, T]`."""
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    shown = segments[:, None, :] == 0
+    same = segments[:, None, :] == segments[:, :, None]
+    allowed = causal & (shown | same)
+    # The number of tokens it sees, less one, is a token's position in its own conversation.
+    return allowed[:, None], allowed.sum(-1) - 1
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def vision_loss(contrast: PhraseContrast, batch: Batch) -> tuple[Tensor, float]:
+    """Sigmoid loss summed over phrases; the figure beside it is how many true phrases rank among the top ones."""
+    logits = contrast(batch.pixels, batch.origins)
+    loss = F.binary_cross_entropy_with_logits(logits, batch.phrases, reduction="sum") / len(logits)
+    hit = ((logits > 0) & (batch.phrases > 0)).sum() / batch.phrases.sum()
+    return loss, hit.item()
+
+
+def language_loss(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, float]:
+    """Cross-entropy of the answers; the figure beside it is the share of answer tokens that are right."""
+    embeds = model.get_input_embeddings()(batch.tokens)
+    if batch.pixels.numel():
+        with torch.no_grad():
+            seen = encode(model.model.vision_tower, batch.pixels, batch.origins)[-2][:, 1:]
+        visual = model.model.multi_modal_projector(seen)
+        where = (batch.tokens == model.config.image_token_id)[..., None].expand_as(embeds)
+        embeds = embeds.masked_scatter(where, visual)
+    allowed, positions = attention_of(batch.segments)
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=allowed, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    learnt = batch.targets != -100
+    logits = model.lm_head(hidden[learnt])
+    right = (logits.argmax(-1) == batch.targets[learnt]).float().mean().item()
+    return F.cross_entropy(logits, batch.targets[learnt]), right
+
+
+def trainable(stage: str, contrast: PhraseContrast, model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
+    """Freeze everything but what this stage learns."""
+    learns: dict[str, list[nn.Module]] = {
+        "vision": [contrast],
+        "text": [model.model.language_model, model.lm_head],
+        "projector": [model.model.multi_modal_projector],
+        "language": [model.model.multi_modal_projector, model.model.language_model, model.lm_head],
+    }
+    for module in (contrast, model):
+        module.requires_grad_(False)
+    for module in learns[stage]:
+        module.requires_grad_(True)
+    return list({id(p): p for module in learns[stage] for p in module.parameters()}.values())
+
+
+def train(out: Path, recipe: tuple[Phase, ...] = RECIPE, seed: int = 0, minutes: float | None = None) -> bool:
+    """Run the recipe, resuming from `out/state.pt` where that exists; False if time ran out before the end."""
+    torch.manual_seed(seed)
+    model = build_model()
+    contrast = PhraseContrast(model.model.vision_tower)
+    out.mkdir(parents=True, exist_ok=True)
+    state_file, begun = out / "state.pt", time.time()
+    at_phase, at_step, optimizer_state, spent = 0, 0, None, 0.0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        contrast.load_state_dict(state["contrast"])
+        at_phase, at_step, optimizer_state = state["phase"], state["step"], state["optimizer"]
+        spent = state["seconds"]
+    for number in range(at_phase, len(recipe)):
+        phase = recipe[number]
+        parameters = trainable(phase.stage, contrast, model)
+        optimizer = torch.optim.AdamW(parameters, lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.02)
+        if optimizer_state is not None:
+            optimizer.load_state_dict(optimizer_state)
+            optimizer_state = None
+
+        def save(phase_number: int, step: int, state: dict[str, Any] | None) -> None:
+            snapshot = {"model": model.state_dict(), "contrast": contrast.state_dict(), "optimizer": state}
+            snapshot |= {"phase": phase_number, "step": step, "seconds": spent + time.time() - begun}
+            torch.save(snapshot, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").replace(state_file)
+
+        figures = np.zeros(3)
+        for step, batch in _batches(recipe, number, at_step):
+            for group in optimizer.param_groups:
+                group["lr"] = phase.lr * _cycle(step / phase.steps)
+            loss, right = vision_loss(contrast, batch) if phase.stage == "vision" else language_loss(model, batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            figures += (loss.item(), right, 1)
+            if (step + 1) % 25 == 0 or step + 1 == phase.steps:
+                mean, rate = figures[:2] / figures[2], spent + time.time() - begun
+                print(
+                    f"{phase.stage:>9} {phase.size} step {step + 1:>5}/{phase.steps} "
+                    f"loss {mean[0]:.3f} right {mean[1]:.3f} {rate / 60:6.1f} min",
+                    flush=True,
+                )
+                figures[:] = 0
+            out_of_time = minutes is not None and time.time() - begun > 60 * minutes
+            if (step + 1) % 100 == 0 or out_of_time:
+                save(number, step + 1, optimizer.state_dict())
+            if out_of_time:
+                return False
+        at_step = 0
+        save(number + 1, 0, None)
+    _export(model, out, recipe, seed, spent + time.time() - begun)
+    return True
+
+
+def _cycle(progress: float) -> float:
+    """Linear warm-up over the first 5 %, then half a cosine down to 2 %."""
+    if progress < 0.05:
+        return progress / 0.05 + 1e-3
+    return 0.02 + 0.98 * (0.5 + 0.5 * float(np.cos(np.pi * (progress - 0.05) / 0.95)))
+
+
+def _batches(recipe: tuple[Phase, ...], number: int, start: int) -> Iterator[tuple[int, Batch]]:
+    """The phase's batches from `start` on, made in a worker process."""
+    phase = recipe[number]
+    first = sum(p.steps * p.batch for p in recipe[:number])
+    scenes = Scenes(phase, first)
+    todo = range(start, phase.steps)
+    loader = DataLoader(scenes, batch_size=None, sampler=todo, num_workers=1, prefetch_factor=4)
+    return zip(todo, loader, strict=True)
+
+
+def _export(model: LlavaForConditionalGeneration, out: Path, recipe: tuple[Phase, ...], seed: int, spent: float) -> None:
+    """Write `out/checkpoint` as stock transformers reads it, fp16, with the recipe that made it."""
+    target = out / "checkpoint"
+    model.to(torch.float16).save_pretrained(target)
+    build_processor().save_pretrained(target)
+    made = {"seed": seed, "minutes": round(spent / 60, 1), "torch": torch.__version__}
+    made |= {"recipe": [asdict(phase) for phase in recipe]}
+    (target / "training.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Train the bundled model from nothing; resumes where it left off.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the state, and the checkpoint at the end")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="stop after so long; the next run resumes")
+    parser.add_argument("--quick", action="store_true", help="two steps a phase: does it run at all?")
+    chosen = parser.parse_args()
+    finished = train(chosen.out, QUICK if chosen.quick else RECIPE, chosen.seed, chosen.minutes)
+    print(f"checkpoint in {chosen.out / 'checkpoint'}" if finished else "stopped; run again to resume")
+
+
+if __name__ == "__main__":
+    main()
