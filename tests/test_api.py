@@ -69,7 +69,7 @@ def state(model):
     )
 
 
-# --- import ----------------------------------------------------------------------------------------------------------
+# --- import --------------------------------------------------------------------------------------------------------
 
 
 def test_import_is_cheap_and_complete():
@@ -136,7 +136,7 @@ def test_vision_tower_alone(saved, call, expected):
     assert answer(model, call) == expected["full"]
 
 
-# --- a model that did not ask ------------------------------------------------------------------------------------------
+# --- a model that did not ask ----------------------------------------------------------------------------------------
 
 
 def test_stock_model_is_untouched(saved, tmp_path):
@@ -178,7 +178,7 @@ def test_enabling_one_model_leaves_another_alone(call, expected):
     assert state(other) == before
 
 
-# --- on, off, scoped ---------------------------------------------------------------------------------------------------
+# --- on, off, scoped -------------------------------------------------------------------------------------------------
 
 
 def test_enable_is_idempotent_and_disable_restores(stock, call, expected):
@@ -290,7 +290,7 @@ def test_wrapped_model(stock, call, expected):
         assert answer(stock, call) == expected["short"]
 
 
-# --- state -------------------------------------------------------------------------------------------------------------
+# --- state -----------------------------------------------------------------------------------------------------------
 
 
 def test_deepcopy(stock, call, expected):
@@ -332,7 +332,7 @@ def test_nothing_is_saved_that_was_not_set(saved):
     assert "vtc" not in json.dumps(json.loads(model.config.to_json_string()))
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

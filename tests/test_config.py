@@ -54,7 +54,7 @@ def test_updated():
     assert config.updated(ratio=0.5).updated(keep=3) == VTCConfig(keep=3, ensemble_layers=2)
     assert config.updated(keep=None) == VTCConfig(ensemble_layers=2)
     assert config.updated(backend="torch").keep == 64
-    with pytest.raises(ValueError, match="unknown option.*keeps; VTCConfig has method, keep, ratio"):
+    with pytest.raises(ValueError, match=r"unknown option.*keeps; VTCConfig has method, keep, ratio"):
         config.updated(keeps=3)
 
 

@@ -235,19 +235,22 @@ def test_second_turn(model, eager, name):
         golden.close(torch.stack(second.logits)[:, i], logits)
 
 
-def test_second_turn_with_a_new_image(model, eager):
+@pytest.mark.parametrize("first_turn", ["one", "text"])
+def test_further_turns_with_new_images(model, eager, first_turn):
+    """With the caller's own cache, which `generate()` does not return."""
     vtc.configure(model, keep=9)
-    rows = prompts("one")
-    call = inputs(rows)
+    row = prompts("one")[0] if first_turn == "one" else ids(6)
+    pixels = models.images(count_images(row))
     cache = DynamicCache(config=model.config)
-    first = model.generate(**call, past_key_values=cache, **detailed())
-    whole = first.sequences[0].tolist() + ids(2, "image", 3, seed=9)
-    new_image = models.images(1, seed=9)
-    batch = models.batch([whole])
-    second = model.generate(**batch, pixel_values=new_image, past_key_values=cache, **detailed())
-    both = torch.cat([call["pixel_values"], new_image])
-    new, _ = golden.decode(eager, spliced(eager, [whole], both, 9)[0][0], STEPS)
-    assert second.sequences[0, len(whole) :].tolist() == new
+    for turn in range(3):
+        new_image = {"pixel_values": pixels if turn == 0 else models.images(1, seed=turn)}
+        pixels = new_image["pixel_values"] if turn == 0 else torch.cat([pixels, new_image["pixel_values"]])
+        call = {**models.batch([row]), **(new_image if turn or first_turn == "one" else {})}
+        out = model.generate(**call, past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
+        assert out[0, : len(row)].tolist() == row
+        new, _ = golden.decode(eager, spliced(eager, [row], pixels, 9)[0][0], STEPS)
+        assert out[0, len(row) :].tolist() == new
+        row = out[0].tolist() + ids(2, "image", 3, seed=9 + turn)
 
 
 def test_second_turn_that_cannot_be_right(model, stock):

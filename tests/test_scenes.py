@@ -10,7 +10,7 @@ import pytest
 from vtc.tiny.scenes import (
     COLOURS,
     FAMILIES,
-    LATTICE,
+    PATCH,
     MAX_OBJECTS,
     PHRASES,
     SHAPES,
@@ -21,7 +21,7 @@ from vtc.tiny.scenes import (
     balanced_questions,
 )
 
-SCENES = [Scene("train", index, size) for size in (84, 112, 224, 336) for index in range(40)]
+SCENES = [Scene("train", index, size) for size in (70, 112, 224, 336) for index in range(40)]
 
 
 def true_answer(scene: Scene, text: str) -> str:
@@ -72,7 +72,7 @@ def test_objects_fit_do_not_touch_and_differ_in_colour() -> None:
         for i, a in enumerate(scene.objects):
             assert a.radius <= min(a.x, a.y)
             assert max(a.x, a.y) <= scene.size - a.radius
-            assert a.x % LATTICE == a.y % LATTICE == 0
+            assert (a.x - a.radius) % PATCH == (a.y - a.radius) % PATCH == 0
             for b in scene.objects[:i]:
                 assert np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius
 
@@ -128,7 +128,7 @@ def test_balanced_questions_are_balanced() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("dev", 0), "train, val, test"), (("test", -1), "numbered from 0"), (("test", 0, 64), "from 84 to 336")],
+    [(("dev", 0), "train, val, test"), (("test", -1), "numbered from 0"), (("test", 0, 64), "from 70 to 336")],
 )
 def test_bad_arguments(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -174,8 +174,8 @@ def draw(demo: Demo) -> Image.Image:
     pen.text((MARGIN, 28), f"{SHOWN} of {FULL} visual tokens, chosen by the [CLS] token", INK, _font(36))
     pen.text(
         (MARGIN, 80),
-        f"Left: the scene. Right: the {SHOWN} patches that vtc-cls keeps, crisp and outlined; "
-        "the language model never sees the dark ones. Below: the answers, by number of visual tokens.",
+        "Left: the scene. Right: what vtc-cls keeps of it; the language model never sees the dark patches. "
+        "Below: answers by number of visual tokens.",
         FAINT,
         _font(19),
     )
@@ -196,8 +196,8 @@ def _draw_card(sheet: Image.Image, demo: Demo, number: int, x: int, y: int) -> N
     sheet.paste(scene.image.resize((PICTURE, PICTURE)), (x, y))
     sheet.paste(demo.overlays[number], (x + PICTURE + GAP, y))
     y += PICTURE + 10
-    pen.text((x, y), question.text, INK, _font(24))
-    pen.text((x + CARD[0], y + 4), f"answer: {question.answer}", FAINT, _font(20), anchor="ra")
+    pen.text((x, y), question.text, INK, _font(21))
+    pen.text((x + CARD[0], y + 2), f"answer: {question.answer}", FAINT, _font(18), anchor="ra")
     y += 40
     step = (CARD[0] + 8) / len(demo.rows)
     for i, row in enumerate(demo.rows):

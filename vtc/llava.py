@@ -252,6 +252,7 @@ def _get_image_features(
     pixel_values: torch.Tensor,
     vision_feature_layer: int | None = None,
     vision_feature_select_strategy: str | None = None,
+    *,
     return_dict: bool | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -346,11 +347,12 @@ def _generate(stock: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -
         if option(name):
             call[name] = max(option(name) - full.shape[1] + prompt.short_length, 0)
     output = stock(self, **call)
+    for used in (cache, getattr(output, "past_key_values", None)):  # the caller's own, the one returned
+        if used is not None:
+            used._vtc_seen = note
     if isinstance(output, torch.Tensor):
         return prompt.restore(output)
     output.sequences = prompt.restore(output.sequences)
-    if (cache := getattr(output, "past_key_values", None)) is not None:
-        cache._vtc_seen = note
     return output
 
 

@@ -122,16 +122,21 @@ These figures and this page are written by `python -m vtc.tiny.evaluate`.
 """
 
 
-def card(table: dict[str, dict[str, float]], count: int, split: str, training: dict[str, Any], parameters: int) -> str:
-    """The model card, Markdown."""
+def markdown(table: dict[str, dict[str, float]]) -> str:
+    """What `measure` returned as a Markdown table, in percent."""
     columns = ("all", *FAMILIES)
     rows = [f"| visual tokens | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     rows += [f"| {name} | {' | '.join(f'{100 * row[c]:.1f}' for c in columns)} |" for name, row in table.items()]
+    return "\n".join(rows)
+
+
+def card(table: dict[str, dict[str, float]], count: int, split: str, training: dict[str, Any], parameters: int) -> str:
+    """The model card, Markdown."""
     return CARD.format(
         parameters=parameters / 1e6,
         count=count,
         split=split,
-        table="\n".join(rows),
+        table=markdown(table),
         half=196 * (0.95 * 0.05 / count) ** 0.5,
         half_family=196 * (0.95 * 0.05 * len(FAMILIES) / count) ** 0.5,
         seed=training["seed"],
@@ -149,6 +154,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--card", type=Path, default=tiny.CHECKPOINT / "README.md", help="where the card goes")
+    parser.add_argument("--readme", type=Path, help="also put the table between this file's <!-- accuracy --> marks")
     chosen = parser.parse_args()
     table = measure(chosen.questions, chosen.split)
     training = json.loads((tiny.CHECKPOINT / "training.json").read_text())
@@ -156,6 +162,10 @@ def main() -> None:
     parameters = sum(p.numel() for p in model.parameters())
     chosen.card.write_text(card(table, chosen.questions, chosen.split, training, parameters))
     print(f"card written to {chosen.card}")
+    if chosen.readme:
+        head, rest = chosen.readme.read_text().split("<!-- accuracy -->\n")
+        tail = rest[rest.index("<!-- /accuracy -->") :]
+        chosen.readme.write_text(f"{head}<!-- accuracy -->\n{markdown(table)}\n{tail}")
 
 
 if __name__ == "__main__":
