@@ -1,12 +1,14 @@
 """Packaging. `kernels/` is installed as `vtc_kernels`: a top-level `kernels` would shadow another package."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 setup(
     name="vtc-cls",
     version="0.1.0",
     description="Keep the visual tokens the vision encoder's [CLS] token attends to: fast, exact, batched, fork-free.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

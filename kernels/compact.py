@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vtc_kernels import tuning
 
 # Elements are copied as integers of their size: no arithmetic can touch a NaN's payload or round a bfloat16.

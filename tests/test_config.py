@@ -77,7 +77,7 @@ def test_ratio_rounds_up(ratio, tokens, kept):
 def test_ratio_keeps_at_least_one_and_at_most_all(ratio, tokens):
     kept = kept_count(VTCConfig(ratio=ratio), tokens)
     assert 1 <= kept <= tokens
-    assert ratio * tokens - 1e-5 <= kept < ratio * tokens + 1
+    assert ratio * tokens - 1e-5 <= kept <= ratio * tokens + 1
 
 
 def test_keep_is_never_clamped():

@@ -5,9 +5,9 @@ import inspect
 from pathlib import Path
 
 import pytest
-from vtc_kernels import compact, scores, topk
 
 from vtc import ops, reference
+from vtc_kernels import compact, scores, topk
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))

@@ -527,6 +527,15 @@ def test_layers_beyond_the_feature_layer_do_not_run(model, monkeypatch):
     assert projected == [(3, 9, 64)]
 
 
+def test_generate_records_no_graph(model):
+    """Or every image would keep the activations of the whole vision tower alive."""
+    vtc.configure(model, keep=9)
+    grad = []
+    model.model.multi_modal_projector.register_forward_hook(lambda *_: grad.append(torch.is_grad_enabled()))
+    model.generate(**inputs(prompts("one")), max_new_tokens=2)
+    assert grad == [False]
+
+
 def test_no_square_attention_matrix(model):
     """The largest tensor that autograd would have to know about is the hidden states, not [B, H, N, N]."""
     vtc.configure(model, keep=9)

@@ -10,8 +10,8 @@ import pytest
 from vtc.tiny.scenes import (
     COLOURS,
     FAMILIES,
-    PATCH,
     MAX_OBJECTS,
+    PATCH,
     PHRASES,
     SHAPES,
     SIZES,

@@ -96,7 +96,7 @@ def test_stock_transformers_loads_the_checkpoint() -> None:
     """In a process that never hears of vtc."""
     code = (
         "import sys, torch; from transformers import AutoProcessor, LlavaForConditionalGeneration as L\n"
-        f"m = L.from_pretrained({str(tiny.CHECKPOINT)!r}); p = AutoProcessor.from_pretrained({str(tiny.CHECKPOINT)!r})\n"
+        f"path = {str(tiny.CHECKPOINT)!r}; m = L.from_pretrained(path); p = AutoProcessor.from_pretrained(path)\n"
         "assert not any(n.split('.')[0] == 'vtc' for n in sys.modules)\n"
         "assert next(m.parameters()).dtype == torch.float16\n"
         "print(m.config.vision_config.image_size, m.config.vision_config.patch_size, type(p).__name__)"

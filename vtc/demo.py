@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import vtc
 from vtc import ask, tiny
+from vtc.tiny.evaluate import prepare
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 
 FULL = 576
@@ -120,8 +121,8 @@ def measure(count: int, device: str | None = None, note: Callable[[str], None] =
     model, processor = tiny.load()
     model.to(where)
     asked = balanced_questions("test", count)
-    batches = [_inputs(model, processor, asked[i : i + BATCH]) for i in range(0, count, BATCH)]
-    single = _inputs(model, processor, asked[:1])
+    batches = [prepare(model, processor, asked[i : i + BATCH]) for i in range(0, count, BATCH)]
+    single = prepare(model, processor, asked[:1])
     rows = []
     for selection, tokens, method in SETTINGS:
         note(f"{count} questions with {tokens} visual tokens ({selection}) …")
@@ -135,15 +136,9 @@ def measure(count: int, device: str | None = None, note: Callable[[str], None] =
     overlays = {}
     for number in _cards(asked, rows):
         scene = asked[number][0]
-        pixels = _inputs(model, processor, asked[number : number + 1])["pixel_values"]
+        pixels = prepare(model, processor, asked[number : number + 1])["pixel_values"]
         overlays[number] = vtc.overlay(scene.image, vtc.select(model, pixels, keep=SHOWN), side=PICTURE)
     return Demo(asked, rows, overlays, str(where), torch.get_num_threads())
-
-
-def _inputs(model: Any, processor: Any, asked: list[tuple[Scene, Question]]) -> Any:
-    images, prompts = zip(*((scene.image, tiny.prompt(question.text)) for scene, question in asked), strict=True)
-    inputs = processor(images=list(images), text=list(prompts), padding=True, return_tensors="pt")
-    return inputs.to(model.device, model.dtype)
 
 
 def _cards(asked: list[tuple[Scene, Question]], rows: list[Row]) -> list[int]:

@@ -8,14 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import vtc
-from vtc import tiny
+from vtc import ask, tiny
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 
 
-@torch.inference_mode()
+def prepare(model: Any, processor: Any, asked: Sequence[tuple[Scene, Question]]) -> Any:
+    """One left-padded batch of model inputs for all of `asked`, on the model's device."""
+    images, prompts = zip(*((scene.image, tiny.prompt(question.text)) for scene, question in asked), strict=True)
+    inputs = processor(images=list(images), text=list(prompts), padding=True, return_tensors="pt")
+    return inputs.to(model.device, model.dtype)
+
+
 def answer(model: Any, processor: Any, asked: Sequence[tuple[Scene, Question]], batch_size: int = 16) -> list[str]:
     """The model's greedy answer to each question, as it is configured now.
 
@@ -33,18 +37,8 @@ def answer(model: Any, processor: Any, asked: Sequence[tuple[Scene, Question]], 
     list of str
         In the order of `asked`.
     """
-    answers: list[str] = []
-    for start in range(0, len(asked), batch_size):
-        batch = asked[start : start + batch_size]
-        inputs = processor(
-            images=[scene.image for scene, _ in batch],
-            text=[tiny.prompt(question.text) for _, question in batch],
-            padding=True,
-            return_tensors="pt",
-        ).to(model.device, model.dtype)
-        out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-        answers += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in answers]
+    batches = (prepare(model, processor, asked[i : i + batch_size]) for i in range(0, len(asked), batch_size))
+    return [text for batch in batches for text in ask.answer(model, processor, batch, max_new_tokens=3)]
 
 
 def accuracy(asked: Sequence[tuple[Scene, Question]], answers: Sequence[str]) -> dict[str, float]:
@@ -106,7 +100,8 @@ Stock transformers loads it:
 
 {table}
 
-The 95 % confidence half-width of an "all" figure near 95 is about {half:.1f} points, of a family about {half_family:.1f}.
+The 95 % confidence half-width of an "all" figure near 95 is about {half:.1f} points, of a family's about
+{half_family:.1f}.
 
 ## Recipe
 

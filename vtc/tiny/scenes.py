@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -204,14 +204,11 @@ PHRASES = (
     *(f"{_a(colour)} object with the digit {digit}" for colour in COLOURS for digit in range(10)),
 )
 
-WORDS = sorted(
-    {
-        *(" ".join(PHRASES)).split(),
-        *"user : assistant is there a an . , ? yes no what colour shape the object".split(),
-        *"left or right above below of how many objects are there digit on".split(),
-        *map(str, range(10)),
-    }
-)
+_QUESTION_WORDS = """
+    user : assistant . , ? is there a an what shape colour is the object how many objects are there digit on
+    left or right above below of yes no
+"""
+WORDS = sorted({*" ".join(PHRASES).split(), *_QUESTION_WORDS.split(), *map(str, range(10))})
 
 
 # --- questions ---------------------------------------------------------------------------------------------------
@@ -373,7 +370,7 @@ def _outline(shape: str, extent: int, tilt: float) -> Image.Image:
     return mask.resize((extent, extent), Image.Resampling.BOX)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _polygon(shape: str) -> tuple[tuple[float, float], ...]:
     """Corners of a shape in the square [-1, 1], y pointing down."""
     if shape == "square":
@@ -397,10 +394,12 @@ def _polygon(shape: str) -> tuple[tuple[float, float], ...]:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _glyph(digit: int) -> Image.Image:
     """A digit as a mask, mode L, cropped to its ink."""
     font = ImageFont.load_default(size=DIGIT_HEIGHT * 1.3)
     canvas = Image.new("L", (2 * DIGIT_HEIGHT, 2 * DIGIT_HEIGHT))
-    ImageDraw.Draw(canvas).text((DIGIT_HEIGHT, DIGIT_HEIGHT), str(digit), font=font, fill=255, anchor="mm", stroke_width=1)
+    ImageDraw.Draw(canvas).text(
+        (DIGIT_HEIGHT, DIGIT_HEIGHT), str(digit), font=font, fill=255, anchor="mm", stroke_width=1
+    )
     return canvas.crop(canvas.getbbox())

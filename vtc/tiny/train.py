@@ -9,9 +9,9 @@ The recipe is LLaVA's, with what LLaVA takes ready-made trained first:
 3. `projector`: LLaVA's first stage. The projector alone learns, vision tower and language model are frozen.
 4. `language`: LLaVA's second stage. Projector and language model learn, the vision tower stays frozen.
 
-All visual tokens are always present. Pictures grow from phase to phase (70 to 336 pixels), because small ones show
-more objects per token; a small one is a window on the canvas and uses that window's position embeddings. Every batch is drawn from its own seed, so a run can
-be interrupted and resumed, and two runs on one machine agree.
+All visual tokens are always present. Pictures grow from phase to phase (70 to 336 pixels), because small ones show more
+objects per token; a small one is a window on the canvas and uses that window's position embeddings. Every batch is
+drawn from its own seed, so a run can be interrupted and resumed, and two runs on one machine agree.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ RECIPE = (
     Phase("vision", 112, 250, 48, 4e-4),
     Phase("vision", 224, 250, 16, 3e-4),
     Phase("vision", 336, 110, 12, 2.5e-4),
-    Phase("text", 336, 250, 32, 1e-3),
-    Phase("projector", 112, 80, 32, 1e-3),
-    Phase("language", 112, 450, 32, 6e-4),
-    Phase("language", 224, 220, 16, 5e-4),
-    Phase("language", 336, 260, 12, 4e-4),
+    Phase("text", 336, 120, 32, 1e-3),
+    Phase("projector", 112, 60, 32, 1e-3),
+    Phase("language", 112, 260, 32, 6e-4),
+    Phase("language", 224, 180, 16, 5e-4),
+    Phase("language", 336, 240, 12, 4e-4),
 )
 QUICK = tuple(Phase(p.stage, p.size, 2, 2, p.lr) for p in RECIPE)  # exercises every line, learns nothing
 
@@ -169,8 +169,9 @@ def _start_well(tower: CLIPVisionModel) -> None:
     rows, columns = waves[:, None].expand(-1, GRID, -1), waves[None].expand(GRID, -1, -1)
     tower.embeddings.position_embedding.weight[1:] = torch.cat([rows, columns], dim=-1).flatten(0, 1)
     for layer in tower.encoder.layers:
-        nn.init.normal_(layer.self_attn.q_proj.weight, std=0.6 * width**-0.5)
-        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+        attention: Any = layer.self_attn
+        nn.init.normal_(attention.q_proj.weight, std=0.6 * width**-0.5)
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
 
 
 def encode(tower: CLIPVisionModel, pixels: Tensor, origins: Tensor) -> list[Tensor]:
@@ -275,7 +276,7 @@ class Scenes(Dataset):
             shown = [SPECIAL.index("<image>")] * (scene.size // PATCH) ** 2
         tokens = [SPECIAL.index("<s>"), *ids("USER:"), *shown]
         segments, targets = [0] * len(tokens), [-100] * len(tokens)
-        asked = [question for draw in range(3) for question in scene.ask(draw)]
+        asked = [question for draw in range(2) for question in scene.ask(draw)]
         if self.phase.stage == "projector":
             pairs = [("", scene.caption)]
         else:
@@ -338,8 +339,8 @@ def trainable(stage: str, contrast: PhraseContrast, model: LlavaForConditionalGe
         "projector": [model.model.multi_modal_projector],
         "language": [model.model.multi_modal_projector, model.model.language_model, model.lm_head],
     }
-    for module in (contrast, model):
-        module.requires_grad_(False)
+    contrast.requires_grad_(False)
+    model.requires_grad_(False)
     for module in learns[stage]:
         module.requires_grad_(True)
     return list({id(p): p for module in learns[stage] for p in module.parameters()}.values())
@@ -368,8 +369,8 @@ def train(out: Path, recipe: tuple[Phase, ...] = RECIPE, seed: int = 0, minutes:
             optimizer_state = None
 
         def save(phase_number: int, step: int, state: dict[str, Any] | None) -> None:
-            snapshot = {"model": model.state_dict(), "contrast": contrast.state_dict(), "optimizer": state}
-            snapshot |= {"phase": phase_number, "step": step, "seconds": spent + time.time() - begun}
+            snapshot = dict(model=model.state_dict(), contrast=contrast.state_dict(), optimizer=state)
+            snapshot |= dict(phase=phase_number, step=step, seconds=spent + time.time() - begun)
             torch.save(snapshot, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)
 
@@ -419,10 +420,12 @@ def _batches(recipe: tuple[Phase, ...], number: int, start: int) -> Iterator[tup
     return zip(todo, loader, strict=True)
 
 
-def _export(model: LlavaForConditionalGeneration, out: Path, recipe: tuple[Phase, ...], seed: int, spent: float) -> None:
+def _export(
+    model: LlavaForConditionalGeneration, out: Path, recipe: tuple[Phase, ...], seed: int, spent: float
+) -> None:
     """Write `out/checkpoint` as stock transformers reads it, fp16, with the recipe that made it."""
     target = out / "checkpoint"
-    model.to(torch.float16).save_pretrained(target)
+    model.half().save_pretrained(target)
     build_processor().save_pretrained(target)
     made = {"seed": seed, "minutes": round(spent / 60, 1), "torch": torch.__version__}
     made |= {"recipe": [asdict(phase) for phase in recipe]}
