@@ -58,6 +58,7 @@ class Phase:
     steps: int
     batch: int
     lr: float
+    captions: bool = False  # in the language stage: the caption as well as questions
 
 
 RECIPE = (
@@ -69,7 +70,8 @@ RECIPE = (
     Phase("projector", 112, 60, 32, 1e-3),
     Phase("language", 112, 260, 32, 6e-4),
     Phase("language", 224, 180, 16, 5e-4),
-    Phase("language", 336, 240, 12, 4e-4),
+    Phase("language", 112, 550, 32, 8e-4, captions=True),
+    Phase("language", 336, 300, 12, 5e-4, captions=True),
 )
 QUICK = tuple(Phase(p.stage, p.size, 2, 2, p.lr) for p in RECIPE)  # exercises every line, learns nothing
 
@@ -277,10 +279,11 @@ class Scenes(Dataset):
         tokens = [SPECIAL.index("<s>"), *ids("USER:"), *shown]
         segments, targets = [0] * len(tokens), [-100] * len(tokens)
         asked = [question for draw in range(2) for question in scene.ask(draw)]
+        pairs = [(q.text, q.answer) for q in dict.fromkeys(asked)]
         if self.phase.stage == "projector":
             pairs = [("", scene.caption)]
-        else:
-            pairs = [(q.text, q.answer) for q in dict.fromkeys(asked)]
+        elif self.phase.captions:
+            pairs.append(("", scene.caption))
         for number, (question, answer) in enumerate(pairs, start=1):
             asking, reply = ids(f"{question} ASSISTANT:"), [*ids(answer), SPECIAL.index("</s>")]
             tokens += asking + reply
@@ -369,7 +372,7 @@ def train(out: Path, recipe: tuple[Phase, ...] = RECIPE, seed: int = 0, minutes:
             optimizer_state = None
 
         def save(phase_number: int, step: int, state: dict[str, Any] | None) -> None:
-            snapshot = dict(model=model.state_dict(), contrast=contrast.state_dict(), optimizer=state)
+            snapshot: dict[str, Any] = dict(model=model.state_dict(), contrast=contrast.state_dict(), optimizer=state)
             snapshot |= dict(phase=phase_number, step=step, seconds=spent + time.time() - begun)
             torch.save(snapshot, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)
