@@ -125,6 +125,12 @@ def markdown(table: dict[str, dict[str, float]]) -> str:
     return "\n".join(rows)
 
 
+def recipe_row(phase: dict[str, Any]) -> str:
+    """One phase of `training.json` as a row of the card."""
+    stage = phase["stage"] + " + captions" * phase["captions"]
+    return f"| {stage} | {phase['size']} | {phase['steps']} | {phase['batch']} | {phase['lr']} |"
+
+
 def card(table: dict[str, dict[str, float]], count: int, split: str, training: dict[str, Any], parameters: int) -> str:
     """The model card, Markdown."""
     return CARD.format(
@@ -137,9 +143,7 @@ def card(table: dict[str, dict[str, float]], count: int, split: str, training: d
         seed=training["seed"],
         minutes=training["minutes"],
         torch=training["torch"],
-        recipe="\n".join(
-            f"| {p['stage']} | {p['size']} | {p['steps']} | {p['batch']} | {p['lr']} |" for p in training["recipe"]
-        ),
+        recipe="\n".join(map(recipe_row, training["recipe"])),
     )
 
 

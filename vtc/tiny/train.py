@@ -71,7 +71,7 @@ RECIPE = (
     Phase("language", 112, 260, 32, 6e-4),
     Phase("language", 224, 180, 16, 5e-4),
     Phase("language", 112, 550, 32, 8e-4, captions=True),
-    Phase("language", 336, 300, 12, 5e-4, captions=True),
+    Phase("language", 336, 210, 12, 5e-4, captions=True),
 )
 QUICK = tuple(Phase(p.stage, p.size, 2, 2, p.lr) for p in RECIPE)  # exercises every line, learns nothing
 
@@ -349,8 +349,18 @@ def trainable(stage: str, contrast: PhraseContrast, model: LlavaForConditionalGe
     return list({id(p): p for module in learns[stage] for p in module.parameters()}.values())
 
 
-def train(out: Path, recipe: tuple[Phase, ...] = RECIPE, seed: int = 0, minutes: float | None = None) -> bool:
-    """Run the recipe, resuming from `out/state.pt` where that exists; False if time ran out before the end."""
+def train(
+    out: Path,
+    recipe: tuple[Phase, ...] = RECIPE,
+    seed: int = 0,
+    minutes: float | None = None,
+    start: Path | None = None,
+) -> bool:
+    """Run the recipe; False if time ran out before the end.
+
+    Resumes from `out/state.pt` where that exists; or else begins with the checkpoint in `start`, if given, and skips
+    the phases that made it, which must be the first ones of the recipe.
+    """
     torch.manual_seed(seed)
     model = build_model()
     contrast = PhraseContrast(model.model.vision_tower)
@@ -363,6 +373,8 @@ def train(out: Path, recipe: tuple[Phase, ...] = RECIPE, seed: int = 0, minutes:
         contrast.load_state_dict(state["contrast"])
         at_phase, at_step, optimizer_state = state["phase"], state["step"], state["optimizer"]
         spent = state["seconds"]
+    elif start:
+        at_phase, spent = _load_checkpoint(model, start, recipe)
     for number in range(at_phase, len(recipe)):
         phase = recipe[number]
         parameters = trainable(phase.stage, contrast, model)
@@ -406,6 +418,20 @@ def train(out: Path, recipe: tuple[Phase, ...] = RECIPE, seed: int = 0, minutes:
     return True
 
 
+def _load_checkpoint(model: LlavaForConditionalGeneration, start: Path, recipe: tuple[Phase, ...]) -> tuple[int, float]:
+    """Load the weights of `start`; return how many phases of the recipe it has behind it, and the seconds they took."""
+    made = json.loads((start / "training.json").read_text())
+    count = len(made["recipe"])
+    if made["recipe"] != [asdict(phase) for phase in recipe[:count]]:
+        raise ValueError(
+            f"{start} was not made by the first {count} phases of this recipe; append new phases to its own"
+        )
+    if any(phase.stage == "vision" for phase in recipe[count:]):
+        raise ValueError("a checkpoint has no phrases to contrast images with: the vision stage cannot go on from one")
+    model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict())
+    return count, 60 * made["minutes"]
+
+
 def _cycle(progress: float) -> float:
     """Linear warm-up over the first 5 %, then half a cosine down to 2 %."""
     if progress < 0.05:
@@ -442,8 +468,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="stop after so long; the next run resumes")
     parser.add_argument("--quick", action="store_true", help="two steps a phase: does it run at all?")
+    parser.add_argument("--start", type=Path, help="checkpoint to go on from, made by the recipe's first phases")
     chosen = parser.parse_args()
-    finished = train(chosen.out, QUICK if chosen.quick else RECIPE, chosen.seed, chosen.minutes)
+    finished = train(chosen.out, QUICK if chosen.quick else RECIPE, chosen.seed, chosen.minutes, chosen.start)
     print(f"checkpoint in {chosen.out / 'checkpoint'}" if finished else "stopped; run again to resume")
 
 
