@@ -128,7 +128,7 @@ def _print_comparison(result: dict[str, Any], runs: int) -> None:
 
 @app.command()
 def demo(
-    questions: Annotated[int, typer.Option(min=5, max=5000, help="How many held-out questions to ask.")] = 120,
+    questions: Annotated[int, typer.Option(min=5, max=5000, help="How many held-out questions to ask.")] = 80,
     out: Annotated[str, typer.Option(help="Where the picture goes.")] = "demo.png",
     device: Device = None,
     as_json: AsJson = False,
