@@ -33,6 +33,9 @@ def model_dir(tmp_path_factory):
             if weight.ndim > 1:
                 weight.normal_(0, (3.0 if "q_proj" in name or "k_proj" in name else 1.2) * weight[0].numel() ** -0.5)
     model.save_pretrained(folder)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    generation["temperature"] = 0.7  # as in LLaVA-1.5; with greedy decoding transformers warns about it
+    (folder / "generation_config.json").write_text(json.dumps(generation))
     build_processor().save_pretrained(folder)
     return str(folder)
 
@@ -189,7 +192,7 @@ def test_overlay_shows_what_was_kept(model_dir, picture, tmp_path):
 
 
 def test_unknown_words_are_named(model_dir, picture):
-    result = succeed("run", picture, "Is the red zebra left?", "--model", model_dir, "--max-new-tokens", 1)
+    result = succeed("run", picture, "Is the red object left of a zebra?", "--model", model_dir, "--max-new-tokens", 1)
     assert "the model does not know: zebra\n" in result.stderr
 
 
@@ -365,11 +368,17 @@ def test_demo_measures_each_setting(model_dir, tmp_path, monkeypatch, few_runs):
 def test_demo_prints_a_plain_table(model_dir, tmp_path, monkeypatch, few_runs):
     monkeypatch.setattr(tiny, "CHECKPOINT", Path(model_dir))
     monkeypatch.chdir(tmp_path)
+    asked = [question.answer for _, question in balanced_questions("test", 5)]
+    monkeypatch.setattr(ask, "answer", lambda model, processor, inputs, **_: [asked[0]] * len(inputs["input_ids"]))
     result = succeed("demo", "--questions", 5)
     assert (tmp_path / "demo.png").exists()
     assert "\x1b" not in result.stdout
-    rows = re.findall(r"^(all tokens|vtc-cls|random) +(\d+) +\d/5 +[\d.]+ % +[\d.]+ ms", result.stdout, re.MULTILINE)
-    assert [int(tokens) for _, tokens in rows] == [576, 192, 128, 64, 32, 64]
+    pattern = r"^(?:all tokens|vtc-cls|random) +(\d+) +(\d)/5 +([\d.]+) % +[\d.]+ ms"
+    rows = re.findall(pattern, result.stdout, re.MULTILINE)
+    assert [int(tokens) for tokens, _, _ in rows] == [576, 192, 128, 64, 32, 64]
+    right = asked.count(asked[0])
+    assert 0 < right < 5
+    assert {(int(count), float(share)) for _, count, share in rows} == {(right, 20.0 * right)}
 
 
 def test_demo_refuses_before_it_works(tmp_path):
@@ -416,6 +425,6 @@ def test_bundled_model_answers_as_it_does_in_python(tmp_path):
     assert all(expected)
     for (scene, question), answer in zip(asked, expected, strict=True):
         scene.image.save(tmp_path / "scene.png")
-        result = succeed("run", tmp_path / "scene.png", question.text, "--keep", 64)
+        result = succeed("run", tmp_path / "scene.png", question.text, "--keep", 64, "--max-new-tokens", 3)
         assert result.stdout.strip() == answer
         assert "bundled model knows" in result.stderr

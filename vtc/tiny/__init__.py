@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vtc.tiny import scenes as scenes
+
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
