@@ -104,8 +104,8 @@ The 95 % confidence half-width of an "all" figure near 95 is about {half:.1f} po
 {half_family:.1f}.
 
 **This checkpoint is undertrained.** The vision tower learnt its part; the language stage was stopped long before it had
-learnt to answer. It is below what it is meant to reach (90 % with all tokens), it depends on background tokens, and
-fewer tokens hurt it more when they are chosen well than when they are chosen at random. Until it is trained further
+learnt to answer. It is below what it is meant to reach (90 % with all tokens), and with few tokens it often runs on
+after its answer ("circle , a"), which counts as wrong. Until it is trained further
 (`python -m vtc.tiny.train --start vtc/tiny/checkpoint --out DIR`, with phases added to the recipe), its figures say
 nothing about how good a selection method is.
 
