@@ -100,8 +100,7 @@ Stock transformers loads it:
 
 {table}
 
-The 95 % confidence half-width of an "all" figure near 95 is about {half:.1f} points, of a family's about
-{half_family:.1f}.
+The 95 % confidence half-width is at most {half:.1f} points for an "all" figure and {half_family:.1f} for a family's.
 
 **This checkpoint is undertrained.** The vision tower learnt its part; the language stage was stopped long before it had
 learnt to answer. It is below what it is meant to reach (90 % with all tokens), and with few tokens it often runs on
@@ -144,8 +143,8 @@ def card(table: dict[str, dict[str, float]], count: int, split: str, training: d
         count=count,
         split=split,
         table=markdown(table),
-        half=196 * (0.95 * 0.05 / count) ** 0.5,
-        half_family=196 * (0.95 * 0.05 * len(FAMILIES) / count) ** 0.5,
+        half=98 / count**0.5,
+        half_family=98 * (len(FAMILIES) / count) ** 0.5,
         seed=training["seed"],
         minutes=training["minutes"],
         torch=training["torch"],
