@@ -46,6 +46,13 @@ def test_dtypes(dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_is_compared_as_float64(backend):
+    """Scores that float32 could not tell apart."""
+    steps = torch.arange(49, dtype=torch.float64, device=DEVICE)
+    check((1 + steps * 2.0**-40)[None], 7, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_tokens", [4095, 4096, 4097, 16384, 20001])
 def test_rows_of_several_blocks(num_tokens, backend):
     scores = randn(2, num_tokens)
