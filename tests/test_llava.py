@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import vtc
+from vtc.attention import vtc_attention
 
 LAYERS = (2, 3, 4)  # of 6; the feature layer is hidden_states[-2], the output of layer 4
 STEPS = 7
@@ -670,3 +671,11 @@ def test_what_is_not_supported_says_so(model):
         model(input_ids=call["input_ids"], pixel_values=pixels, attention_mask=torch.ones(1, 1, 4, 4))
     with pytest.raises(ValueError, match="image_sizes"):
         model(**call, image_sizes=torch.tensor([[84, 84]]))
+
+
+def test_attention_passes_the_scaling_on():
+    """CLIP's and Llama's own scaling is also SDPA's default: no model above would notice."""
+    query, key, value = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    out, _ = vtc_attention(torch.nn.Module(), query, key, value, None, scaling=0.9, is_causal=False)
+    expected = (query @ key.transpose(2, 3) * 0.9).softmax(-1) @ value
+    golden.close(out, expected.transpose(1, 2))
