@@ -26,7 +26,7 @@ setup(
         "rich",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "build"],
+        "test": ["pytest", "pytest-xdist", "hypothesis"],
         "dev": ["ruff", "mypy"],
         "flash": ["flash-attn"],
     },
