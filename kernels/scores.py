@@ -14,19 +14,30 @@ from vtc_kernels import tuning
 
 
 def row_scores(
-    query: Tensor, key: Tensor, *, scale: float | None = None, skip: int = 0, out: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    skip: int = 0,
+    mask: Tensor | None = None,
+    position: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Launch the two kernels.
 
     Parameters
     ----------
     query : Tensor[B, H, D], floating point
-    key : Tensor[B, H, N, D], same dtype and device
-        Any strides.
+    key : Tensor[B, Hkv, N, D], same dtype and device
+        Any strides. H is a multiple of Hkv: query head h reads key head h // (H / Hkv).
     scale : float, optional
         ``D ** -0.5`` when not given.
     skip : int
         0 <= skip < N leading columns are left out of the result, but stay in the softmax's denominator.
+    mask : Tensor[B, N], bool, optional
+        False where a key gets no attention (padding).
+    position : Tensor[B], int64, optional
+        The query's place among the keys: later ones get no attention.
     out : Tensor[B, N - skip], float32, optional
         The scores are added to it in place.
 
@@ -35,20 +46,29 @@ def row_scores(
     Tensor[B, N - skip], float32
         `out` if it was given.
     """
-    num_images, num_heads, num_tokens, num_features = key.shape
-    if query.shape != (num_images, num_heads, num_features):
-        raise ValueError(f"query {list(query.shape)} does not fit key {list(key.shape)}: [B, H, D] and [B, H, N, D]")
+    num_images, num_key_heads, num_tokens, num_features = key.shape
+    num_heads = query.shape[1]
+    if query.shape != (num_images, num_heads, num_features) or num_heads % max(1, num_key_heads):
+        raise ValueError(
+            f"query {list(query.shape)} does not fit key {list(key.shape)}: [B, H, D] and [B, Hkv, N, D], H a multiple "
+            "of Hkv"
+        )
     if query.dtype != key.dtype or not key.is_floating_point():
         raise ValueError(f"query and key need one floating-point dtype, got {query.dtype} and {key.dtype}")
     if not 0 <= skip < num_tokens:
         raise ValueError(f"skip must be in [0, N) = [0, {num_tokens}), got {skip}")
+    if mask is not None and (mask.shape != (num_images, num_tokens) or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be bool [{num_images}, {num_tokens}], got {mask.dtype} {list(mask.shape)}")
+    if position is not None and (position.shape != (num_images,) or position.dtype != torch.int64):
+        raise ValueError(f"position must be int64 [{num_images}], got {position.dtype} {list(position.shape)}")
     accumulate = out is not None
     if out is None:
         out = torch.empty((num_images, num_tokens - skip), dtype=torch.float32, device=key.device)
     if out.shape != (num_images, num_tokens - skip) or out.dtype != torch.float32:
         raise ValueError(f"out must be float32 [{num_images}, {num_tokens - skip}], got {out.dtype} {list(out.shape)}")
-    if not query.device == key.device == out.device:
-        raise ValueError(f"tensors on different devices: {query.device}, {key.device}, {out.device}")
+    devices = {tensor.device for tensor in (query, key, mask, position, out) if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"tensors on different devices: {', '.join(map(str, devices))}")
 
     block_n, block_d = tuning.score_blocks(num_features)
     num_blocks = triton.cdiv(num_tokens, block_n)
@@ -58,22 +78,27 @@ def row_scores(
     mean_block_h, mean_block_n = tuning.head_mean_block(num_heads)
 
     with torch.cuda.device_of(key):
-        _logits_kernel[(num_images * num_heads, num_blocks)](
+        _logits_kernel[(num_images * num_key_heads, num_blocks)](
             # tensors
             query,
             key,
+            None if mask is None else mask.view(torch.uint8),
+            position,
             logits,
             block_max,
             block_sum,
             # strides
             *query.stride(),
             *key.stride(),
+            *((0, 0) if mask is None else mask.stride()),
+            0 if position is None else position.stride(0),
             # scalars
-            num_heads,
+            num_key_heads,
             num_tokens,
             num_features,
             num_features**-0.5 if scale is None else float(scale),
             # constexprs
+            GROUP=num_heads // max(1, num_key_heads),
             BLOCK_N=block_n,
             BLOCK_D=block_d,
         )
@@ -104,6 +129,8 @@ def _logits_kernel(
     # tensors
     query_ptr,
     key_ptr,
+    mask_ptr,
+    position_ptr,
     logits_ptr,
     block_max_ptr,
     block_sum_ptr,
@@ -115,12 +142,16 @@ def _logits_kernel(
     key_stride_h,
     key_stride_n,
     key_stride_d,
+    mask_stride_b,
+    mask_stride_n,
+    position_stride_b,
     # scalars
-    num_heads,
+    num_key_heads,
     num_tokens,
     num_features,
     scale,
     # constexprs
+    GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -128,52 +159,63 @@ def _logits_kernel(
 
     ::
 
-        logits[b, h, n]    = scale · Σ_d query[b, h, d] · key[b, h, n, d]
-        block_max[b, h, s] = max_n logits[b, h, n]                              n in block s
-        block_sum[b, h, s] = Σ_n exp(logits[b, h, n] - block_max[b, h, s])      n in block s
+        logits[b, h, n]    = scale · Σ_d query[b, h, d] · key[b, h // GROUP, n, d]      -inf where n is not seen
+        block_max[b, h, s] = max_n logits[b, h, n]                                      n in block s
+        block_sum[b, h, s] = Σ_n exp(logits[b, h, n] - block_max[b, h, s])              n in block s
 
     Parameters
     ----------
     query_ptr : fp32 | fp16 | bf16 [B, H, D]
-        Strides between images, heads and features.
-    key_ptr : same dtype [B, H, N, D]
+        Strides between images, heads and features. GROUP query heads share a key head: H = Hkv · GROUP.
+    key_ptr : same dtype [B, Hkv, N, D]
         Strides between images, heads, tokens and features.
+    mask_ptr : uint8 [B, N], or None
+        Strides between images and tokens. Where it is 0, the key is not seen.
+    position_ptr : int64 [B], or None
+        Stride between images. Keys after it are not seen.
     logits_ptr : fp32 [B, H, N], contiguous
         Written.
     block_max_ptr, block_sum_ptr : fp32 [B, H, S], contiguous, S = ceil(N / BLOCK_N)
         Written. A block whose logits are all -inf has the sum 0. A NaN logit makes its block's sum NaN.
 
-    Program (b·H + h, s) processes block s of the keys of one head of one image. All programs together read every key
-    once, B·H·N·D elements, and write 4·B·H·(N + 2S) bytes.
+    Program (b·Hkv + h, s) processes block s of the keys of one key head of one image, for all GROUP query heads. All
+    programs together read every key once, B·Hkv·N·D elements, and write 4·B·H·(N + 2S) bytes.
     """
     # offsets
-    head = tl.program_id(0).to(tl.int64)  # which [b, h]
+    key_head = tl.program_id(0).to(tl.int64)  # which [b, h]
     block = tl.program_id(1)
-    b = head // num_heads
-    h = head % num_heads
+    b = key_head // num_key_heads
+    h = key_head % num_key_heads
     n = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     d = tl.arange(0, BLOCK_D).to(tl.int64)
-    query_offsets = b * query_stride_b + h * query_stride_h + d * query_stride_d
     key_offsets = b * key_stride_b + h * key_stride_h + n[:, None] * key_stride_n + d[None, :] * key_stride_d
 
     # masks
     in_row = n < num_tokens
     in_head = d < num_features
+    seen = in_row
+    if mask_ptr is not None:
+        seen = seen & (tl.load(mask_ptr + b * mask_stride_b + n * mask_stride_n, mask=in_row, other=0) != 0)
+    if position_ptr is not None:
+        seen = seen & (n <= tl.load(position_ptr + b * position_stride_b))
 
     # loads, widened: padded features add 0 to a dot product
-    query = tl.load(query_ptr + query_offsets, mask=in_head, other=0.0).to(tl.float32)
     key = tl.load(key_ptr + key_offsets, mask=in_row[:, None] & in_head[None, :], other=0.0).to(tl.float32)
+    for member in range(GROUP):
+        head = key_head * GROUP + member  # which [b, query head]
+        query_offsets = b * query_stride_b + (h * GROUP + member) * query_stride_h + d * query_stride_d
+        query = tl.load(query_ptr + query_offsets, mask=in_head, other=0.0).to(tl.float32)
 
-    # compute and store: padded keys weigh exp(-inf) = 0
-    logits = tl.sum(query[None, :] * key, axis=1) * scale
-    logits = tl.where(in_row, logits, float("-inf"))
-    highest = tl.max(logits, axis=0)
-    # Subtracting -inf from -inf would make a block of -inf NaN, where its weight is 0.
-    total = tl.sum(tl.exp(logits - tl.where(highest == float("-inf"), 0.0, highest)), axis=0)
-    stat = head * tl.num_programs(1) + block
-    tl.store(logits_ptr + head * num_tokens + n, logits, mask=in_row)
-    tl.store(block_max_ptr + stat, highest)
-    tl.store(block_sum_ptr + stat, total)
+        # compute and store: keys that are not seen, and padded ones, weigh exp(-inf) = 0
+        logits = tl.sum(query[None, :] * key, axis=1) * scale
+        logits = tl.where(seen, logits, float("-inf"))
+        highest = tl.max(logits, axis=0)
+        # Subtracting -inf from -inf would make a block of -inf NaN, where its weight is 0.
+        total = tl.sum(tl.exp(logits - tl.where(highest == float("-inf"), 0.0, highest)), axis=0)
+        stat = head * tl.num_programs(1) + block
+        tl.store(logits_ptr + head * num_tokens + n, logits, mask=in_row)
+        tl.store(block_max_ptr + stat, highest)
+        tl.store(block_sum_ptr + stat, total)
 
 
 @triton.jit

@@ -35,3 +35,15 @@ def compact_blocks(num_features: int) -> tuple[int, int]:
     """BLOCK_K, BLOCK_D: 1024 elements a program, which is one row of a CLIP ViT-L."""
     block_d = min(1024, triton.next_power_of_2(max(1, num_features)))
     return 1024 // block_d, block_d
+
+
+def compact_kv_blocks(num_features: int) -> tuple[int, int]:
+    """BLOCK_K, BLOCK_D: whole key rows, 4096 elements at a time."""
+    block_d = min(1024, triton.next_power_of_2(max(1, num_features)))
+    return 4096 // block_d, block_d
+
+
+def attention_blocks(num_features: int, element_size: int) -> tuple[int, int, int, int, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_D, the number of warps and of pipeline stages for attention."""
+    block_d = max(16, triton.next_power_of_2(num_features))  # tensor cores take no fewer
+    return 64, 32, block_d, 4, 2

@@ -10,7 +10,7 @@ from vtc import ops
 
 ALL_DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128),
 ]
 # B, N, K, D. D and K around the tiles of 1024 elements.
 SHAPES = [
@@ -34,6 +34,21 @@ def make(num_images, num_tokens, num_kept, num_features, dtype=torch.float32, la
     x = torch.randint(0, 2 if dtype == torch.bool else 256, size, dtype=torch.uint8, generator=generator)
     indices = torch.randint(0, num_tokens, (num_images, num_kept), generator=generator)
     return in_layout(x.view(dtype).to(DEVICE), layout), in_layout(indices.to(DEVICE), layout)
+
+
+def count_launches(monkeypatch, kernel):
+    """A list that grows by a 1 for each launch of a kernel of vtc_kernels.compact."""
+    import vtc_kernels.compact as module
+
+    launches, real = [], getattr(module, kernel)
+
+    class Counting:
+        def __getitem__(self, grid):
+            launches.append(1)
+            return real[grid]
+
+    monkeypatch.setattr(module, kernel, Counting())
+    return launches
 
 
 def bits(x):
@@ -75,6 +90,56 @@ def test_broadcast_images_and_conjugates(backend):
     x, indices = make(2, 9, 5, 12, torch.complex64)
     check(x.conj(), indices, backend)
     check(x.conj().imag, indices, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rest", [(), (1,), (3, 4), (2, 0), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "slice", "every other"])
+def test_trailing_axes(layout, rest, backend):
+    x = in_layout(torch.randn(2, 9, *rest, device=DEVICE), layout)
+    _, indices = make(2, 9, 5, 1)
+    with guarded_empty():
+        actual = ops.compact(x, indices, backend=backend)
+    assert actual.shape == (2, 5, *rest)
+    assert actual.is_contiguous()
+    assert torch.equal(actual, torch.stack([image[kept] for image, kept in zip(x, indices, strict=True)]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_tensors_at_once(backend):
+    hidden, indices = make(2, 50, 7, 1030, torch.bfloat16, "slice")
+    positions = torch.arange(50, device=DEVICE).expand(2, -1)
+    mask = in_layout(positions % 3 == 0, "every other")
+    pairs = torch.randn(2, 50, 3, 2, dtype=torch.complex128, device=DEVICE).conj()
+    tensors = [hidden, positions, mask, pairs, hidden[:, :, :1]]
+    with guarded_empty():
+        actual = ops.compact(tensors, indices, backend=backend)
+    assert isinstance(actual, tuple)
+    for result, x in zip(actual, tensors, strict=True):
+        assert result.dtype == x.dtype
+        assert bits(result.resolve_conj()) == bits(ops.compact(x, indices, backend="torch").resolve_conj())
+        assert result.shape == (2, 7, *x.shape[2:])
+    assert torch.equal(actual[1], indices)
+
+
+def test_several_tensors_take_one_launch(monkeypatch):
+    launches = count_launches(monkeypatch, "_compact_kernel")
+    x, indices = make(2, 9, 5, 12)
+    ops.compact([x, x.half(), x[..., 0]], indices, backend="triton")
+    assert launches == [1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_through_several_tensors(backend):
+    x = torch.randn(2, 7, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    y = torch.randn(2, 7, 2, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    number = torch.arange(14, device=DEVICE).view(2, 7)
+    indices = torch.tensor([[1, 4, 6], [5, 5, 0]], device=DEVICE)
+    assert torch.autograd.gradcheck(lambda x, y: ops.compact([x, number, y], indices, backend=backend)[::2], (x, y))
+    first, _, second = ops.compact([x, number, y], indices, backend=backend)
+    (grad,) = torch.autograd.grad(second.sum(), y)  # the other output has no gradient
+    assert grad.sum() == 2 * 3 * 4
+    assert first.requires_grad
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -165,8 +230,10 @@ def test_launcher_refuses_what_it_could_not_read_safely():
         compact(x, indices.int())
     with pytest.raises(ValueError, match=r"indices must be int64 \[2, K\]"):
         compact(x, indices[:1])
-    with pytest.raises(ValueError, match="1, 2, 4 or 8 bytes"):
-        compact(x.to(torch.complex128), indices)
+    with pytest.raises(ValueError, match="all with one B and N"):
+        compact((x, x[:, :8]), indices)
+    with pytest.raises(ValueError, match="all with one B and N"):
+        compact((), indices)
     with pytest.raises(ValueError, match="different devices"):
         compact(x, indices.to("meta"))
 

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
-from kernel_helpers import DEVICE
+from kernel_helpers import BACKENDS, DEVICE
 
 from vtc import ops
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 QUERY, KEY = torch.randn(2, 3, 8), torch.randn(2, 3, 10, 8)
 SCORES, ROWS, INDICES = torch.randn(2, 10), torch.randn(2, 10, 4), torch.tensor([[0, 9], [3, 4]])
+MASK, POSITION = torch.arange(10).expand(2, -1) > 1, torch.tensor([9, 5])
 
 
 @pytest.fixture(autouse=True)
@@ -108,13 +109,35 @@ def test_each_choice_is_logged_once(monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.backend_for("sort", CPU), "op must be one of row_scores, topk, compact, got 'sort'"),
+        (
+            lambda: ops.backend_for("sort", CPU),
+            "op must be one of cls_attention, row_scores, topk, compact, compact_kv, got 'sort'",
+        ),
         (lambda: ops.topk(SCORES, 2, backend="cuda"), "backend must be one of auto, triton, torch, got 'cuda'"),
-        (lambda: ops.row_scores(QUERY[0], KEY), r"same B, H and D, got \[3, 8\] and \[2, 3, 10, 8\]"),
-        (lambda: ops.row_scores(QUERY, KEY[:, :1]), "grouped-query attention"),
+        (lambda: ops.cls_attention(KEY[0], KEY, KEY), r"one shape, got \[3, 10, 8\] and \[2, 3, 10, 8\] and"),
+        (lambda: ops.cls_attention(KEY, KEY[:, :1], KEY), "one shape, got"),
+        (lambda: ops.cls_attention(KEY, KEY, KEY.half()), "one dtype of float32, float16 and bfloat16, got"),
+        (lambda: ops.cls_attention(*[KEY.double()] * 3), "got torch.float64, torch.float64 and torch.float64"),
+        (lambda: ops.cls_attention(*[KEY[:, :0]] * 3), r"at least, got \[2, 0, 10, 8\]"),
+        (lambda: ops.cls_attention(KEY, KEY, KEY, scale=float("inf")), "finite number or None, got inf"),
+        (
+            lambda: ops.cls_attention(KEY, KEY, KEY.to("meta")),
+            "one device, got query on cpu, key on cpu, value on meta",
+        ),
+        (
+            lambda: ops.cls_attention(KEY, KEY, KEY, rows=KEY[0]),
+            r"float32 \[B, H, N\] = \[2, 3, 10\], got torch.float32",
+        ),
+        (lambda: ops.cls_attention(KEY.clone().requires_grad_(), KEY, KEY), "not differentiable.*no_grad"),
+        (lambda: ops.row_scores(QUERY[0], KEY), r"same B and D, got \[3, 8\] and \[2, 3, 10, 8\]"),
+        (lambda: ops.row_scores(QUERY, KEY[:, :2]), r"multiple of key heads as query heads, got \[2, 3, 8\] and"),
+        (lambda: ops.row_scores(QUERY, KEY, mask=MASK.int()), r"bool \[B, N\] = \[2, 10\], got torch.int32.*mask.bool"),
+        (lambda: ops.row_scores(QUERY, KEY, mask=MASK[:, 1:]), r"got torch.bool \[2, 9\]"),
+        (lambda: ops.row_scores(QUERY, KEY, position=POSITION.int()), r"int64 \[B\] = \[2\], got torch.int32"),
+        (lambda: ops.row_scores(QUERY, KEY, mask=MASK.to("meta")), "mask on meta"),
         (lambda: ops.row_scores(QUERY.half(), KEY), "one floating-point dtype, got torch.float16 and torch.float32"),
         (lambda: ops.row_scores(QUERY.int(), KEY.int()), "one floating-point dtype, got torch.int32"),
-        (lambda: ops.row_scores(QUERY[:, :0], KEY[:, :0]), "at least one head"),
+        (lambda: ops.row_scores(QUERY[:, :0], KEY[:, :0]), "a head at least"),
         (lambda: ops.row_scores(QUERY, KEY, skip=10), "0 <= skip < N = 10, or no column is left; got 10"),
         (lambda: ops.row_scores(QUERY, KEY, skip=-1), "got -1"),
         (lambda: ops.row_scores(QUERY, KEY, skip=True), "got True"),
@@ -122,18 +145,38 @@ def test_each_choice_is_logged_once(monkeypatch, caplog):
         (lambda: ops.row_scores(QUERY, KEY, skip=1, out=SCORES), r"\[2, 9\], got torch.float32 \[2, 10\]"),
         (lambda: ops.row_scores(QUERY, KEY, out=SCORES.half()), "out must be float32"),
         (lambda: ops.row_scores(QUERY, KEY.to("meta")), "one device, got query on cpu, key on meta"),
-        (lambda: ops.topk(SCORES[0], 2), r"floating-point \[B, N\], got torch.float32 \[10\]"),
+        (lambda: ops.topk(SCORES[0], 2), r"floating-point \[B, N\], .*got torch.float32 \[10\]"),
         (lambda: ops.topk(SCORES.long(), 2), "got torch.int64"),
         (lambda: ops.topk(SCORES, 11), "1 <= k <= N = 10 .*got 11"),
         (lambda: ops.topk(SCORES, 0), "got 0"),
         (lambda: ops.topk(SCORES, 2.0), "got 2.0"),
         (lambda: ops.topk(SCORES, True), "got True"),
-        (lambda: ops.compact(ROWS[0], INDICES), r"same B, got \[10, 4\] and \[2, 2\]"),
-        (lambda: ops.compact(ROWS, INDICES[:1]), r"same B, got \[2, 10, 4\] and \[1, 2\]"),
+        (lambda: ops.topk(SCORES[None], 2, ensemble="median"), "one of sum, mean, max, min, got 'median'"),
+        (lambda: ops.topk(SCORES.expand(0, 2, 10), 2), r"a layer and a head at least, got \[0, 2, 10\]"),
+        (lambda: ops.topk(SCORES, 2, total=SCORES[:1]), r"float32 \[B, N\] = \[2, 10\], got torch.float32 \[1, 10\]"),
+        (lambda: ops.topk(SCORES, 2, total=SCORES.double()), "got torch.float64"),
+        (lambda: ops.compact(ROWS[0, 0], INDICES), r"x must be \[B, N, ...\].*got \[4\]"),
+        (lambda: ops.compact([ROWS, ROWS[:, 1:]], INDICES), r"one B and N, got \[2, 10, 4\] and \[2, 9, 4\]"),
+        (lambda: ops.compact([], INDICES), "x must be"),
+        (lambda: ops.compact(ROWS, INDICES[:1]), r"\[B, K\] with B = 2, got \[1, 2\]"),
         (lambda: ops.compact(ROWS, INDICES.int()), r"must be int64, got torch.int32. Use indices.long\(\)"),
         (lambda: ops.compact(ROWS, INDICES + 1), r"\[0, N\) = \[0, 10\), got values from 1 to 10"),
         (lambda: ops.compact(ROWS, INDICES - 1), "got values from -1 to 8"),
-        (lambda: ops.compact(ROWS.to("meta"), INDICES), "one device, got x on meta, indices on cpu"),
+        (lambda: ops.compact(ROWS.to("meta"), INDICES), r"one device, got indices on cpu, x\[0\] on meta"),
+        (lambda: ops.compact_kv([KEY], [KEY, KEY], INDICES), "one of each per layer, got 1 and 2"),
+        (lambda: ops.compact_kv([], [], INDICES), "got 0 and 0"),
+        (lambda: ops.compact_kv([QUERY], [QUERY], INDICES), r"sequences of \[B, H, N, D\].*got 1 and 1: \[2, 3, 8\]"),
+        (lambda: ops.compact_kv([KEY], [KEY[:, :, 1:]], INDICES), r"one N, got \[2, 3, 10, 8\] and \[2, 3, 9, 8\]"),
+        (lambda: ops.compact_kv([KEY.to(torch.complex128)], [KEY], INDICES), "8 bytes, got torch.complex128"),
+        (lambda: ops.compact_kv([KEY], [KEY], INDICES.int()), "must be int64, got torch.int32"),
+        (lambda: ops.compact_kv([KEY], [KEY], INDICES + 1), "got values from 1 to 10"),
+        (lambda: ops.compact_kv([KEY], [KEY], INDICES.flip(1), in_place=True), "must ascend without repeats"),
+        (lambda: ops.compact_kv([KEY], [KEY], INDICES[:, :1].expand(-1, 2), in_place=True), "must ascend without rep"),
+        (
+            lambda: ops.compact_kv([KEY], [KEY], INDICES.expand(6, 2, 2).reshape(2, 12) * 0, in_place=True),
+            "at most N = 10",
+        ),
+        (lambda: ops.compact_kv([KEY], [KEY.to("meta")], INDICES), "tensor 1 on meta"),
     ],
 )
 @pytest.mark.parametrize("environment", [None, "triton"])
@@ -142,3 +185,111 @@ def test_bad_arguments_are_explained(call, message, environment, monkeypatch):
         monkeypatch.setenv("VTC_BACKEND", environment)
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- operators of torch.library ---------------------------------------------------------------------------------------
+
+
+def samples():
+    """Operator and arguments: one call of each `torch.ops.vtc.*`."""
+    attention = [torch.randn(2, 2, 5, 8, device=DEVICE) for _ in range(3)]
+    query, key, mask, position = (x.to(DEVICE) for x in (QUERY, KEY, MASK, POSITION))
+    scores, rows, indices = (x.to(DEVICE) for x in (SCORES, ROWS, INDICES))
+    empty = torch.zeros(2, 2, 5, device=DEVICE)
+    return {
+        "cls_attention": (*attention, None),
+        "cls_attention_": (*attention, 0.5, empty),
+        "row_scores": (query, key, None, 1, mask, position),
+        "row_scores_": (query, key, None, 1, None, None, scores[:, 1:].contiguous()),
+        "topk": (scores.expand(3, 2, 10), 4, "mean", scores.clone()),
+        "compact": ([rows.clone().requires_grad_(), indices.repeat(1, 5)], indices),
+        "compact_kv": ([key], [key.half()], indices),
+        "compact_kv_": ([key.clone()], [key.clone()], indices),
+    }
+
+
+def test_every_operator_is_sampled():
+    assert {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name[:5] == "vtc::"
+    } == {*samples()}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", samples())
+def test_operators_keep_what_they_promise(name, backend):
+    """Schema (what is mutated, what aliases), fake kernel and autograd, as torch.library.opcheck has it."""
+    torch.library.opcheck(getattr(torch.ops.vtc, name).default, (*samples()[name], backend))
+
+
+def whole_path(query, key, value, hidden, cache):
+    """Attention with scores, selection, and every copy, as one function that a compiler has to trace."""
+    totals = torch.empty_like(hidden[:, :, 0])
+    with torch.no_grad():
+        out, rows = ops.cls_attention(query, key, value)
+        layers = torch.stack([rows, rows.flip(2)])
+        ops.cls_attention(query, key, value, rows=layers[1])
+    scores = ops.row_scores(query[:, :, 0], key, skip=1)
+    scores = ops.row_scores(query[:, :, 1], key, skip=1, out=scores)
+    indices = ops.topk(layers[..., 1:], 3, total=totals)
+    kept, positions = ops.compact([hidden, torch.arange(9, device=DEVICE).expand(2, -1)], indices)
+    (short,), (copy,) = ops.compact_kv([cache], [cache], indices)
+    (front,), _ = ops.compact_kv([cache + 1], [cache * 2], ops.topk(scores, 2), in_place=True)
+    return out, scores, totals, indices, kept.square(), positions, short, copy, front
+
+
+@pytest.mark.filterwarnings("error:.*custom operator:UserWarning")  # outputs that alias
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's word on -inf minus -inf
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compilers_trace_through(backend, dynamic, monkeypatch):
+    if backend == "triton" or DEVICE.type == "cuda":
+        monkeypatch.setenv("VTC_BACKEND", backend)
+    attention = [torch.randn(2, 3, 10, 8, device=DEVICE) for _ in range(3)]
+    hidden = torch.randn(2, 9, 4, device=DEVICE, requires_grad=True)
+    cache = torch.randn(2, 2, 9, 8, device=DEVICE)
+    compiled = torch.compile(whole_path, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    expected, actual = whole_path(*attention, hidden, cache), compiled(*attention, hidden, cache)
+    for one, other in zip(expected, actual, strict=True):
+        assert torch.equal(one, other)
+    (wanted,) = torch.autograd.grad(expected[4].sum(), hidden)
+    assert torch.equal(torch.autograd.grad(actual[4].sum(), hidden)[0], wanted)
+
+
+def test_exported_programs_hold_the_operators():
+    class Select(torch.nn.Module):
+        def forward(self, scores, x):
+            return ops.compact(x, ops.topk(scores, 2))
+
+    program = torch.export.export(Select(), (SCORES, ROWS))
+    assert {str(node.target) for node in program.graph.nodes if "vtc" in str(node.target)} == {
+        "vtc.topk.default",
+        "vtc.compact.default",
+    }
+    assert torch.equal(program.module()(SCORES, ROWS), ops.compact(ROWS, ops.topk(SCORES, 2)))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_a_stream_that_is_not_the_default_one():
+    scores = torch.randn(64, 16384, device=DEVICE)
+    expected = ops.topk(scores, 100)
+    later = torch.zeros_like(scores)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # a launch on another stream would see zeros
+        later.copy_(scores)
+        actual = ops.topk(later, 100)
+    stream.synchronize()
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    for name, arguments in samples().items():
+        if name[-1] == "_":
+            continue
+        moved = torch.utils._pytree.tree_map(lambda x: x.to("cuda:1") if isinstance(x, torch.Tensor) else x, arguments)
+        actual = getattr(torch.ops.vtc, name)(*moved, "triton")
+        for result in torch.utils._pytree.tree_leaves(actual):
+            assert result.device == torch.device("cuda:1")

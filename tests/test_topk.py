@@ -6,7 +6,16 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kernel_helpers import BACKENDS, DEVICE, DTYPES, LAYOUTS, guarded_empty, in_layout, property_test
+from kernel_helpers import (
+    BACKENDS,
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    assert_as_exact_as_pytorch,
+    guarded_empty,
+    in_layout,
+    property_test,
+)
 
 from vtc import ops
 
@@ -160,11 +169,116 @@ def test_any_length(num_tokens, share, levels):
     check((randn(1, num_tokens) * levels).round() / levels, k, "triton")
 
 
+# --- layers and heads, combined first ---------------------------------------------------------------------------------
+
+COMBINE = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "min": torch.amin}
+
+
+def combined(scores, ensemble, dtype):
+    """Plain PyTorch in `dtype`. In float64 it is the oracle."""
+    scores = scores.to(dtype)
+    return COMBINE[ensemble](scores.mean(dim=2) if scores.ndim == 4 else scores, dim=0)
+
+
+def check_combined(scores, k, ensemble, backend, layout="contiguous"):
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    total = in_layout(torch.zeros(scores.shape[1], scores.shape[-1], dtype=dtype, device=DEVICE), layout)
+    with guarded_empty():
+        actual = ops.topk(scores, k, ensemble=ensemble, total=total, backend=backend)
+    oracle_total = combined(scores, ensemble, torch.float64)
+    assert_as_exact_as_pytorch(total, combined(scores, ensemble, torch.float32), oracle_total)
+    # Two scores closer than rounding may change places; given the rounded ones, every index is determined.
+    assert torch.equal(actual.cpu(), oracle(total, k))
+    assert torch.equal(actual, ops.topk(scores, k, ensemble=ensemble, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ensemble", COMBINE)
+@pytest.mark.parametrize("shape", [(3, 2, 576), (1, 2, 49), (3, 2, 16, 576), (2, 1, 3, 4097), (5, 3, 1, 7)], ids=str)
+def test_layers_and_heads(shape, ensemble, backend):
+    check_combined(randn(*shape), min(64, shape[-1] - 1), ensemble, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_layers_and_heads_in_every_dtype(dtype, backend):
+    check_combined(randn(3, 2, 4, 70, dtype=dtype), 11, "sum", backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 2, 70), (3, 2, 4, 70), (2, 2, 2, 4100)], ids=str)
+def test_strides_of_layers_and_total(shape, layout, backend):
+    check_combined(in_layout(randn(*shape), layout), 11, "max", backend, layout)
+    check_combined(in_layout(randn(*shape[:-1], shape[-1] + 1), layout)[..., 1:], 11, "sum", backend, layout)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ensemble", COMBINE)
+def test_nan_in_one_layer_or_head(ensemble, backend):
+    scores = randn(3, 2, 2, 9).abs()
+    scores[1, 0, 1, 4] = NAN
+    scores[0, 1] = NAN
+    total = torch.empty(2, 9, device=DEVICE)
+    indices = ops.topk(scores, 8, ensemble=ensemble, total=total, backend=backend)
+    assert total.isnan().tolist() == [[n == 4 for n in range(9)], [True] * 9]
+    assert indices.tolist() == [[0, 1, 2, 3, 5, 6, 7, 8], list(range(8))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_total_of_one_layer_is_a_copy(backend):
+    scores = randn(2, 49, dtype=torch.bfloat16)
+    total = torch.empty(2, 49, device=DEVICE)
+    ops.topk(scores, 3, total=total, backend=backend)
+    assert torch.equal(total, scores.float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_and_heads_alone_in_a_batch_and_again(backend):
+    scores = randn(3, 4, 5, 300)
+    totals = torch.empty(2, 4, 300, device=DEVICE)
+    batch = ops.topk(scores, 40, total=totals[0], backend=backend)
+    assert torch.equal(batch, ops.topk(scores, 40, total=totals[1], backend=backend))
+    assert torch.equal(*totals)
+    for b in range(4):
+        alone = torch.empty(1, 300, device=DEVICE)
+        assert torch.equal(batch[b : b + 1], ops.topk(scores[:, b : b + 1], 40, total=alone, backend=backend))
+        assert torch.equal(alone, totals[0, b : b + 1])
+
+
+@property_test
+@given(
+    num_layers=st.integers(1, 4),
+    num_images=st.integers(1, 3),
+    num_heads=st.integers(1, 5),
+    num_tokens=st.integers(1, 150),
+    share=st.floats(0, 1),
+    ensemble=st.sampled_from(sorted(COMBINE)),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+)
+def test_any_layers(num_layers, num_images, num_heads, num_tokens, share, ensemble, dtype, layout):
+    scores = in_layout(randn(num_layers, num_images, num_heads, num_tokens, dtype=dtype), layout)
+    check_combined(scores, min(num_tokens, 1 + int(share * num_tokens)), ensemble, "triton", layout)
+
+
 def test_launcher_refuses_what_it_could_not_read_safely():
     from vtc_kernels.topk import topk
 
     for k in (0, 10):
         with pytest.raises(ValueError, match=r"k must be in \[1, N\] = \[1, 9\]"):
             topk(randn(2, 9), k)
-    with pytest.raises(ValueError, match="floating point"):
+    with pytest.raises(ValueError, match="floating-point"):
         topk(randn(2, 9).int(), 2)
+    with pytest.raises(ValueError, match=r"got torch.float32 \[9\]"):
+        topk(randn(9), 2)
+    with pytest.raises(ValueError, match="N at most 2097151"):
+        topk(torch.zeros(1, 1, device=DEVICE).expand(1, 2**21), 2)
+    with pytest.raises(ValueError, match=r"and 'median'"):
+        topk(randn(3, 2, 9), 2, ensemble="median")
+    with pytest.raises(ValueError, match="needs a layer"):
+        topk(randn(3, 2, 0, 9), 2)
+    with pytest.raises(ValueError, match=r"total must be torch.float32 \[2, 9\]"):
+        topk(randn(2, 9), 2, total=randn(2, 8))
+    with pytest.raises(ValueError, match="different devices"):
+        topk(randn(2, 9), 2, total=torch.empty(2, 9, device="meta"))

@@ -8,7 +8,9 @@ takes one more argument, `backend`:
 - ``"triton"``: the kernel, or a `ValueError` that says why it cannot run.
 - ``"torch"``: the reference.
 
-The first choice of each kind is logged on the logger "vtc" at level INFO. No operation waits for the GPU.
+The first choice of each kind is logged on the logger "vtc" at level INFO. No operation waits for the GPU. Each is also
+an operator of `torch.library` (``torch.ops.vtc.*``) with a fake kernel, so that `torch.compile(fullgraph=True)` and
+`torch.export` trace through it.
 """
 
 from __future__ import annotations
@@ -17,19 +19,85 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from vtc import reference
 
-OPS = ("row_scores", "topk", "compact")
+OPS = ("cls_attention", "row_scores", "topk", "compact", "compact_kv")
 BACKENDS = ("auto", "triton", "torch")
+ENSEMBLES = ("sum", "mean", "max", "min")
 
 _log = logging.getLogger("vtc")
 _announced: set[tuple[str, str]] = set()
+
+
+def cls_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    rows: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of a vision tower, and in the same pass the probabilities of its first row, the [CLS] token's.
+
+    See `vtc.reference.cls_attention` for the formula. No mask, not causal. Never an N x N matrix. An image's result
+    does not depend on the other images of the batch, and repeated calls give the same bits.
+
+    Parameters
+    ----------
+    query, key, value : Tensor[B, H, N, D], float32, float16 or bfloat16
+        One dtype, any strides; nothing is copied.
+    scale : float, optional
+        ``D ** -0.5`` when not given.
+    rows : Tensor[B, H, N], float32, optional
+        Where the probabilities go; any strides.
+    backend : {"auto", "triton", "torch"}
+
+    Returns
+    -------
+    out : Tensor[B, N, H, D], the dtype of `query`
+        Contiguous.
+    rows : Tensor[B, H, N], float32
+        Softmax of the first query row over all N keys, head by head; `rows` if it was given.
+
+    Raises
+    ------
+    ValueError
+        For shapes, dtypes or devices that do not fit, for a backend that cannot run, and where a gradient would be
+        needed: the operation is not differentiable.
+    """
+    if query.ndim != 4 or key.shape != query.shape or value.shape != query.shape:
+        raise ValueError(
+            f"cls_attention: query, key and value must be [B, H, N, D] of one shape, got {_shapes(query, key, value)}."
+        )
+    if query.dtype not in _FLOATS or key.dtype != query.dtype or value.dtype != query.dtype:
+        raise ValueError(
+            "cls_attention: query, key and value must share one dtype of float32, float16 and bfloat16, "
+            f"got {query.dtype}, {key.dtype} and {value.dtype}."
+        )
+    if 0 in query.shape[1:]:
+        raise ValueError(f"cls_attention: needs a head, a token and a feature at least, got {_shapes(query)}.")
+    _check_scale("cls_attention", scale)
+    _same_device("cls_attention", query=query, key=key, value=value, rows=rows)
+    if rows is not None and (rows.dtype != torch.float32 or rows.shape != query.shape[:3]):
+        raise ValueError(
+            f"cls_attention: rows must be float32 [B, H, N] = {list(query.shape[:3])}, "
+            f"got {rows.dtype} {_shapes(rows)}."
+        )
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        raise ValueError(
+            "cls_attention: not differentiable, and an input requires a gradient. Call it under torch.no_grad(), or "
+            "use torch.nn.functional.scaled_dot_product_attention and row_scores."
+        )
+    if rows is None:
+        return torch.ops.vtc.cls_attention(query, key, value, scale, backend)
+    return torch.ops.vtc.cls_attention_(query, key, value, scale, rows, backend), rows
 
 
 def row_scores(
@@ -38,6 +106,8 @@ def row_scores(
     *,
     scale: float | None = None,
     skip: int = 0,
+    mask: Tensor | None = None,
+    position: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -49,12 +119,17 @@ def row_scores(
     Parameters
     ----------
     query : Tensor[B, H, D], floating point
-    key : Tensor[B, H, N, D], same dtype and device
-        Any strides; nothing is copied.
+        The [CLS] row of a vision tower, or the last prompt token's of a language model.
+    key : Tensor[B, Hkv, N, D], same dtype and device
+        Any strides; nothing is copied. H is a multiple of Hkv (grouped-query attention).
     scale : float, optional
         ``D ** -0.5`` when not given.
     skip : int
         0 <= skip < N leading columns are left out of the result, but stay in the denominator ([CLS]: 1).
+    mask : Tensor[B, N], bool, optional
+        False where a key gets no attention (padding). A row that sees nothing is NaN.
+    position : Tensor[B], int64, optional
+        The query's place among the keys. Later ones get no attention (causal): for right padding and static caches.
     out : Tensor[B, N - skip], float32, optional
         The scores are added to it in place.
     backend : {"auto", "triton", "torch"}
@@ -69,45 +144,65 @@ def row_scores(
     ValueError
         For shapes, dtypes, devices or a `skip` that do not fit, and for a backend that cannot run.
     """
-    if query.ndim != 3 or key.ndim != 4 or query.shape != (*key.shape[:2], key.shape[3]):
+    if query.ndim != 3 or key.ndim != 4 or (query.shape[0], query.shape[2]) != (key.shape[0], key.shape[3]):
         raise ValueError(
-            "row_scores: query must be [B, H, D] and key [B, H, N, D] with the same B, H and D, "
-            f"got {_shapes(query, key)}. For grouped-query attention repeat the key heads first."
+            "row_scores: query must be [B, H, D] and key [B, Hkv, N, D] with the same B and D, "
+            f"got {_shapes(query, key)}."
         )
     if query.dtype != key.dtype or not query.is_floating_point():
         raise ValueError(
             f"row_scores: query and key must share one floating-point dtype, got {query.dtype} and {key.dtype}."
         )
-    num_images, num_heads, num_tokens, num_features = key.shape
-    if num_heads == 0 or num_features == 0:
-        raise ValueError(f"row_scores: needs at least one head and one feature, got key {_shapes(key)}.")
+    num_images, num_key_heads, num_tokens, num_features = key.shape
+    if 0 in (query.shape[1], num_key_heads, num_features) or query.shape[1] % num_key_heads:
+        raise ValueError(
+            "row_scores: needs a feature and a head at least, and a multiple of key heads as query heads, "
+            f"got {_shapes(query, key)}."
+        )
     if not _is_int(skip) or not 0 <= skip < num_tokens:
         raise ValueError(
             f"row_scores: skip must be an int with 0 <= skip < N = {num_tokens}, or no column is left; got {skip!r}."
         )
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"row_scores: scale must be a finite number or None, got {scale}.")
-    _same_device("row_scores", query=query, key=key, out=out)
+    _check_scale("row_scores", scale)
+    _same_device("row_scores", query=query, key=key, mask=mask, position=position, out=out)
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (num_images, num_tokens)):
+        raise ValueError(
+            f"row_scores: mask must be bool [B, N] = [{num_images}, {num_tokens}], got {mask.dtype} {_shapes(mask)}. "
+            "Use mask.bool() for a mask of 0 and 1."
+        )
+    if position is not None and (position.dtype != torch.int64 or position.shape != (num_images,)):
+        raise ValueError(
+            f"row_scores: position must be int64 [B] = [{num_images}], got {position.dtype} {_shapes(position)}."
+        )
     if out is not None and (out.dtype != torch.float32 or out.shape != (num_images, num_tokens - skip)):
         raise ValueError(
             f"row_scores: out must be float32 [B, N - skip] = [{num_images}, {num_tokens - skip}], "
             f"got {out.dtype} {_shapes(out)}."
         )
-    with torch.no_grad():
-        return _choose("row_scores", query.device, backend)(query, key, scale=scale, skip=skip, out=out)
+    query, key = query.detach(), key.detach()
+    if out is None:
+        return torch.ops.vtc.row_scores(query, key, scale, skip, mask, position, backend)
+    torch.ops.vtc.row_scores_(query, key, scale, skip, mask, position, out, backend)
+    return out
 
 
-def topk(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
+def topk(
+    scores: Tensor, k: int, *, ensemble: str = "sum", total: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """Indices of the `k` largest scores of each row, ascending; ties go to the lower index, NaN counts as -inf.
 
     The result is always `k` different indices in [0, N), whatever the scores are. Not differentiable.
 
     Parameters
     ----------
-    scores : Tensor[B, N], floating point
-        Any strides.
+    scores : Tensor[B, N] or [L, B, N] or [L, B, H, N], floating point
+        Any strides. Heads are averaged, then layers are combined.
     k : int
         1 <= k <= N.
+    ensemble : {"sum", "mean", "max", "min"}
+        How the L layers are combined. A NaN in a layer makes the combination NaN.
+    total : Tensor[B, N], float32 (float64 for float64 scores), optional
+        The combined scores are written to it.
     backend : {"auto", "triton", "torch"}
 
     Returns
@@ -117,32 +212,48 @@ def topk(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     Raises
     ------
     ValueError
-        If `scores` is not a floating-point matrix, if `k` is not an int in [1, N], or if the backend cannot run.
+        If `scores` is of no accepted shape or dtype, if `k` is not an int in [1, N], for an unknown ensemble or a
+        `total` that does not fit, or if the backend cannot run.
     """
-    if scores.ndim != 2 or not scores.is_floating_point():
-        raise ValueError(f"topk: scores must be a floating-point [B, N], got {scores.dtype} {_shapes(scores)}.")
-    if not _is_int(k) or not 1 <= k <= scores.shape[1]:
+    if scores.ndim not in (2, 3, 4) or not scores.is_floating_point():
         raise ValueError(
-            f"topk: k must be an int with 1 <= k <= N = {scores.shape[1]} (one score per token), got {k!r}."
+            "topk: scores must be a floating-point [B, N], [L, B, N] or [L, B, H, N], "
+            f"got {scores.dtype} {_shapes(scores)}."
         )
-    with torch.no_grad():
-        return _choose("topk", scores.device, backend)(scores, k)
+    num_images, num_tokens = scores.shape[0 if scores.ndim == 2 else 1], scores.shape[-1]
+    if not _is_int(k) or not 1 <= k <= num_tokens:
+        raise ValueError(f"topk: k must be an int with 1 <= k <= N = {num_tokens} (one score per token), got {k!r}.")
+    if ensemble not in ENSEMBLES:
+        raise ValueError(f"topk: ensemble must be one of {', '.join(ENSEMBLES)}, got {ensemble!r}.")
+    if scores.ndim > 2 and 0 in (scores.shape[0], *scores.shape[2:-1]):
+        raise ValueError(f"topk: needs a layer and a head at least, got {_shapes(scores)}.")
+    _same_device("topk", scores=scores, total=total)
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if total is not None and (total.dtype != dtype or total.shape != (num_images, num_tokens)):
+        raise ValueError(
+            f"topk: total must be {dtype} [B, N] = [{num_images}, {num_tokens}], got {total.dtype} {_shapes(total)}."
+        )
+    return torch.ops.vtc.topk(scores.detach(), k, ensemble, total, backend)
 
 
-def compact(x: Tensor, indices: Tensor, *, backend: str = "auto") -> Tensor:
+@overload
+def compact(x: Tensor, indices: Tensor, *, backend: str = "auto") -> Tensor: ...
+@overload
+def compact(x: Sequence[Tensor], indices: Tensor, *, backend: str = "auto") -> tuple[Tensor, ...]: ...
+def compact(x: Tensor | Sequence[Tensor], indices: Tensor, *, backend: str = "auto") -> Tensor | tuple[Tensor, ...]:
     """Rows of `x` by index, image by image: ``result[b, k] = x[b, indices[b, k]]``. Differentiable in `x`.
 
     Parameters
     ----------
-    x : Tensor[B, N, D], any dtype
-        Any strides; nothing but the kept rows is copied.
+    x : Tensor[B, N, ...] or a sequence of such tensors, any dtypes
+        Any strides. Several tensors (hidden states, positions, masks) have one B and one N, and take one launch.
     indices : Tensor[B, K], int64
         Each in [0, N). They need be neither sorted nor unique.
     backend : {"auto", "triton", "torch"}
 
     Returns
     -------
-    Tensor[B, K, D], the dtype of `x`
+    Tensor[B, K, ...] or a tuple of them, the dtypes of `x`
         Contiguous.
 
     Raises
@@ -152,18 +263,72 @@ def compact(x: Tensor, indices: Tensor, *, backend: str = "auto") -> Tensor:
         outside [0, N). On a GPU that check would have to wait for the device, so it is not made: there the kernel
         reads nothing for such an index and gives a row of zeros, and PyTorch reports a device-side assertion.
     """
-    if x.ndim != 3 or indices.ndim != 2 or len(x) != len(indices):
-        raise ValueError(f"compact: x must be [B, N, D] and indices [B, K] with the same B, got {_shapes(x, indices)}.")
-    if indices.dtype != torch.int64:
-        raise ValueError(f"compact: indices must be int64, got {indices.dtype}. Use indices.long().")
-    _same_device("compact", x=x, indices=indices)
-    if indices.device.type == "cpu" and indices.numel():
-        low, high = (int(bound) for bound in indices.aminmax())
-        if low < 0 or high >= x.shape[1]:
-            raise ValueError(
-                f"compact: indices must lie in [0, N) = [0, {x.shape[1]}), got values from {low} to {high}."
-            )
-    return _choose("compact", x.device, backend)(x, indices)
+    tensors = (x,) if isinstance(x, Tensor) else tuple(x)
+    rows = tensors[0].shape[:2] if tensors else ()
+    if len(rows) != 2 or any(tensor.shape[:2] != rows for tensor in tensors):
+        raise ValueError(f"compact: x must be [B, N, ...], several with one B and N, got {_shapes(*tensors)}.")
+    _check_indices("compact", indices, rows[0])
+    _same_device("compact", indices=indices, **{f"x[{i}]": tensor for i, tensor in enumerate(tensors)})
+    result = torch.ops.vtc.compact(tensors, indices, backend)
+    return result[0] if isinstance(x, Tensor) else tuple(result)
+
+
+def compact_kv(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    indices: Tensor,
+    *,
+    in_place: bool = False,
+    backend: str = "auto",
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Rows of the keys and values of many layers: ``result[b, h, k] = x[b, h, indices[b, k]]``. Not differentiable.
+
+    Parameters
+    ----------
+    keys, values : sequences of Tensor[B, H, N, D], any dtype of 1, 2, 4 or 8 bytes
+        One per layer, on one device. Any strides; layers may differ in dtype, H and D. All tensors with one shape,
+        dtype and strides take one launch.
+    indices : Tensor[B, K], int64
+        Each in [0, N). In place: ascending and unique in each row, as `topk` gives them.
+    in_place : bool
+        Move the kept rows to the front of the tensors themselves, for a preallocated (static) cache. Rows from K on
+        are left as they are.
+    backend : {"auto", "triton", "torch"}
+
+    Returns
+    -------
+    keys, values : tuples of Tensor[B, H, K, D], the dtypes given
+        New tensors, or views of the given ones.
+
+    Raises
+    ------
+    ValueError
+        For shapes, dtypes or devices that do not fit, and for a backend that cannot run. On the CPU also for an index
+        outside [0, N) and, in place, for a row that does not ascend; for a GPU see `compact`.
+    """
+    keys, values = tuple(keys), tuple(values)
+    tensors = (*keys, *values)
+    if not tensors or len(keys) != len(values) or any(tensor.ndim != 4 for tensor in tensors):
+        raise ValueError(
+            "compact_kv: keys and values must be sequences of [B, H, N, D], one of each per layer, got "
+            f"{len(keys)} and {len(values)}: {_shapes(*tensors)}."
+        )
+    num_images, _, num_tokens, _ = tensors[0].shape
+    if any((tensor.shape[0], tensor.shape[2]) != (num_images, num_tokens) for tensor in tensors):
+        raise ValueError(f"compact_kv: keys and values must have one B and one N, got {_shapes(*tensors)}.")
+    if any(tensor.element_size() > 8 for tensor in tensors):
+        raise ValueError(f"compact_kv: elements have 1, 2, 4 or 8 bytes, got {tensors[0].dtype}.")
+    _check_indices("compact_kv", indices, num_images)
+    if in_place and indices.shape[1] > num_tokens:
+        raise ValueError(f"compact_kv: in place at most N = {num_tokens} rows fit, got {indices.shape[1]} indices.")
+    _same_device("compact_kv", indices=indices, **{f"tensor {i}": tensor for i, tensor in enumerate(tensors)})
+    with torch.no_grad():
+        if not in_place:
+            moved = torch.ops.vtc.compact_kv(keys, values, indices, backend)
+        else:
+            torch.ops.vtc.compact_kv_(keys, values, indices, backend)
+            moved = [tensor[:, :, : indices.shape[1]] for tensor in tensors]
+    return tuple(moved[: len(keys)]), tuple(moved[len(keys) :])
 
 
 def backend_for(op: str, device: torch.device, backend: str = "auto") -> tuple[str, str]:
@@ -171,7 +336,7 @@ def backend_for(op: str, device: torch.device, backend: str = "auto") -> tuple[s
 
     Parameters
     ----------
-    op : {"row_scores", "topk", "compact"}
+    op : {"cls_attention", "row_scores", "topk", "compact", "compact_kv"}
     device : torch.device
         Where the tensors are.
     backend : {"auto", "triton", "torch"}
@@ -218,7 +383,7 @@ def backend_for(op: str, device: torch.device, backend: str = "auto") -> tuple[s
 
 
 class _Triton(NamedTuple):
-    launchers: dict[str, Callable[..., Tensor]]
+    launchers: dict[str, Callable[..., Any]]
     interpreted: bool
     error: str
 
@@ -227,15 +392,20 @@ class _Triton(NamedTuple):
 def _triton() -> _Triton:
     """The kernels, imported on first need: triton is optional, and slow to import."""
     try:
-        from vtc_kernels import compact, scores, topk, tuning
+        from vtc_kernels import attention, compact, scores, topk, tuning
     except ImportError as error:
         return _Triton({}, False, f"the Triton kernels cannot be imported ({error})")
-    differentiable_compact = functools.partial(_differentiable, compact.compact)
-    launchers = {"row_scores": scores.row_scores, "topk": topk.topk, "compact": differentiable_compact}
+    launchers = {
+        "cls_attention": attention.cls_attention,
+        "row_scores": scores.row_scores,
+        "topk": topk.topk,
+        "compact": compact.compact,
+        "compact_kv": compact.compact_kv,
+    }
     return _Triton(launchers, tuning.INTERPRETED, "")
 
 
-def _choose(op: str, device: torch.device, backend: str) -> Callable[..., Tensor]:
+def _choose(op: str, device: torch.device, backend: str) -> Callable[..., Any]:
     choice, reason = backend_for(op, device, backend)
     if (op, choice) not in _announced:
         _announced.add((op, choice))
@@ -243,23 +413,151 @@ def _choose(op: str, device: torch.device, backend: str) -> Callable[..., Tensor
     return _triton().launchers[op] if choice == "triton" else getattr(reference, op)
 
 
-class _Compact(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, launcher: Callable[..., Tensor], x: Tensor, indices: Tensor) -> Tensor:
-        ctx.save_for_backward(indices)
-        ctx.shape = x.shape
-        return launcher(x, indices)
+# --- operators of torch.library: what runs, and the shapes alone (fake kernels) --------------------------------------
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        (indices,) = ctx.saved_tensors
-        images = torch.arange(len(indices), device=indices.device).unsqueeze(1)
+
+def _register(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define the operator of `schema`; the decorated function is what it does on any device."""
+    name = f"vtc::{schema[: schema.index('(')]}"
+    torch.library.define(name, schema[schema.index("(") :])
+    torch.library.register_fake(name, fake)
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.impl(name, "CompositeExplicitAutograd", function)
+        return function
+
+    return register
+
+
+def _fake_attention(query: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+
+
+def _fake_compact(tensors: Sequence[Tensor], indices: Tensor, *_: Any) -> list[Tensor]:
+    return [tensor.new_empty((*indices.shape, *tensor.shape[2:])) for tensor in tensors]
+
+
+def _fake_compact_kv(keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tensor, *_: Any) -> list[Tensor]:
+    count = indices.shape[1]
+    return [tensor.new_empty((*tensor.shape[:2], count, tensor.shape[3])) for tensor in (*keys, *values)]
+
+
+@_register(
+    "cls_attention(Tensor query, Tensor key, Tensor value, float? scale, str backend) -> (Tensor, Tensor)",
+    lambda query, *_: (_fake_attention(query), query.new_empty(query.shape[:3], dtype=torch.float32)),
+)
+def _cls_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str) -> Any:
+    return _choose("cls_attention", query.device, backend)(query, key, value, scale=scale)
+
+
+@_register(
+    "cls_attention_(Tensor query, Tensor key, Tensor value, float? scale, Tensor(a!) rows, str backend) -> Tensor",
+    _fake_attention,
+)
+def _cls_attention_(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, rows: Tensor, backend: str
+) -> Tensor:
+    return _choose("cls_attention", query.device, backend)(query, key, value, scale=scale, rows=rows)[0]
+
+
+@_register(
+    "row_scores(Tensor query, Tensor key, float? scale, SymInt skip, Tensor? mask, Tensor? position, str backend)"
+    " -> Tensor",
+    lambda _, key, scale, skip, *__: key.new_empty((key.shape[0], key.shape[2] - skip), dtype=torch.float32),
+)
+def _row_scores(
+    query: Tensor, key: Tensor, scale: float | None, skip: int, mask: Any, position: Any, backend: str
+) -> Tensor:
+    function = _choose("row_scores", query.device, backend)
+    return function(query, key, scale=scale, skip=skip, mask=mask, position=position)
+
+
+@_register(
+    "row_scores_(Tensor query, Tensor key, float? scale, SymInt skip, Tensor? mask, Tensor? position, Tensor(a!) out,"
+    " str backend) -> ()",
+    lambda *_: None,
+)
+def _row_scores_(
+    query: Tensor, key: Tensor, scale: float | None, skip: int, mask: Any, position: Any, out: Tensor, backend: str
+) -> None:
+    function = _choose("row_scores", query.device, backend)
+    function(query, key, scale=scale, skip=skip, mask=mask, position=position, out=out)
+
+
+@_register(
+    "topk(Tensor scores, SymInt k, str ensemble, Tensor(a!)? total, str backend) -> Tensor",
+    lambda scores, k, *_: scores.new_empty((scores.shape[scores.ndim > 2], k), dtype=torch.int64),
+)
+def _topk(scores: Tensor, k: int, ensemble: str, total: Tensor | None, backend: str) -> Tensor:
+    return _choose("topk", scores.device, backend)(scores, k, ensemble=ensemble, total=total)
+
+
+@_register("compact(Tensor[] tensors, Tensor indices, str backend) -> Tensor[]", _fake_compact)
+def _compact(tensors: Sequence[Tensor], indices: Tensor, backend: str) -> list[Tensor]:
+    _check_range("compact", indices, tensors[0].shape[1])
+    return list(_choose("compact", indices.device, backend)(tuple(tensors), indices))
+
+
+@_register("compact_kv(Tensor[] keys, Tensor[] values, Tensor indices, str backend) -> Tensor[]", _fake_compact_kv)
+def _compact_kv(keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tensor, backend: str) -> list[Tensor]:
+    _check_range("compact_kv", indices, keys[0].shape[2])
+    new_keys, new_values = _choose("compact_kv", indices.device, backend)(keys, values, indices)
+    return [*new_keys, *new_values]
+
+
+@_register("compact_kv_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor indices, str backend) -> ()", lambda *_: None)
+def _compact_kv_(keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tensor, backend: str) -> None:
+    _check_range("compact_kv", indices, keys[0].shape[2])
+    if indices.device.type == "cpu" and (indices[:, 1:] <= indices[:, :-1]).any():
+        raise ValueError("compact_kv: in place, the indices of each row must ascend without repeats; sort them first.")
+    _choose("compact_kv", indices.device, backend)(keys, values, indices, in_place=True)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors, indices, _ = inputs
+    ctx.save_for_backward(indices)
+    ctx.shapes = [tensor.shape for tensor in tensors]
+
+
+def _compact_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor | None], None, None]:
+    (indices,) = ctx.saved_tensors
+    images = torch.arange(len(indices), device=indices.device).unsqueeze(1)
+
+    def scatter(grad: Tensor | None, shape: torch.Size) -> Tensor | None:
+        if grad is None:
+            return None
         # accumulate: an index may occur twice. Unlike scatter_add, index_put is deterministic on CUDA.
-        return None, grad.new_zeros(ctx.shape).index_put((images, indices), grad, accumulate=True), None
+        return grad.new_zeros(shape).index_put((images, indices), grad, accumulate=True)
+
+    return [scatter(grad, shape) for grad, shape in zip(grads, ctx.shapes, strict=True)], None, None
 
 
-def _differentiable(launcher: Callable[..., Tensor], x: Tensor, indices: Tensor) -> Tensor:
-    return _Compact.apply(launcher, x, indices)
+torch.library.register_autograd("vtc::compact", _compact_backward, setup_context=_save_for_backward)
+
+
+# --- what the checks share -------------------------------------------------------------------------------------------
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_scale(op: str, scale: float | None) -> None:
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be a finite number or None, got {scale}.")
+
+
+def _check_indices(op: str, indices: Tensor, num_images: int) -> None:
+    if indices.ndim != 2 or len(indices) != num_images:
+        raise ValueError(f"{op}: indices must be [B, K] with B = {num_images}, got {_shapes(indices)}.")
+    if indices.dtype != torch.int64:
+        raise ValueError(f"{op}: indices must be int64, got {indices.dtype}. Use indices.long().")
+
+
+def _check_range(op: str, indices: Tensor, num_tokens: int) -> None:
+    """On the CPU alone: on a GPU it would have to wait for the device."""
+    if indices.device.type == "cpu" and indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= num_tokens:
+            raise ValueError(f"{op}: indices must lie in [0, N) = [0, {num_tokens}), got values from {low} to {high}.")
 
 
 def _same_device(op: str, **tensors: Tensor | None) -> None:
@@ -270,7 +568,7 @@ def _same_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _shapes(*tensors: Tensor) -> str:

@@ -4,32 +4,85 @@ Same names and signatures as in `vtc.ops`. Nothing is validated here; `vtc.ops` 
 Shapes: B images, H heads, N tokens, K kept tokens, D features.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
+def cls_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A vision layer's attention, and how much its [CLS] row attends to every key, head by head.
+
+    ::
+
+        p[b, h, m, n] = softmax_n(scale · query[b, h, m] · key[b, h, n])
+        out[b, m, h]  = Σ_n p[b, h, m, n] · value[b, h, n]
+        rows[b, h, n] = p[b, h, 0, n]
+
+    No mask, not causal: every query sees all N keys. `rows` sums to 1 over n, the [CLS] key's own share included; its
+    mean over the heads is `row_scores` of the first query.
+
+    Parameters
+    ----------
+    query, key, value : Tensor[B, H, N, D], one floating-point dtype
+        Any strides. The [CLS] token is token 0.
+    scale : float, optional
+        ``D ** -0.5`` when not given.
+    rows : Tensor[B, H, N], float32, optional
+        Any strides. The [CLS] row's probabilities are written to it, for example one layer of an [L, B, H, N].
+
+    Returns
+    -------
+    out : Tensor[B, N, H, D], the same dtype
+        Contiguous.
+    rows : Tensor[B, H, N], float32
+        `rows` if it was given. Computed in float32 whatever the inputs' dtype.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    # A product and a sum, as in `row_scores`: an image's row must not depend on its batch mates.
+    logits = (query[:, :, :1].float() * key.float()).sum(dim=3) * scale  # [B, H, N]
+    row = logits.softmax(dim=2)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+    return out.transpose(1, 2).contiguous(), row if rows is None else rows.copy_(row)
+
+
 def row_scores(
-    query: Tensor, key: Tensor, *, scale: float | None = None, skip: int = 0, out: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    skip: int = 0,
+    mask: Tensor | None = None,
+    position: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """How much one query row attends to every key: softmax over the keys, averaged over the heads.
 
     ::
 
-        scores[b, n] = 1/H Σ_h softmax_j(scale · query[b, h] · key[b, h, j])[n + skip],   j over all N keys
+        scores[b, n] = 1/H Σ_h softmax_j(scale · query[b, h] · key[b, h // G, j])[n + skip],   G = H / Hkv
 
-    The skipped keys stay in the softmax's denominator: with the [CLS] key at position 0 and ``skip=1`` these are the
-    patches' shares of the [CLS] token's whole attention (VTC-CLS, arXiv 2412.05819).
+    with j over the keys that are seen, all N without `mask` and `position`; a key that is not seen scores 0. The
+    skipped keys stay in the softmax's denominator: with the [CLS] key at position 0 and ``skip=1`` these are the
+    patches' shares of the [CLS] token's whole attention (VTC-CLS, arXiv 2412.05819). With the last prompt token's query
+    in a language model, they are what FastV (arXiv 2403.06764) ranks by.
 
     Parameters
     ----------
     query : Tensor[B, H, D], floating point
         The one row, for example the [CLS] token's.
-    key : Tensor[B, H, N, D], same dtype
-        Any strides.
+    key : Tensor[B, Hkv, N, D], same dtype
+        Any strides. H is a multiple of Hkv (grouped-query attention).
     scale : float, optional
         ``D ** -0.5`` when not given.
     skip : int
         How many leading columns are left out of the result.
+    mask : Tensor[B, N], bool, optional
+        False where a key gets no attention (padding). A row that sees nothing is NaN, as in `torch.softmax`.
+    position : Tensor[B], int64, optional
+        The query's place among the keys. Later ones get no attention (causal).
     out : Tensor[B, N - skip], float32, optional
         The scores are added to it in place, which is how several layers are summed.
 
@@ -39,13 +92,19 @@ def row_scores(
         `out` if it was given. Computed in float32 whatever the inputs' dtype.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    grouped = query.float().unflatten(1, (key.shape[1], -1)).unsqueeze(3)  # [B, Hkv, G, 1, D]
     # A product and a sum, not a matmul: batched matmuls may round an image differently when its batch mates change.
-    logits = (query.float().unsqueeze(2) * key.float()).sum(dim=3) * scale  # [B, H, N]
+    logits = (grouped * key.float().unsqueeze(2)).sum(dim=4).flatten(1, 2) * scale  # [B, H, N]
+    if mask is not None:
+        logits = logits.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    if position is not None:
+        later = torch.arange(key.shape[2], device=key.device) > position.unsqueeze(1)  # [B, N]
+        logits = logits.masked_fill(later.unsqueeze(1), float("-inf"))
     scores = logits.softmax(dim=2).mean(dim=1)[:, skip:]
     return scores.contiguous() if out is None else out.add_(scores)
 
 
-def topk(scores: Tensor, k: int) -> Tensor:
+def topk(scores: Tensor, k: int, *, ensemble: str = "sum", total: Tensor | None = None) -> Tensor:
     """Indices of the `k` largest scores of each row, in ascending order of the index.
 
     Ties go to the lower index (0.0 and -0.0 are a tie). NaN counts as -inf; such columns are taken when nothing better
@@ -53,33 +112,77 @@ def topk(scores: Tensor, k: int) -> Tensor:
 
     Parameters
     ----------
-    scores : Tensor[B, N], floating point
-        Any strides.
+    scores : Tensor[B, N] or [L, B, N] or [L, B, H, N], floating point
+        Any strides. Heads are averaged, then layers are combined.
     k : int
         1 <= k <= N.
+    ensemble : {"sum", "mean", "max", "min"}
+        How the L layers are combined. A NaN in a layer makes the combination NaN.
+    total : Tensor[B, N], float32 (float64 for float64 scores), optional
+        The combined scores are written to it.
 
     Returns
     -------
     Tensor[B, K], int64
     """
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if scores.ndim == 4:
+        scores = scores.mean(dim=2)
+    if scores.ndim == 3:
+        combine = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "min": torch.amin}[ensemble]
+        scores = combine(scores, dim=0)
+    if total is not None:
+        total.copy_(scores)
     scores = scores.masked_fill(scores.isnan(), float("-inf"))
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
 
 
-def compact(x: Tensor, indices: Tensor) -> Tensor:
+def compact(x: Tensor | Sequence[Tensor], indices: Tensor) -> Tensor | tuple[Tensor, ...]:
     """Rows of `x` by index, image by image: ``result[b, k] = x[b, indices[b, k]]``. Differentiable in `x`.
 
     Parameters
     ----------
-    x : Tensor[B, N, D], any dtype
-        Any strides.
+    x : Tensor[B, N, ...] or a sequence of such tensors, any dtypes
+        Any strides. Several tensors (hidden states, positions, masks) have one B and one N.
     indices : Tensor[B, K], int64
         Each in [0, N). They need be neither sorted nor unique.
 
     Returns
     -------
-    Tensor[B, K, D], the dtype of `x`
+    Tensor[B, K, ...] or a tuple of them, the dtypes of `x`
         Contiguous.
     """
-    images = torch.arange(len(x), device=x.device).unsqueeze(1)
-    return x[images, indices].contiguous()
+    images = torch.arange(len(indices), device=indices.device).unsqueeze(1)
+    if isinstance(x, Tensor):
+        return x[images, indices].contiguous()
+    return tuple(tensor[images, indices].contiguous() for tensor in x)
+
+
+def compact_kv(
+    keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tensor, *, in_place: bool = False
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Rows of the keys and values of many layers: ``result[b, h, k] = x[b, h, indices[b, k]]``.
+
+    Parameters
+    ----------
+    keys, values : sequences of Tensor[B, H, N, D], any dtype
+        One per layer. Any strides; layers may differ in dtype, H and D.
+    indices : Tensor[B, K], int64
+        Each in [0, N). In place: ascending and unique in each row.
+    in_place : bool
+        Move the kept rows to the front of the tensors themselves, for a preallocated (static) cache. Rows from K on
+        are left as they are.
+
+    Returns
+    -------
+    keys, values : tuples of Tensor[B, H, K, D], the dtypes given
+        New tensors, or views of the given ones.
+    """
+
+    images = torch.arange(len(indices), device=indices.device).unsqueeze(1)
+
+    def gather(x: Tensor) -> Tensor:
+        kept = x.transpose(1, 2)[images, indices].transpose(1, 2)  # [B, H, K, D]
+        return x[:, :, : indices.shape[1]].copy_(kept) if in_place else kept.contiguous()
+
+    return tuple(map(gather, keys)), tuple(map(gather, values))
