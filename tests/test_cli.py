@@ -322,7 +322,7 @@ def test_env(monkeypatch):
     found = json.loads(succeed("env", "--json").stdout)
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["vtc"] == vtc.__version__
-    assert set(found["backends"]["cpu"]) == {"row_scores", "topk", "compact"}
+    assert set(found["backends"]["cpu"]) == set(vtc.ops.OPS)
     assert found["backends"]["cpu"]["topk"]["backend"] == "torch"
     assert "flash_attn" in found
     plain = succeed("env").stdout

@@ -33,6 +33,7 @@ def test_defaults():
         ({"ratio": True}, "0 < ratio <= 1, got True"),
         ({"method": "fastv"}, "'vtc-cls', 'random', got 'fastv'"),
         ({"ensemble": "median"}, "'sum', 'mean', 'max', 'min', got 'median'"),
+        ({"fused": 1}, "True, False or None .*got 1"),
         ({"ensemble_layers": 0}, "ensemble_layers.*at least 1, got 0"),
         ({"start_layer": -1}, "start_layer.*at least 0, got -1"),
         ({"start_layer": 2.0}, "start_layer.*integer.*got 2.0"),

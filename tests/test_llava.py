@@ -528,6 +528,32 @@ def test_layers_beyond_the_feature_layer_do_not_run(model, monkeypatch):
     assert projected == [(3, 9, 64)]
 
 
+def test_which_way_a_scored_layer_takes(model, monkeypatch):
+    """The fused kernel where it is asked for or known to be faster, and never where it would cut a gradient."""
+    calls = []
+    for op in ("cls_attention", "row_scores"):
+        real = getattr(vtc.ops, op)
+        monkeypatch.setattr(vtc.ops, op, lambda *a, real=real, op=op, **k: calls.append(op) or real(*a, **k))
+    pixels = models.images(1)
+    vtc.configure(model, keep=9)
+
+    def taken(grad=False, **options):
+        calls.clear()
+        with vtc.compress(model, **options), torch.set_grad_enabled(grad):
+            model.get_image_features(pixels)
+        assert len(calls) == 3
+        return calls[0]
+
+    assert taken() == "row_scores"
+    assert taken(fused=True) == "cls_attention"
+    assert taken(fused=True, grad=True) == "row_scores"
+    asked = []
+    monkeypatch.setattr(vtc.ops, "fused_is_faster", lambda *a: not asked.append(a))
+    assert taken() == "cls_attention"
+    assert asked[0] == (torch.device("cpu"), torch.float32, 16, "auto")
+    assert taken(fused=False) == "row_scores"
+
+
 def test_generate_records_no_graph(model):
     """Or every image would keep the activations of the whole vision tower alive."""
     vtc.configure(model, keep=9)
@@ -559,9 +585,10 @@ def test_no_square_attention_matrix(model):
         ({"ensemble": "min"}, (2, 3, 4), min),
     ],
 )
-def test_select(stock, eager, options, layers, combine):
+@pytest.mark.parametrize("fused", [False, True])
+def test_select(stock, eager, options, layers, combine, fused):
     pixels = models.images(3)
-    selection = vtc.select(stock, pixels, keep=9, **options)
+    selection = vtc.select(stock, pixels, keep=9, fused=fused, **options)
     with torch.no_grad():
         expected = [golden.scores(eager, image, layers, combine) for image in pixels]
     assert selection.grid == (6, 6)
@@ -611,15 +638,17 @@ def test_random_is_uniform_seeded_and_per_image(stock):
     assert counts.max() <= 33
 
 
-def test_triton_backend_gives_the_same(saved):
+@pytest.mark.parametrize("fused", [False, True])
+def test_triton_backend_gives_the_same(saved, fused):
     """Through the interpreter where there is no GPU."""
     model = LlavaForConditionalGeneration.from_pretrained(saved, attn_implementation="vtc")
     call = inputs(prompts("left_padded"))
     vtc.configure(model, keep=9, backend="torch")
     expected = model.generate(**call, **detailed())
-    with vtc.compress(model, backend="triton") as run:
+    with vtc.compress(model, backend="triton", fused=fused) as run:
         actual = model.generate(**call, **detailed())
-    assert run.backend == {"row_scores": "triton", "topk": "triton", "compact": "triton"}
+    scored = "cls_attention" if fused else "row_scores"
+    assert run.backend == {scored: "triton", "topk": "triton", "compact": "triton"}
     assert torch.equal(actual.sequences, expected.sequences)
     golden.close(torch.stack(actual.logits), torch.stack(expected.logits))
 

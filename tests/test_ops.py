@@ -43,6 +43,19 @@ def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(op):
     assert "tensors on cpu" in reason
 
 
+def test_fused_attention_is_taken_where_it_was_measured(monkeypatch):
+    assert not ops.fused_is_faster(CUDA, torch.float16, 80) or ops.FUSED
+    monkeypatch.setattr(ops, "FUSED", frozenset({((9, 0), torch.float16, 64)}))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert ops.fused_is_faster(CUDA, torch.float16, 64)
+    assert not ops.fused_is_faster(CUDA, torch.float16, 80)
+    assert not ops.fused_is_faster(CUDA, torch.bfloat16, 64)
+    assert not ops.fused_is_faster(CUDA, torch.float16, 64, "torch")
+    assert not ops.fused_is_faster(CPU, torch.float16, 64)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not ops.fused_is_faster(CUDA, torch.float16, 64)
+
+
 def test_asking_for_a_backend():
     assert ops.backend_for("topk", CUDA, "torch") == ("torch", "backend='torch'")
     assert ops.backend_for("topk", CUDA, "triton") == ("triton", "backend='triton'")

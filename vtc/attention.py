@@ -1,4 +1,4 @@
-"""The attention implementation "vtc": SDPA that can also add up the [CLS] row's probabilities.
+"""The attention implementation "vtc": SDPA, and where a vision layer is scored also its [CLS] row's probabilities.
 
 An attention function knows nothing but its arguments. A scored vision layer is therefore told so by one more argument,
 `vtc_scores`; every other layer, the language model's included, is plain SDPA.
@@ -26,31 +26,39 @@ class ClsScores:
 
     Attributes
     ----------
-    total : Tensor [B, N] float32, or None before the first scored layer
+    layers : list of Tensor [B, H, N] or [B, 1, N], float32
+        Of each scored layer, every head's row or their mean.
+    ops : list of str
+        The operations that made them.
     """
 
     def __init__(self, config: VTCConfig) -> None:
         self.config = config
-        self.total: torch.Tensor | None = None
-        self.layers = 0
+        self.layers: list[torch.Tensor] = []
+        self.ops: list[str] = []
 
-    @torch.no_grad()
-    def add(self, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
-        """Add one layer: query `[B, H, D]` of the [CLS] token, key `[B, H, 1+N, D]`, any strides."""
-        self.layers += 1
-        summed = self.config.ensemble in ("sum", "mean")
-        into = self.total if summed else None
-        row = ops.row_scores(query, key, scale=scale, skip=1, out=into, backend=self.config.backend)
-        if summed or self.total is None:
-            self.total = row
-        else:
-            self.total = (torch.maximum if self.config.ensemble == "max" else torch.minimum)(self.total, row)
+    def add(self, op: str, rows: torch.Tensor) -> None:
+        """Add one layer `[B, H, N]` or `[B, 1, N]` float32, computed by `op`."""
+        self.layers.append(rows)
+        if op not in self.ops:
+            self.ops.append(op)
 
-    def result(self) -> torch.Tensor:
-        """Scores `[B, N]` float32 of the layers added."""
-        if self.total is None:
+    def fuses(self, query: torch.Tensor, dropout: float = 0.0) -> bool:
+        """Return whether a scored layer takes `cls_attention`: it has no gradient and no dropout."""
+        if torch.is_grad_enabled() or dropout:
+            return False
+        if self.config.fused is not None:
+            return self.config.fused
+        return ops.fused_is_faster(query.device, query.dtype, query.shape[-1], self.config.backend)
+
+    def select(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the indices `[B, count]` of the patches kept and the combined scores `[B, N]` float32."""
+        if not self.layers:
             raise RuntimeError('no scored layer ran: is the vision tower\'s attention implementation still "vtc"?')
-        return self.total / self.layers if self.config.ensemble == "mean" else self.total
+        layers = torch.stack(self.layers)
+        total = torch.empty_like(layers[0, :, 0])
+        indices = ops.topk(layers, count, ensemble=self.config.ensemble, total=total, backend=self.config.backend)
+        return indices, total
 
 
 def vtc_attention(
@@ -67,8 +75,15 @@ def vtc_attention(
 
     With `vtc_scores` the first query row's probabilities are added to it: O(N) more memory, never an N x N matrix.
     """
-    if vtc_scores is not None:
-        vtc_scores.add(query[:, :, 0], key, scaling)
+    if vtc_scores is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    backend = vtc_scores.config.backend
+    if vtc_scores.fuses(query, kwargs.get("dropout", 0.0)):
+        out, rows = ops.cls_attention(query, key, value, scale=scaling, backend=backend)
+        vtc_scores.add("cls_attention", rows[:, :, 1:])
+        return out, None
+    row = ops.row_scores(query[:, :, 0], key, scale=scaling, skip=1, backend=backend)
+    vtc_scores.add("row_scores", row.unsqueeze(1))
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

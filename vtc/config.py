@@ -29,6 +29,9 @@ class VTCConfig:
         How the layers are combined: "sum", "mean", "max" or "min".
     start_layer : int, optional
         First scored layer, counted from 0; overrides `ensemble_layers`.
+    fused : bool, optional
+        Whether scored layers run `vtc.ops.cls_attention` (True) or SDPA and `vtc.ops.row_scores` (False). None: what
+        `vtc.ops.fused_is_faster` says.
     backend : str
         "auto", "triton" or "torch"; see `vtc.ops`.
     seed : int
@@ -46,6 +49,7 @@ class VTCConfig:
     ensemble_layers: int = 3
     ensemble: str = "sum"
     start_layer: int | None = None
+    fused: bool | None = None
     backend: str = "auto"
     seed: int = 0
 
@@ -64,6 +68,8 @@ class VTCConfig:
         _integer("ensemble_layers", self.ensemble_layers, 1)
         if self.start_layer is not None:
             _integer("start_layer", self.start_layer, 0)
+        if self.fused is not None and not isinstance(self.fused, bool):
+            raise ValueError(f"fused must be True, False or None (whatever is faster), got {self.fused!r}")
         _integer("seed", self.seed, 0)
 
     def updated(self, **changes: Any) -> "VTCConfig":

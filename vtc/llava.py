@@ -121,12 +121,15 @@ def encode(base: LlavaModel, pixel_values: torch.Tensor, plan: Plan) -> tuple[to
     hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))  # [B, 1+N, D]
     for number, layer in zip(range(plan.stop), tower.encoder.layers, strict=False):
         hidden = layer(hidden, None, **({"vtc_scores": scores} if number in plan.scored else {}))
-    total = random_scores(pixel_values, plan.tokens, config.seed) if config.method == "random" else scores.result()
-    indices = ops.topk(total, plan.kept, backend=config.backend)
+    if config.method == "random":
+        total = random_scores(pixel_values, plan.tokens, config.seed)
+        indices = ops.topk(total, plan.kept, backend=config.backend)
+    else:
+        indices, total = scores.select(plan.kept)
     if (run := base.__dict__.get("_vtc_run")) is not None:
         run.tokens_before, run.tokens_after = plan.tokens, plan.kept
         run.images += pixel_values.shape[0]
-        used = ("topk", "compact") if config.method == "random" else ("row_scores", "topk", "compact")
+        used = (*scores.ops, "topk", "compact")
         run.backend = {op: ops.backend_for(op, hidden.device, config.backend)[0] for op in used}
     return ops.compact(hidden[:, 1:], indices, backend=config.backend), Selection(indices, total, plan.grid)
 

@@ -331,6 +331,24 @@ def compact_kv(
     return tuple(moved[: len(keys)]), tuple(moved[len(keys) :])
 
 
+# Where `cls_attention` was measured at least level with SDPA and `row_scores` together, by `python -m bench micro`
+# (workload `cls_attention`, the records under bench/results/): compute capability, dtype, head dim. Nothing yet.
+FUSED: frozenset[tuple[tuple[int, int], torch.dtype, int]] = frozenset()
+
+
+def fused_is_faster(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str = "auto") -> bool:
+    """Return whether `cls_attention` is known to be no slower than SDPA and `row_scores`: it is in `FUSED`.
+
+    Raises
+    ------
+    ValueError
+        As `backend_for`.
+    """
+    if not FUSED or backend_for("cls_attention", device, backend)[0] != "triton" or device.type != "cuda":
+        return False
+    return (torch.cuda.get_device_capability(device), dtype, head_dim) in FUSED
+
+
 def backend_for(op: str, device: torch.device, backend: str = "auto") -> tuple[str, str]:
     """Which backend an operation uses on a device, and why.
 

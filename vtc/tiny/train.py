@@ -74,7 +74,7 @@ RECIPE = (
     Phase("projector", 112, 100, 32, 1e-3),
     Phase("language", 112, 1500, 32, 1e-3),
     Phase("language", 224, 500, 16, 6e-4),
-    Phase("language", 336, 500, 12, 5e-4),
+    Phase("language", 336, 900, 12, 5e-4),
 )
 QUICK = tuple(Phase(p.stage, p.size, 2, 2, p.lr) for p in RECIPE)  # exercises every line, learns nothing
 
