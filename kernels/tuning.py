@@ -44,6 +44,12 @@ def compact_kv_blocks(num_features: int) -> tuple[int, int]:
 
 
 def attention_blocks(num_features: int, element_size: int) -> tuple[int, int, int, int, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_D, the number of warps and of pipeline stages for attention."""
-    block_d = max(16, triton.next_power_of_2(num_features))  # tensor cores take no fewer
-    return 64, 32, block_d, 4, 2
+    """BLOCK_M, BLOCK_N, BLOCK_D, and the numbers of warps and of pipeline stages, for attention.
+
+    fp32 stays off the tensor cores and keeps operands in registers: smaller tiles, and no loads ahead of their use.
+    """
+    block_d = max(16, triton.next_power_of_2(num_features))  # tensor cores take no less
+    num_warps = 4 if block_d <= 64 else 8
+    if element_size == 4:
+        return 32, 16, block_d, num_warps, 1
+    return 64, 32 if block_d <= 128 else 16, block_d, num_warps, 2

@@ -63,6 +63,7 @@ class Phase:
     steps: int
     batch: int
     lr: float
+    draws: int = 2  # in the language stages: rounds of questions about each scene
 
 
 RECIPE = (
@@ -74,7 +75,7 @@ RECIPE = (
     Phase("projector", 112, 100, 32, 1e-3),
     Phase("language", 112, 1500, 32, 1e-3),
     Phase("language", 224, 500, 16, 6e-4),
-    Phase("language", 336, 900, 12, 5e-4),
+    Phase("language", 336, 900, 12, 5e-4, draws=4),  # more objects, more to ask
 )
 QUICK = tuple(Phase(p.stage, p.size, 2, 2, p.lr) for p in RECIPE)  # exercises every line, learns nothing
 
@@ -282,7 +283,7 @@ class Scenes(Dataset):
             shown = [SPECIAL.index("<image>")] * (scene.size // PATCH) ** 2
         tokens = [SPECIAL.index("<s>"), *ids("USER:"), *shown]
         segments, targets, weights = [0] * len(tokens), [0] * len(tokens), [0.0] * len(tokens)
-        asked = [question for draw in range(2) for question in scene.ask(draw)]
+        asked = [question for draw in range(self.phase.draws) for question in scene.ask(draw)]
         said = [(f"{q.text} ASSISTANT:", q.answer) for q in dict.fromkeys(asked)]
         if self.phase.stage == "projector":
             said = []
