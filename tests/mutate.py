@@ -53,7 +53,7 @@ MUTANTS = [
             "output not divided": ("summed / row_sum[:, None]", "summed"),
             "value's head stride is the key's": ("h * value_stride_h", "h * key_stride_h"),
             "query's token stride is the key's": ("m[:, None] * query_stride_n", "m[:, None] * key_stride_n"),
-            "output of the next head": ("* num_heads + h) * num_features", "* num_heads + (h + 1) % num_heads) * num_features"),
+            "output of the next head": ("* num_heads + h) * NUM_FEATURES", "* num_heads + (h + 1) % num_heads) * NUM_FEATURES"),
             "last block left out": ("NUM_BLOCKS=triton.cdiv(num_tokens, block_n)", "NUM_BLOCKS=num_tokens // block_n"),
             "rows ignores its stride": ("h * rows_stride_h", "h * num_tokens"),
         },

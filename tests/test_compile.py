@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -27,19 +28,42 @@ BUDGETS = Path(__file__).resolve().parent / "compile_budgets.csv"
 INTEGERS = {"fp32": "i32", "fp16": "i16", "bf16": "i16"}
 
 
-def variants():
-    """Each kernel as its launcher starts it for real models: name, variant, argument types, constexprs, warps, stages.
+FLOATS = ("fp32", "fp16", "bf16")
+COPIED = ("fp32", "fp16")  # by bytes: bf16 is no different from fp16
 
-    ViT-L at 336 px and SigLIP, head dims up to 128, three scored layers, a row of 16,384, a cache of 32 layers. In a
-    type, P is the dtype under test and INT the integer of its size.
+
+class Variant(NamedTuple):
+    kernel: str
+    name: str
+    dtypes: tuple[str, ...]
+    types: dict  # of pointers and tuples; P is the dtype under test, INT the integer of its size
+    constexprs: dict
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def variants():
+    """Each kernel as its launcher starts it for real models.
+
+    ViT-L at 336 px and SigLIP, head dims up to 128, three scored layers, a row of 16,384, a cache of 32 layers.
     """
     from vtc_kernels import tuning
 
     four = {"query_ptr": "*P", "key_ptr": "*P", "value_ptr": "*P", "out_ptr": "*P", "rows_ptr": "*fp32"}
     for num_features in (64, 80, 128):
-        m, n, d, warps, stages = tuning.attention_blocks(num_features, 2)
-        blocks = {"NUM_BLOCKS": -(-577 // n), "BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d}
-        yield "attention._cls_attention_kernel", f"D={num_features}", four, {"WIDEN": False, **blocks}, warps, stages
+        for size, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
+            m, n, d, warps, stages = tuning.attention_blocks(num_features, size)
+            blocks = {
+                "BLOCK_M": m,
+                "BLOCK_N": n,
+                "BLOCK_D": d,
+                "NUM_BLOCKS": -(-577 // n),
+                "NUM_FEATURES": num_features,
+            }
+            name = f"D={num_features} {8 * size} bit"
+            yield Variant(
+                "attention._cls_attention_kernel", name, dtypes, four, blocks | {"WIDEN": False}, warps, stages
+            )
 
     stats = {"logits_ptr": "*fp32", "block_max_ptr": "*fp32", "block_sum_ptr": "*fp32"}
     row = {"query_ptr": "*P", "key_ptr": "*P", **stats}
@@ -47,10 +71,10 @@ def variants():
     for num_features, group, extra in ((64, 1, {}), (128, 1, {}), (128, 4, hidden)):
         n, d = tuning.score_blocks(num_features)
         constexprs = {"GROUP": group, "BLOCK_N": n, "BLOCK_D": d} | dict.fromkeys(set(hidden) - set(extra))
-        yield "scores._logits_kernel", f"D={num_features} G={group}", row | extra, constexprs, 4, 3
+        yield Variant("scores._logits_kernel", f"D={num_features} G={group}", FLOATS, row | extra, constexprs)
     h, n = tuning.head_mean_block(32)
     blocks = {"ACCUMULATE": True, "BLOCK_H": h, "BLOCK_N": n, "BLOCK_S": 32}
-    yield "scores._head_mean_kernel", "H=32", stats | {"out_ptr": "*fp32"}, blocks, 4, 3
+    yield Variant("scores._head_mean_kernel", "H=32", ("fp32",), stats | {"out_ptr": "*fp32"}, blocks)
 
     for num_tokens, num_layers, num_heads in ((576, 1, 1), (576, 3, 16), (16384, 1, 1)):
         n, warps = tuning.topk_block(num_tokens)
@@ -61,16 +85,20 @@ def variants():
             pointers["total_ptr"] = "*fp32"
         else:
             blocks["total_ptr"] = None
-        yield "topk._topk_kernel", f"N={num_tokens} L={num_layers} H={num_heads}", pointers, blocks, warps, 3
+        yield Variant(
+            "topk._topk_kernel", f"N={num_tokens} L={num_layers} H={num_heads}", FLOATS, pointers, blocks, warps
+        )
 
     for types in (("*INT",), ("*INT", "*i64", "*u8")):  # hidden states, positions, a mask
         k, d = tuning.compact_blocks(1024)
         pointers = {"x_ptrs": types, "indices_ptr": "*i64", "out_ptrs": types}
         pointers |= {"x_strides": (("i64",) * 3,) * len(types), "num_features": ("i32",) * len(types)}
-        yield "compact._compact_kernel", f"{len(types)} tensors", pointers, {"BLOCK_K": k, "BLOCK_D": d}, 4, 3
+        yield Variant(
+            "compact._compact_kernel", f"{len(types)} tensors", COPIED, pointers, {"BLOCK_K": k, "BLOCK_D": d}
+        )
     k, d = tuning.compact_kv_blocks(128)
     pointers = {"x_ptrs": ("*INT",) * 64, "indices_ptr": "*i64", "out_ptrs": ("*INT",) * 64}
-    yield "compact._compact_kv_kernel", "64 tensors", pointers, {"BLOCK_K": k, "BLOCK_D": d}, 4, 3
+    yield Variant("compact._compact_kv_kernel", "64 tensors", COPIED, pointers, {"BLOCK_K": k, "BLOCK_D": d})
 
 
 def compile_all(target_name: str) -> list[dict]:
@@ -80,17 +108,16 @@ def compile_all(target_name: str) -> list[dict]:
     from triton.compiler import ASTSource
 
     results = []
-    for name, variant, types, constexprs, num_warps, num_stages in variants():
-        module, function = name.split(".")
+    for variant in variants():
+        module, function = variant.kernel.split(".")
         kernel = getattr(importlib.import_module(f"vtc_kernels.{module}"), function)
-        used = json.dumps(list(types.values()))
-        tested = [dtype for dtype in INTEGERS if "*P" in used or ("*INT" in used and dtype != "bf16")] or ["fp32"]
+        types = variant.types
         # As most tensors are: last axis contiguous, everything 16-byte aligned; and once as none of that.
-        for dtype, dense in [(dtype, True) for dtype in tested] + [(tested[-1], False)]:
+        for dtype, dense in [(dtype, True) for dtype in variant.dtypes] + [(variant.dtypes[-1], False)]:
             signature = {a: "i64" if "stride" in a else "i32" for a in kernel.arg_names}
             signature |= {"scale": "fp32"} if "scale" in signature else {}
             signature |= {argument: concrete(kind, dtype) for argument, kind in types.items()}
-            constants, attributes = dict(constexprs), {}
+            constants, attributes = dict(variant.constexprs), {}
             if dense:
                 strides = [a for a in kernel.arg_names if "_stride_" in a]
                 following = [*strides[1:], ""]
@@ -108,13 +135,13 @@ def compile_all(target_name: str) -> list[dict]:
             compiled = triton.compile(
                 source,
                 target=GPUTarget(*TARGETS[target_name]),
-                options={"num_warps": num_warps, "num_stages": num_stages},
+                options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
             )
             registers, spilled = usage(compiled)
             results.append(
                 {
-                    "kernel": name,
-                    "variant": variant,
+                    "kernel": variant.kernel,
+                    "variant": variant.name,
                     "what": f"{dtype}, {'dense' if dense else 'strided'}",
                     "registers": registers,
                     "spilled": spilled,
@@ -212,7 +239,7 @@ def test_every_kernel_is_compiled_here():
         for path in sources
         for name in re.findall(r"@triton\.jit\s+def (_\w+_kernel)\(", path.read_text(encoding="utf-8"))
     }
-    assert found == {name for name, *_ in variants()}
+    assert found == {variant.kernel for variant in variants()}
 
 
 if __name__ == "__main__":

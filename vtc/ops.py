@@ -52,7 +52,7 @@ def cls_attention(
     Parameters
     ----------
     query, key, value : Tensor[B, H, N, D], float32, float16 or bfloat16
-        One dtype, any strides; nothing is copied.
+        One dtype, any strides; nothing is copied. D <= 256.
     scale : float, optional
         ``D ** -0.5`` when not given.
     rows : Tensor[B, H, N], float32, optional
@@ -81,8 +81,8 @@ def cls_attention(
             "cls_attention: query, key and value must share one dtype of float32, float16 and bfloat16, "
             f"got {query.dtype}, {key.dtype} and {value.dtype}."
         )
-    if 0 in query.shape[1:]:
-        raise ValueError(f"cls_attention: needs a head, a token and a feature at least, got {_shapes(query)}.")
+    if 0 in query.shape[1:] or query.shape[3] > 256:
+        raise ValueError(f"cls_attention: needs a head, a token and 1 to 256 features, got {_shapes(query)}.")
     _check_scale("cls_attention", scale)
     _same_device("cls_attention", query=query, key=key, value=value, rows=rows)
     if rows is not None and (rows.dtype != torch.float32 or rows.shape != query.shape[:3]):

@@ -129,8 +129,7 @@ def topk(scores: Tensor, k: int, *, ensemble: str = "sum", total: Tensor | None 
     if scores.ndim == 4:
         scores = scores.mean(dim=2)
     if scores.ndim == 3:
-        combine = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "min": torch.amin}[ensemble]
-        scores = combine(scores, dim=0)
+        scores = getattr(scores, {"max": "amax", "min": "amin"}.get(ensemble, ensemble))(dim=0)
     if total is not None:
         total.copy_(scores)
     scores = scores.masked_fill(scores.isnan(), float("-inf"))

@@ -110,7 +110,7 @@ class Scene:
             raise ValueError(f"size is {size}; it must be from 70 to {CANVAS} pixels")
         self.split, self.index, self.size = split, index, size
         rng = self._rng(0)
-        most = (1, 2, 4, MAX_OBJECTS)[size // 112]
+        most = min(size // 56, MAX_OBJECTS)
         self.objects = _place(rng, int(rng.integers(1, most + 1)), size)
         room = (CANVAS - size) // PATCH
         self.origin = (int(rng.integers(room + 1)) * PATCH, int(rng.integers(room + 1)) * PATCH)  # x, y

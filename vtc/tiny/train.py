@@ -64,8 +64,14 @@ class Phase:
     batch: int
     lr: float
     draws: int = 2  # in the language stages: rounds of questions about each scene
+    mixed: bool = False  # batches take turns with smaller pictures: the language model sees few and many visual tokens
+
+    def size_of(self, step: int) -> int:
+        """Side of the pictures in batch `step`, in pixels."""
+        return MIXED_SIZES[step % len(MIXED_SIZES)] if self.mixed else self.size
 
 
+MIXED_SIZES = (112, 168, 224, 280, CANVAS)
 RECIPE = (
     Phase("vision", 70, 2500, 64, 5e-4),
     Phase("vision", 112, 600, 48, 4e-4),
@@ -76,6 +82,7 @@ RECIPE = (
     Phase("language", 112, 1500, 32, 1e-3),
     Phase("language", 224, 500, 16, 6e-4),
     Phase("language", 336, 900, 12, 5e-4, draws=4),  # more objects, more to ask
+    Phase("language", 336, 1500, 16, 6e-4, draws=4, mixed=True),
 )
 QUICK = tuple(Phase(p.stage, p.size, 2, 2, p.lr) for p in RECIPE)  # exercises every line, learns nothing
 
@@ -251,7 +258,7 @@ class Scenes(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         start = self.first + step * self.phase.batch
-        scenes = [Scene("train", start + i, self.phase.size) for i in range(self.phase.batch)]
+        scenes = [Scene("train", start + i, self.phase.size_of(step)) for i in range(self.phase.batch)]
         pixels = torch.zeros(0)
         if self.phase.stage != "text":
             stacked = np.stack([np.asarray(scene.image, np.float32) for scene in scenes])
@@ -271,7 +278,7 @@ class Scenes(Dataset):
         )
         return Batch(pixels.contiguous(), origins, truth, *packed)
 
-    def _pack(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+    def _pack(self, scene: Scene) -> tuple[Tensor, ...]:
         """Many questions about one picture in one row; each sees the picture and itself, as if asked alone."""
 
         def ids(text: str) -> list[int]:

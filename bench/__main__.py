@@ -1,0 +1,127 @@
+"""The command line of the benchmarks: `python -m bench --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import checkout, compare, e2e, gpu, kernels, micro, plots, record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit status, 2 if it was asked for something that cannot be."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _micro_options(commands.add_parser("micro", help="every operation, every provider, side by side"))
+    add = commands.add_parser("e2e", help="a whole LLaVA, stage by stage: stock SDPA against VTC")
+    add.add_argument("--batch", type=int, nargs="+", help="default: 1 4 16, on a CPU 1 4")
+    _output_options(add)
+    add = commands.add_parser("compare", help="two git revisions in one run; further options are those of micro")
+    add.add_argument("revision", help="compared with the working tree")
+    add = commands.add_parser("gpu", help="tests, micro, e2e and plots on a machine with one GPU")
+    add.add_argument("--out", type=Path, required=True, help="folder for at most 8 files")
+    add.add_argument("--minutes", type=float, default=9)
+    add = commands.add_parser("kernels", help="print the table of kernels")
+    add.add_argument("--readme", type=Path, help="put it between this file's <!-- kernels --> marks instead")
+    add = commands.add_parser("plot", help="draw records")
+    add.add_argument("records", type=Path, help="a micro.jsonl")
+    add.add_argument("--out", type=Path, default=checkout.ROOT / "bench/plots", help="folder")
+    chosen, rest = parser.parse_known_args(arguments)
+    if rest and chosen.command != "compare":
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    try:
+        return COMMANDS[chosen.command](chosen, rest)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _micro_options(add: argparse.ArgumentParser) -> None:
+    for name in ("op", "provider", "dtype", "model"):
+        add.add_argument(f"--{name}", nargs="+", default=(), metavar="NAME", help="default: all")
+    add.add_argument("--batch", type=int, nargs="+", default=(), metavar="B")
+    add.add_argument("--keep", type=int, nargs="+", default=(), metavar="K")
+    add.add_argument("--full", action="store_true", help="every K with every B, not every K at one B and vice versa")
+    add.add_argument("--budget", type=float, metavar="SECONDS", help="begin no new shape after so long")
+    _output_options(add)
+
+
+def _output_options(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--rep-ms", type=float, default=100.0, help="milliseconds of repetitions a number (100)")
+    add.add_argument("--out", type=Path, help="folder for the records, JSON lines, and the plot")
+    add.add_argument("--no-plot", action="store_true")
+    add.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _micro(chosen: Any, rest: list[str]) -> int:
+    options = micro.Options(
+        ops=tuple(chosen.op),
+        providers=tuple(chosen.provider),
+        dtypes=tuple(chosen.dtype),
+        models=tuple(chosen.model),
+        batches=tuple(chosen.batch),
+        keeps=tuple(chosen.keep),
+        full=chosen.full,
+        rep_ms=chosen.rep_ms,
+        budget=chosen.budget,
+    )
+    return _timed("micro", chosen, lambda device, out: micro.run(options, device, out))
+
+
+def _e2e(chosen: Any, rest: list[str]) -> int:
+    batches = tuple(chosen.batch or ((1, 4, 16) if chosen.device.startswith("cuda") else (1, 4)))
+    return _timed("e2e", chosen, lambda device, out: e2e.run(device, batches, out, chosen.rep_ms))
+
+
+def _timed(suite: str, chosen: Any, run: Any) -> int:
+    """Run a suite with its records going to `--out`, and draw them."""
+    out = None
+    if chosen.out:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        out = chosen.out / f"{suite}.jsonl"
+    status = run(torch.device(chosen.device), out)
+    if out and out.exists() and not chosen.no_plot:
+        print(*plots.draw(record.read(out), chosen.out / suite), sep="\n")
+    return status
+
+
+def _gpu(chosen: Any, rest: list[str]) -> int:
+    if not torch.cuda.is_available():
+        raise ValueError("bench gpu needs a GPU; without one: pytest, and python -m bench micro")
+    return gpu.run(chosen.out, chosen.minutes)
+
+
+def _kernels(chosen: Any, rest: list[str]) -> int:
+    made = kernels.kernels()
+    if chosen.readme is None:
+        print(made)
+        return 0
+    head, mark, after = chosen.readme.read_text(encoding="utf-8").partition("<!-- kernels -->\n")
+    _, end, tail = after.partition("<!-- /kernels -->")
+    if not mark or not end:
+        raise ValueError(f"{chosen.readme} lacks the lines <!-- kernels --> and <!-- /kernels -->")
+    chosen.readme.write_text(f"{head}{mark}{made}\n{end}{tail}", encoding="utf-8")
+    return 0
+
+
+def _plot(chosen: Any, rest: list[str]) -> int:
+    name = f"{chosen.records.resolve().parent.name}-{chosen.records.stem}"
+    print(*plots.draw(record.read(chosen.records), chosen.out / name), sep="\n")
+    return 0
+
+
+COMMANDS = {
+    "micro": _micro,
+    "e2e": _e2e,
+    "compare": lambda chosen, rest: compare.run(chosen.revision, rest),
+    "gpu": _gpu,
+    "kernels": _kernels,
+    "plot": _plot,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
