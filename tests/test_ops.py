@@ -131,7 +131,8 @@ def test_each_choice_is_logged_once(monkeypatch, caplog):
         (lambda: ops.cls_attention(KEY, KEY[:, :1], KEY), "one shape, got"),
         (lambda: ops.cls_attention(KEY, KEY, KEY.half()), "one dtype of float32, float16 and bfloat16, got"),
         (lambda: ops.cls_attention(*[KEY.double()] * 3), "got torch.float64, torch.float64 and torch.float64"),
-        (lambda: ops.cls_attention(*[KEY[:, :0]] * 3), r"at least, got \[2, 0, 10, 8\]"),
+        (lambda: ops.cls_attention(*[KEY[:, :0]] * 3), r"a head, a token and 1 to 256 features, got \[2, 0, 10, 8\]"),
+        (lambda: ops.cls_attention(*[torch.ones(1, 1, 2, 257)] * 3), r"1 to 256 features, got \[1, 1, 2, 257\]"),
         (lambda: ops.cls_attention(KEY, KEY, KEY, scale=float("inf")), "finite number or None, got inf"),
         (
             lambda: ops.cls_attention(KEY, KEY, KEY.to("meta")),
