@@ -26,7 +26,8 @@ setup(
         "rich",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis"],
+        "bench": ["matplotlib"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib"],
         "dev": ["ruff", "mypy"],
         "flash": ["flash-attn"],
     },

@@ -113,7 +113,7 @@ class Stages:
     def decode(self) -> Tensor:
         """One token on top of the prompt; the cache is cut back to the prompt within the call."""
         logits = self.model.lm_head(self.language(self.token, self.cache).last_hidden_state)
-        self.cache.crop(self.embeds.shape[1])
+        self.cache.crop(-1)
         return logits
 
     def first_token(self) -> Tensor:
@@ -206,7 +206,7 @@ def shares(records: list[Record]) -> list[str]:
     """What VTC adds to the vision tower, in percent of the stock tower's time."""
     tower = {r.shape["B"]: r.ms_50 for r in records if (r.op, r.backend) == ("vision", "sdpa")}
     return [
-        f"B={r.shape['B']} {r.backend}: select takes {100 * r.ms_50 / tower[r.shape['B']]:.2f} % of the stock tower's time"
+        f"B={r.shape['B']} {r.backend}: select takes {100 * r.ms_50 / tower[r.shape['B']]:.2f} % of the stock tower"
         for r in records
         if r.op == "select" and r.shape["B"] in tower
     ]

@@ -317,7 +317,7 @@ class CompactKV(Workload):
 
 
 class Select(Workload):
-    """Attention and scores of the three scored layers, topk and compact: all that VTC adds to a tower or replaces in it.
+    """Attention and scores of three layers, topk and compact: all that VTC adds to a tower or replaces in it.
 
     Providers return the last layer's attention, the combined scores, the indices and the kept rows.
     """

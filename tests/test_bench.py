@@ -1,0 +1,377 @@
+"""The benchmarks themselves: the gates catch wrong results, the records hold what they promise, every command runs."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import checkout, compare, e2e, gpu, kernels, micro, plots, record, table, timing, workloads
+from bench.workloads import WORKLOADS, WrongResult
+from vtc import ops
+
+CPU = torch.device("cpu")
+MODEL = workloads.SMALL_MODELS[1]
+QUICK = micro.Options(models=("small",), batches=(1,), keeps=(8,), rep_ms=1.0, providers=("reference", "sdpa+row"))
+
+
+def inputs_of(op, dtype=torch.float32):
+    shape = MODEL.shape(2, 8)
+    return shape, WORKLOADS[op].make(shape, dtype, CPU)
+
+
+def make_record(**changes):
+    values = dict(
+        suite="micro", op="topk", model="small", shape={"B": 1}, dtype="fp32", backend="reference",
+        times=(1.0, 2.0, 4.0), moved=10**6, copy=10.0, peak_bytes=None, device=CPU,
+    )  # fmt: skip
+    return record.make(**values | changes)
+
+
+# --- workloads and their gates ---------------------------------------------------------------------------------------
+
+
+def test_every_operation_has_a_workload():
+    assert set(WORKLOADS) == {*ops.OPS, "select"}
+
+
+@pytest.mark.parametrize("op", WORKLOADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_provider_passes_its_gate(op, dtype):
+    """The Triton ones in the interpreter, those of torch.compile without compiling."""
+    _, inputs = inputs_of(op, dtype)
+    providers = WORKLOADS[op].providers()
+    assert {"triton", "reference", "compiled"} <= set(providers)
+    if op not in ("topk", "compact", "compact_kv"):
+        assert {"sdpa+row", "full-weights"} <= set(providers)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for provider in providers.values():
+            WORKLOADS[op].check(inputs, provider(*inputs))
+
+
+def altered(result, path, change):
+    """`result` with the tensor at `path` replaced by what `change` makes of it."""
+    if not path:
+        return change(result.clone())
+    return tuple(altered(part, path[1:], change) if i == path[0] else part for i, part in enumerate(result))
+
+
+def first_row(value):
+    def change(x):
+        x[0] = value
+        return x
+
+    return change
+
+
+WRONG = {
+    "cls_attention": [((0,), first_row(0)), ((1,), lambda x: x * 1.001), ((0,), lambda x: x.transpose(1, 2))],
+    "row_scores": [((), lambda x: x * 1.001), ((), first_row(float("nan"))), ((), lambda x: x[:, :-1])],
+    "topk": [((), lambda x: x.flip(1)), ((), lambda x: x + 1), ((), lambda x: x.int())],
+    "compact": [((), first_row(0)), ((), lambda x: x.flip(1)), ((), lambda x: x[:, :-1])],
+    "compact_kv": [((0, 1), first_row(0)), ((1, 0), lambda x: x.flip(2)), ((1, 1), lambda x: x.half())],
+    "select": [
+        ((0,), first_row(0)),
+        ((1,), lambda x: x * 1.001),
+        ((2,), lambda x: x.flip(1)),
+        ((2,), lambda x: (x[:, :1] + torch.arange(x.shape[1])) % 30),
+        ((3,), lambda x: x.flip(1)),
+    ],
+}
+
+
+@pytest.mark.parametrize(("op", "number"), [(op, i) for op, wrong in WRONG.items() for i in range(len(wrong))])
+def test_the_gate_refuses_a_wrong_result(op, number):
+    _, inputs = inputs_of(op)
+    result = WORKLOADS[op].providers()["reference"](*inputs)
+    WORKLOADS[op].check(inputs, result)
+    with pytest.raises(WrongResult):
+        WORKLOADS[op].check(inputs, altered(result, *WRONG[op][number]))
+
+
+def nbytes(x):
+    return x.nbytes if isinstance(x, torch.Tensor) else sum(map(nbytes, x)) if isinstance(x, (tuple, list)) else 0
+
+
+@pytest.mark.parametrize("op", ["cls_attention", "topk"])
+def test_bytes_are_those_of_inputs_and_outputs(op):
+    shape, inputs = inputs_of(op)
+    result = WORKLOADS[op].providers()["reference"](*inputs)
+    assert WORKLOADS[op].bytes_moved(shape, 4) == nbytes(inputs) + nbytes(result)
+
+
+@pytest.mark.parametrize("op", ["compact", "compact_kv"])
+def test_bytes_of_a_gather_are_its_output_twice_and_the_indices(op):
+    shape, inputs = inputs_of(op)
+    result = WORKLOADS[op].providers()["reference"](*inputs)
+    assert WORKLOADS[op].bytes_moved(shape, 4) == 2 * nbytes(result) + inputs[-1].nbytes
+
+
+def test_bytes_of_row_scores_are_one_query_row_all_keys_and_the_scores():
+    shape, (query, key) = inputs_of("row_scores")
+    result = WORKLOADS["row_scores"].providers()["reference"](query, key)
+    assert WORKLOADS["row_scores"].bytes_moved(shape, 4) == query[:, :, 0].nbytes + key.nbytes + result.nbytes
+
+
+def test_shapes_are_those_of_the_models():
+    """LLaVA-1.5: 24 x 24 patches and [CLS], 16 heads of 64; Llama-2-7B: 32 layers, 32 heads of 128."""
+    assert workloads.MODELS[0].shape(4, 64) == {
+        "B": 4, "T": 1, "N": 577, "H": 16, "D": 64, "L": 32, "G": 32, "F": 128, "K": 64
+    }  # fmt: skip
+    work = WORKLOADS["select"]
+    pairs = micro.sizes(work, micro.Options(), on_gpu=True)
+    assert {b for b, _ in pairs} == {1, 4, 16, 64}
+    assert {k for _, k in pairs} == {32, 64, 128, 192, 256}
+    assert len(pairs) == 8
+    assert len(micro.sizes(work, micro.Options(full=True), on_gpu=True)) == 20
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_holds_its_provenance(tmp_path):
+    one = make_record()
+    assert set(record.FIELDS) == set(dataclasses.asdict(one))
+    assert (one.ms_20, one.ms_50, one.ms_80) == (1.0, 2.0, 4.0)
+    assert one.gb_per_s == pytest.approx(0.5)  # 1e6 bytes in 2 ms
+    assert one.copy_share == pytest.approx(0.05)
+    assert one.torch == torch.__version__
+    assert one.device == "cpu"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", one.date)
+    record.append(tmp_path / "micro.jsonl", [one])
+    record.append(tmp_path / "micro.jsonl", [one])
+    assert record.read(tmp_path / "micro.jsonl") == [one, one]
+
+
+def test_the_revision_is_that_of_the_checkout(tmp_path):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-C", str(tmp_path), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert record.git_state(tmp_path) == (None, None)
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-qm", "1")
+    assert record.git_state(tmp_path) == (git("rev-parse", "HEAD"), False)
+    (tmp_path / "another").touch()
+    assert record.git_state(tmp_path) == (git("rev-parse", "HEAD"), True)
+
+
+def test_speed_ups_are_against_every_other_and_losses_stay():
+    fast, slow = make_record(backend="fast"), make_record(backend="slow", times=(2.0, 8.0, 9.0))
+    record.compare_within([fast, slow])
+    assert fast.speedup == {"slow": 4.0}
+    assert slow.speedup == {"fast": 0.25}
+    text = table.tables([fast, slow])
+    assert re.search(r"\| slow +\| 2000.0 +\| 8000.0 +\| 9000.0 +\|.*\| 0.25", text)
+
+
+def test_time_ms_gives_quantiles_in_order():
+    calls = []
+    low, middle, high = timing.time_ms(lambda: calls.append(1), CPU, rep_ms=1.0)
+    assert 0 <= low <= middle <= high
+    assert len(calls) >= 7
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_micro_times_every_operation_on_a_cpu(tmp_path):
+    said = []
+    assert micro.run(QUICK, CPU, tmp_path / "micro.jsonl", said.append) == 0
+    records = record.read(tmp_path / "micro.jsonl")
+    assert {r.op for r in records} == set(WORKLOADS)
+    assert {r.backend for r in records if r.op == "select"} == {"reference", "sdpa+row"}
+    assert "no GPU: torch providers on small shapes; Triton timings need a GPU" in said
+    assert all(r.ms_20 <= r.ms_50 <= r.ms_80 and r.bytes > 0 for r in records)
+
+
+def test_a_wrong_or_broken_provider_gets_no_number(tmp_path, monkeypatch):
+    def broken(scores, k):
+        raise RuntimeError("out of memory")
+
+    providers = {"reference": lambda scores, k: scores.sum(0).topk(k).indices, "broken": broken}
+    monkeypatch.setattr(WORKLOADS["topk"], "providers", lambda: providers | {"torch.topk": right["torch.topk"]})
+    right = workloads.TopK().providers()
+    said = []
+    options = micro.Options(ops=("topk",), models=("small",), batches=(1,), keeps=(8,), rep_ms=1.0)
+    assert micro.run(options, CPU, tmp_path / "micro.jsonl", said.append) == 1
+    assert [r.backend for r in record.read(tmp_path / "micro.jsonl")] == ["torch.topk"]
+    assert any(line.startswith("NO NUMBER") and "reference: WrongResult" in line for line in said)
+    assert any("broken: RuntimeError: out of memory" in line for line in said)
+
+
+def test_micro_leaves_out_what_it_has_no_time_for(tmp_path):
+    said = []
+    assert micro.run(dataclasses.replace(QUICK, budget=0.0), CPU, tmp_path / "micro.jsonl", said.append) == 1
+    assert any(line.startswith("left out, the time is up: ") for line in said)
+    assert not (tmp_path / "micro.jsonl").exists()
+
+
+def test_e2e_times_every_stage(tmp_path):
+    said = []
+    assert e2e.run(CPU, (1,), tmp_path / "e2e.jsonl", rep_ms=1.0, say=said.append) == 0
+    records = record.read(tmp_path / "e2e.jsonl")
+    variants = {stage: {r.backend for r in records if r.op == stage} for stage in e2e.STAGES}
+    assert variants.pop("select") == {"vtc 128", "vtc 64"}
+    assert all(found == {"sdpa", "vtc 128", "vtc 64"} for found in variants.values())
+    assert {r.shape["visual"] for r in records} == {576, 128, 64}
+    assert sum("of the stock tower" in line for line in said) == 2
+
+
+def test_e2e_gives_no_number_for_the_wrong_patches(tmp_path, monkeypatch):
+    select = e2e.ClsScores.select
+    monkeypatch.setattr(e2e.ClsScores, "select", lambda self, count: (select(self, count)[0], -select(self, count)[1]))
+    said = []
+    assert e2e.run(CPU, (1,), tmp_path / "e2e.jsonl", rep_ms=1.0, say=said.append) == 1
+    assert {r.backend for r in record.read(tmp_path / "e2e.jsonl")} == {"sdpa"}
+    assert sum(line.startswith("NO NUMBER: B=1 vtc") for line in said) == 2
+
+
+def test_compare_times_two_revisions():
+    said = []
+    arguments = ["--op", "topk", "--model", "small", "--batch", "1", "--keep", "8"]
+    arguments += ["--provider", "reference", "--rep-ms", "1"]
+    assert compare.run("HEAD", arguments, said.append) == 0
+    assert re.search(r"\| topk \| small \| fp32 +\| B=1 .*\| reference +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ +\|", said[0])
+    assert [line.split(":")[0] for line in said[1:]] == ["old", "new"]
+
+
+def test_compare_takes_the_median_of_both_rounds():
+    old = [make_record(times=(1, ms, 9)) for ms in (4.0, 8.0)]
+    new = [make_record(times=(1, ms, 9)) for ms in (1.0, 2.0)]
+    (row,) = compare.compare(old, [*new, make_record(backend="another")])
+    assert row[-3:] == ["6000.0", "1500.0", "4.00"]
+
+
+def test_a_revision_is_checked_out_and_cleaned_up():
+    with checkout.revision("HEAD") as root:
+        assert (root / "kernels" / "topk.py").exists()
+        code = "import os, bench, vtc, vtc_kernels.topk as k; print(*(os.path.realpath(m.__file__) for m in (vtc, k, bench)))"
+        status, output = checkout.run(["-c", code], root)
+        assert status == 0, output
+        expected = [root / "vtc/__init__.py", root / "kernels/topk.py", checkout.ROOT / "bench/__init__.py"]
+        assert [Path(path) for path in output.split()] == [path.resolve() for path in expected]
+    assert not root.exists()
+    with pytest.raises(ValueError, match="cannot check out 'no-such-revision'"), checkout.revision("no-such-revision"):
+        pass
+
+
+def test_a_run_that_takes_too_long_keeps_its_output():
+    code = "import time; print('begun', flush=True); time.sleep(60)"
+    assert checkout.run(["-c", code], timeout=5) == (124, "begun\n")
+
+
+def test_gpu_runs_all_parts_and_leaves_at_most_eight_files(tmp_path, monkeypatch):
+    ran = []
+
+    def run(arguments, root=checkout.ROOT, timeout=None):
+        ran.append((arguments, timeout))
+        part = "tests" if "pytest" in arguments else arguments[2]
+        if part == "tests":
+            return 1, "collected\nFAILED tests/test_topk.py::test_ties\n1 failed, 800 passed"
+        records = [make_record(), make_record(backend="triton", times=(0.5, 1, 2))]
+        record.append(Path(arguments[arguments.index("--out") + 1]) / f"{part}.jsonl", records)
+        return 0, "copy: 3000.0 GB/s\nlast line"
+
+    monkeypatch.setattr(checkout, "run", run)
+    said = []
+    assert gpu.run(tmp_path, minutes=9, say=said.append) == 1
+    assert [a[1] if "pytest" in a else a[2] for a, _ in ran] == ["pytest", "micro", "e2e"]
+    assert sum(timeout for _, timeout in ran[:1]) < 9 * 60
+    assert all(timeout <= 9 * 60 for _, timeout in ran)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files >= {"tests.txt", "micro.txt", "e2e.txt", "micro.jsonl", "e2e.jsonl", "summary.txt"}
+    assert len(files) <= 8
+    for line in (
+        "tests: exit status 1",
+        "FAILED tests/test_topk.py::test_ties",
+        "1 failed, 800 passed",
+        "copy: 3000.0",
+    ):
+        assert line in said[-1]
+    assert (tmp_path / "summary.txt").read_text().strip() == said[-1]
+
+
+def test_plots_are_drawn_for_light_and_dark_pages(tmp_path):
+    records = [
+        make_record(op=op, backend=backend, shape={"B": batch, "K": 64}, times=(1.0, ms * batch, 99.0))
+        for op in ("topk", "compact")
+        for backend, ms in (("triton", 1.0), ("reference", 3.0))
+        for batch in (1, 4)
+    ]
+    light, dark = plots.draw(records, tmp_path / "micro")
+    assert (light.name, dark.name) == ("micro-light.svg", "micro-dark.svg")
+    assert light.read_text() != dark.read_text()
+    for word in ("topk", "compact", "triton", "reference", "small, CPU"):
+        assert f"<!-- {word} -->" in light.read_text()
+    assert light.read_bytes() == plots.draw(records, tmp_path / "again")[0].read_bytes()
+    with pytest.raises(ValueError, match="no records to plot"):
+        plots.draw([], tmp_path / "none")
+
+
+def test_the_command_writes_records_and_plots(tmp_path, capsys):
+    arguments = ["--op", "topk", "compact", "--batch", "1", "2", "--keep", "8", "--rep-ms", "1", "--device", "cpu"]
+    arguments += ["--provider", "reference", "torch.topk", "gather", "--model", "small"]
+    assert command.main(["micro", *arguments, "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"micro.jsonl", "micro-light.svg", "micro-dark.svg"}
+    lines = (tmp_path / "micro.jsonl").read_text().splitlines()
+    assert {json.loads(line)["shape"]["B"] for line in lines} == {1, 2}
+    assert "x torch.topk" in capsys.readouterr().out
+    assert command.main(["plot", str(tmp_path / "micro.jsonl"), "--out", str(tmp_path / "plots")]) == 0
+    assert len(list((tmp_path / "plots").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["micro", "--op", "sort"], "unknown op sort; there are cls_attention, row_scores, topk"),
+        (["micro", "--model", "GPT"], "unknown model GPT; there are"),
+        (["micro", "--dtype", "int8"], "unknown dtype int8; there are fp16, bf16, fp32"),
+        (["compare", "no-such-revision"], "cannot check out 'no-such-revision'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_command_explains_what_cannot_be(arguments, message, capsys):
+    assert command.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_without_one_says_what_to_run(tmp_path, capsys):
+    assert command.main(["gpu", "--out", str(tmp_path)]) == 2
+    assert "bench gpu needs a GPU" in capsys.readouterr().err
+
+
+def test_help_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--help"], cwd=checkout.ROOT, capture_output=True, text=True, check=True
+    )
+    for name in command.COMMANDS:
+        assert name in done.stdout
+
+
+# --- README ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_table_of_kernels_is_current(tmp_path):
+    readme = (checkout.ROOT / "README.md").read_text()
+    (shown,) = re.findall(r"<!-- kernels -->\n(.*?)\n<!-- /kernels -->", readme, re.DOTALL)
+    assert shown == kernels.kernels(), "run: python -m bench kernels --readme README.md"
+    assert [line.split("`")[1] for line in shown.splitlines()[2:]] == list(ops.OPS)
+    copy = tmp_path / "README.md"
+    copy.write_text(readme.replace(shown, "old"))
+    assert command.main(["kernels", "--readme", str(copy)]) == 0
+    assert copy.read_text() == readme
+
+
+def test_every_operation_of_the_table_must_be_complete(monkeypatch):
+    monkeypatch.delitem(WORKLOADS, "compact")
+    with pytest.raises(ValueError, match="compact lacks a workload"):
+        kernels.kernels()
