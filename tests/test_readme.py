@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from vtc import tiny
@@ -57,9 +58,32 @@ def test_command(command: str, tmp_path: Path) -> None:
         assert (tmp_path / words[words.index("--overlay") + 1]).stat().st_size > 10_000
 
 
+BENCH = [c for c in COMMANDS if c.startswith("python -m bench ")]
+# Appended: the last of two equal options counts, and these make a run short.
+QUICK = {"e2e": ["--rep-ms", "1"], "gpu": []}
+SMALL = ["--rep-ms", "1", "--model", "small", "--batch", "1", "--keep", "8", "--provider", "reference"]
+
+
+@pytest.mark.parametrize("command", BENCH)
+def test_benchmark(command: str) -> None:
+    words = shlex.split(command)
+    name = words[3]
+    if name == "gpu" and torch.cuda.is_available():
+        pytest.skip("it would run this test again")
+    done = subprocess.run(
+        [sys.executable, *words[1:], *QUICK.get(name, SMALL)], cwd=ROOT, capture_output=True, text=True
+    )
+    if name == "gpu":
+        assert (done.returncode, done.stderr.split(";")[0]) == (2, "bench gpu needs a GPU")
+    else:
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^\| .* \| (reference|sdpa) +\| [\d.]+ ", done.stdout, re.MULTILINE)
+        assert (name == "compare") == ("old / new" in done.stdout)
+
+
 def test_every_command_is_run_somewhere() -> None:
-    """`vtc …` above; the two that install, word for word, by `.ci/run`."""
-    install = [command for command in COMMANDS if not command.startswith("vtc ")]
+    """`vtc …` and `python -m bench …` above; the two that install, word for word, by `.ci/run`."""
+    install = [command for command in COMMANDS if not command.startswith("vtc ") and command not in BENCH]
     assert len(install) == 2
     script = (ROOT / ".ci/run").read_text()
     patterns = re.findall(r"grep -m1 '(.*)' README\.md", script)
