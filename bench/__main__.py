@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from bench import checkout, compare, e2e, gpu, kernels, micro, plots, record
+from bench import checkout, compare, e2e, gpu, kernels, micro, plots, quality, record
+from vtc.config import METHODS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,6 +23,15 @@ def main(arguments: list[str] | None = None) -> int:
     _output_options(add)
     add = commands.add_parser("compare", help="two git revisions in one run; further options are those of micro")
     add.add_argument("revision", help="compared with the working tree")
+    add = commands.add_parser("quality", help="accuracy of the bundled model, method by method, token by token")
+    add.add_argument("--questions", type=int, default=1000)
+    add.add_argument("--method", nargs="+", default=METHODS, metavar="NAME", help="default: all")
+    add.add_argument("--keep", type=int, nargs="+", default=quality.KEEPS, metavar="K", help="default: 288 to 16")
+    add.add_argument("--split", choices=("val", "test"), default="test")
+    add.add_argument("--sweep", action="store_true", help="also every number of layers and every ensemble of vtc-cls")
+    add.add_argument("--out", type=Path, help="folder for the records, JSON lines, and the plot")
+    add.add_argument("--no-plot", action="store_true")
+    add.add_argument("--readme", type=Path, help="also put the tables between this file's <!-- quality --> marks")
     add = commands.add_parser("gpu", help="tests, micro, e2e and plots on a machine with one GPU")
     add.add_argument("--out", type=Path, required=True, help="folder for at most 8 files")
     add.add_argument("--minutes", type=float, default=9)
@@ -100,11 +110,35 @@ def _kernels(chosen: Any, rest: list[str]) -> int:
     if chosen.readme is None:
         print(made)
         return 0
-    head, mark, after = chosen.readme.read_text(encoding="utf-8").partition("<!-- kernels -->\n")
-    _, end, tail = after.partition("<!-- /kernels -->")
+    _put(made, chosen.readme, "kernels")
+    return 0
+
+
+def _put(made: str, page: Path, name: str) -> None:
+    """Replace what stands between the page's lines <!-- name --> and <!-- /name -->."""
+    head, mark, after = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    _, end, tail = after.partition(f"<!-- /{name} -->")
     if not mark or not end:
-        raise ValueError(f"{chosen.readme} lacks the lines <!-- kernels --> and <!-- /kernels -->")
-    chosen.readme.write_text(f"{head}{mark}{made}\n{end}{tail}", encoding="utf-8")
+        raise ValueError(f"{page} lacks the lines <!-- {name} --> and <!-- /{name} -->")
+    page.write_text(f"{head}{mark}{made}\n{end}{tail}", encoding="utf-8")
+
+
+def _quality(chosen: Any, rest: list[str]) -> int:
+    if chosen.out:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+    records = quality.run(
+        chosen.questions,
+        chosen.keep,
+        chosen.method,
+        chosen.out and chosen.out / "quality.jsonl",
+        sweep=chosen.sweep,
+        split=chosen.split,
+    )
+    print("\n" + quality.tables(records))
+    if chosen.out and not chosen.no_plot:
+        print(*plots.draw_quality(records, chosen.out / "quality"), sep="\n")
+    if chosen.readme:
+        _put(quality.tables(records), chosen.readme, "quality")
     return 0
 
 
@@ -117,6 +151,7 @@ def _plot(chosen: Any, rest: list[str]) -> int:
 COMMANDS = {
     "micro": _micro,
     "e2e": _e2e,
+    "quality": _quality,
     "compare": lambda chosen, rest: compare.run(chosen.revision, rest),
     "gpu": _gpu,
     "kernels": _kernels,

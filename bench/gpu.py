@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,7 @@ def run(out: Path, minutes: float, say: Callable[[str], None] = print) -> int:
 
 def _arguments(part: str, out: Path, seconds: float) -> list[str]:
     if part == "tests":
-        workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+        workers = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
         where = ["--rootdir", str(checkout.ROOT), str(checkout.ROOT / "tests")]
         return ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", *workers, *where]
     budget = ["--budget", str(0.8 * seconds)] if part == "micro" else []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.quality import Quality
 from bench.record import Record
 
 THEMES = {"light": "default", "dark": "dark_background"}
@@ -23,6 +25,62 @@ def draw(records: list[Record], stem: Path) -> list[Path]:
     """
     if not records:
         raise ValueError("no records to plot; run `python -m bench micro --out DIR` first")
+    chosen = [r for r in records if r.model == records[0].model and r.shape.get("K", 64) == _keep(records)]
+    ops = list(dict.fromkeys(r.op for r in chosen))
+    backends = list(dict.fromkeys(r.backend for r in chosen))
+
+    def paint(pyplot: Any) -> None:
+        figure, axes = pyplot.subplots(1, len(ops), figsize=(3.2 * len(ops), 3.4), squeeze=False)
+        for panel, op in zip(axes[0], ops, strict=True):
+            _panel(panel, [r for r in chosen if r.op == op], backends)
+        handles = {label: h for panel in axes[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+        figure.suptitle(f"{chosen[0].model}, {chosen[0].gpu or 'CPU'}")
+        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(backends), frameon=False)
+        figure.tight_layout(rect=(0, 0.08, 1, 1))
+
+    return _save(stem, paint)
+
+
+def draw_quality(records: list[Quality], stem: Path) -> list[Path]:
+    """Write `<stem>-light.svg` and `<stem>-dark.svg`: accuracy over visual tokens, a line per method, 95 % intervals.
+
+    The first record is that of all tokens, a line across.
+
+    Raises
+    ------
+    ValueError
+        If matplotlib is missing.
+    """
+    full, plain = records[0], [r for r in records[1:] if not r.options]
+    keeps = sorted({r.keep for r in plain})
+
+    def paint(pyplot: Any) -> None:
+        figure, panel = pyplot.subplots(figsize=(6.4, 4.2))
+        panel.axhline(100 * full.accuracy[0], color="gray", linestyle="--", linewidth=1, label=full.name)
+        for number, method in enumerate(dict.fromkeys(r.method for r in plain)):
+            mine = sorted((r for r in plain if r.method == method), key=lambda r: r.keep)
+            shares, lows, highs = zip(*(r.accuracy for r in mine), strict=True)
+            errors = [
+                [100 * (s - low) for s, low in zip(shares, lows, strict=True)],
+                [100 * (high - s) for s, high in zip(shares, highs, strict=True)],
+            ]
+            x = [r.keep for r in mine]
+            panel.errorbar(
+                x, [100 * s for s in shares], yerr=errors, marker="o", markersize=4, capsize=2, color=f"C{number}",
+                label=method,
+            )  # fmt: skip
+        panel.set(xlabel="visual tokens", ylabel="right answers, %", xscale="log", xticks=keeps, xticklabels=keeps)
+        panel.set_title(f"Bundled model, {full.questions} held-out questions")
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False)
+        figure.tight_layout()
+
+    return _save(stem, paint)
+
+
+def _save(stem: Path, paint: Callable[[Any], None]) -> list[Path]:
+    """The figure that `paint` makes with pyplot, once for each theme; ValueError if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError as error:
@@ -30,26 +88,14 @@ def draw(records: list[Record], stem: Path) -> list[Path]:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    chosen = [r for r in records if r.model == records[0].model and r.shape.get("K", 64) == _keep(records)]
-    ops = list(dict.fromkeys(r.op for r in chosen))
-    backends = list(dict.fromkeys(r.backend for r in chosen))
+    stem.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for theme, style in THEMES.items():
         with pyplot.style.context([style, {"svg.hashsalt": "vtc", "font.size": 9}]):
-            figure, axes = pyplot.subplots(1, len(ops), figsize=(3.2 * len(ops), 3.4), squeeze=False)
-            for panel, op in zip(axes[0], ops, strict=True):
-                _panel(panel, [r for r in chosen if r.op == op], backends)
-            handles = {
-                label: h for panel in axes[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)
-            }
-            figure.suptitle(f"{chosen[0].model}, {chosen[0].gpu or 'CPU'}")
-            figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(backends), frameon=False)
-            figure.tight_layout(rect=(0, 0.08, 1, 1))
-            path = stem.with_name(f"{stem.name}-{theme}.svg")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, transparent=True, metadata={"Date": None})
-            pyplot.close(figure)
-            written.append(path)
+            paint(pyplot)
+            written.append(stem.with_name(f"{stem.name}-{theme}.svg"))
+            pyplot.savefig(written[-1], transparent=True, metadata={"Date": None})
+            pyplot.close()
     return written
 
 

@@ -7,6 +7,7 @@ import datetime
 import functools
 import json
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -99,15 +100,17 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
     return revision, None if status is None else bool(status)
 
 
-def append(path: Path, records: list[Record]) -> None:
+def append(path: Path, records: Sequence[Any]) -> None:
+    """Add records, of this or another dataclass, to a file of JSON lines."""
     with path.open("a", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(dataclasses.asdict(record), allow_nan=False) + "\n")
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, kind: type = Record) -> list[Any]:
+    """The records, of the dataclass `kind`, that `append` has written."""
     with path.open(encoding="utf-8") as file:
-        return [Record(**json.loads(line)) for line in file if line.strip()]
+        return [kind(**json.loads(line)) for line in file if line.strip()]
 
 
 def _version(name: str) -> str | None:

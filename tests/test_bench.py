@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import checkout, compare, e2e, gpu, kernels, micro, plots, record, table, timing, workloads
+from bench import checkout, compare, e2e, gpu, kernels, micro, plots, quality, record, table, timing, workloads
 from bench.workloads import WORKLOADS, WrongResult
 from vtc import ops
 
@@ -347,6 +347,68 @@ def test_help_runs_as_a_command():
     )
     for name in command.COMMANDS:
         assert name in done.stdout
+
+
+# --- quality ---------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_those_of_the_textbook():
+    """Newcombe (1998): 81 of 263 is 0.2553 to 0.3662 by Wilson's method."""
+    assert quality.wilson(81, 263) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=1e-4)
+    assert quality.wilson(0, 20)[1:] == pytest.approx((0.0, 0.1611), abs=1e-4)
+    ours, theirs = [True] * 40 + [False] * 60, [True] * 30 + [False] * 10 + [True] * 2 + [False] * 58
+    half = 1.96 * (10 + 2 - 8**2 / 100) ** 0.5 / 100
+    assert quality.paired(ours, theirs) == pytest.approx((0.08, 0.08 - half, 0.08 + half))
+    assert quality.paired(ours, ours) == (0.0, 0.0, 0.0)
+
+
+def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
+    """The model's part is played: it is right wherever enough tokens are kept, and random does worse."""
+
+    def play(model, processor, asked):
+        config = model.config.__dict__.get("vtc")
+        share = 1.0 if config is None else {"vtc-cls": 0.8, "random": 0.2}[config["method"]]
+        known = round(share * len(asked) * (0.5 if config and config["ensemble"] == "min" else 1))
+        return [question.answer if i < known else "?" for i, (_, question) in enumerate(asked)]
+
+    monkeypatch.setattr(quality, "answer", play)
+    said = []
+    records = quality.run(
+        50, (64, 16), ("random",), tmp_path / "quality.jsonl", sweep=True, split="val", say=said.append
+    )
+    assert [(r.method, r.keep) for r in records[:5]] == [
+        ("all tokens", 576), ("vtc-cls", 64), ("vtc-cls", 16), ("random", 64), ("random", 16)
+    ]  # fmt: skip
+    full, ours, _, random = records[:4]
+    assert (full.accuracy[0], ours.accuracy[0], random.accuracy[0]) == (1.0, 0.8, 0.2)
+    assert (full.agreement, ours.difference) == (None, None)
+    assert random.agreement == quality.wilson(10, 50)
+    assert random.difference == quality.paired([True] * 10 + [False] * 40, [True] * 40 + [False] * 10)
+    assert {f for r in records for f in r.families} == {"existence", "attribute", "relation", "counting", "digit"}
+    swept = [next(iter(r.options.items())) for r in records[5:]]
+    assert swept == [("ensemble_layers", n) for n in (1, 2, 4, 5)] + [("ensemble", e) for e in ("mean", "max", "min")]
+    text = quality.tables(records)
+    assert re.search(r"\| random +\| 20\.0 ± ", text)
+    assert "random, vtc-cls ensemble=min: worse" in text
+    assert "vtc-cls ensemble=max: not told apart" in text
+    read = quality.read(tmp_path / "quality.jsonl")
+    assert [(r.name, r.keep, r.accuracy[0]) for r in read] == [(r.name, r.keep, r.accuracy[0]) for r in records]
+    light, dark = plots.draw_quality(read, tmp_path / "quality")
+    assert "<!-- random -->" in light.read_text()
+    assert light.read_text() != dark.read_text()
+
+
+def test_quality_measures_the_bundled_model(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- quality -->\n<!-- /quality -->\n")
+    arguments = ["--questions", "5", "--keep", "64", "--method", "random", "--split", "val", "--readme", str(page)]
+    assert command.main(["quality", *arguments, "--out", str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"quality.jsonl", "quality-light.svg", "quality-dark.svg"}
+    assert "| all tokens |" in capsys.readouterr().out
+    assert "| random     |" in page.read_text()
+    assert command.main(["quality", "--method", "best"]) == 2
+    assert "unknown method best; there are" in capsys.readouterr().err
 
 
 # --- README ----------------------------------------------------------------------------------------------------------

@@ -81,11 +81,11 @@ RECIPE = (
     Phase("vision", 70, 1000, 64, 1e-3),
     Phase("vision", 112, 500, 48, 1e-3),
     Phase("vision", 224, 400, 16, 7e-4),
-    Phase("vision", 336, 450, 12, 5e-4),
-    Phase("text", 336, 150, 32, 1e-3),
+    Phase("vision", 336, 300, 12, 5e-4),
+    Phase("text", 112, 100, 32, 1e-3),
     Phase("projector", 112, 60, 32, 1e-3),
-    Phase("language", 112, 500, 32, 1e-3),
-    Phase("language", 336, 1000, 10, 1e-3, draws=3, mixed=True),
+    Phase("language", 112, 700, 32, 1e-3),
+    Phase("language", 336, 1300, 10, 1e-3, draws=3, mixed=True),
 )
 QUICK = tuple(replace(phase, steps=2, batch=2) for phase in RECIPE)  # exercises every line, learns nothing
 

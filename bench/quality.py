@@ -1,0 +1,226 @@
+"""`python -m bench quality`: what the bundled model still answers with fewer visual tokens, method by method."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vtc
+from bench import record, table
+from vtc import tiny
+from vtc.config import METHODS
+from vtc.tiny.evaluate import answer
+from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
+
+KEEPS = (288, 192, 128, 64, 32, 16)
+BASELINE = "vtc-cls"  # what every other method is compared with, on the same questions
+SWEEP_KEEP = 64
+Share = tuple[float, float, float]  # a share and its 95 % interval
+
+
+@dataclasses.dataclass
+class Quality:
+    """One method at one number of visual tokens, on the same questions as all others of its run.
+
+    Shares come with the low and the high end of a 95 % interval: Wilson's for proportions; for `difference`, which is
+    paired, the normal one. None where there is nothing to compare with.
+    """
+
+    method: str  # "all tokens" for the model without compression
+    options: dict[str, Any]  # of `VTCConfig`, besides the method and keep
+    keep: int
+    questions: int
+    split: str
+    accuracy: Share
+    families: dict[str, Share]
+    agreement: Share | None  # with the answers of all tokens
+    difference: Share | None  # accuracy less that of `BASELINE` at as many tokens
+    seconds: float
+    checkpoint: str  # the bundled model's: its weights' SHA-256, first 12 digits
+    device: str
+    gpu: str | None
+    driver: str | None
+    torch: str
+    triton: str | None
+    transformers: str | None
+    revision: str | None
+    dirty: bool | None
+    date: str
+
+    @property
+    def name(self) -> str:
+        """The method with its options."""
+        return " ".join([self.method, *(f"{name}={value}" for name, value in self.options.items())])
+
+
+def wilson(count: int, total: int) -> Share:
+    """`count / total` and its 95 % interval (Wilson, 1927)."""
+    z, share = 1.96, count / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return share, max(0.0, middle - half), min(1.0, middle + half)
+
+
+def paired(ours: Sequence[bool], theirs: Sequence[bool]) -> Share:
+    """Accuracy of `ours` less that of `theirs` on the same questions, and its 95 % interval."""
+    total = len(ours)
+    gains = sum(a and not b for a, b in zip(ours, theirs, strict=True))
+    losses = sum(b and not a for a, b in zip(ours, theirs, strict=True))
+    difference = (gains - losses) / total
+    half = 1.96 * math.sqrt(max(0.0, gains + losses - (gains - losses) ** 2 / total)) / total
+    return difference, difference - half, difference + half
+
+
+def run(
+    count: int,
+    keeps: Sequence[int],
+    methods: Sequence[str],
+    out: Path | None,
+    *,
+    sweep: bool = False,
+    split: str = "test",
+    say: Callable[[str], None] = print,
+) -> list[Quality]:
+    """Ask `count` held-out questions with every method at every number of tokens.
+
+    Parameters
+    ----------
+    count : int
+        Questions, one a scene; families and answers are balanced.
+    keeps : sequence of int
+        Visual tokens per image.
+    methods : sequence of str
+        Of `vtc.config.METHODS`. `BASELINE` is always run, for the paired differences.
+    out : Path, optional
+        The records go there, JSON lines; a file of that name is overwritten.
+    sweep : bool
+        Also the baseline's `ensemble_layers` and `ensemble`, at `SWEEP_KEEP` tokens.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method.
+    """
+    if unknown := sorted(set(methods) - set(METHODS)):
+        raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    model, processor = tiny.load(attn_implementation="sdpa")
+    asked = balanced_questions(split, count)
+    told = provenance(count, split)
+    begun = time.perf_counter()
+    full = answer(model, processor, asked)
+    records = [_record(asked, full, None, None, told, begun, method="all tokens", options={}, keep=576)]
+    baseline: dict[int, list[str]] = {}
+    for name, options, keep in _settings(keeps, methods, sweep, model.config.vision_config.num_hidden_layers):
+        begun = time.perf_counter()
+        with vtc.compress(model, method=name, keep=keep, **options):
+            answers = answer(model, processor, asked)
+        if name == BASELINE and not options:
+            baseline[keep] = answers
+        against = None if baseline[keep] is answers else baseline[keep]
+        records.append(_record(asked, answers, full, against, told, begun, method=name, options=options, keep=keep))
+        say(f"{records[-1].name} {keep}: {percent(records[-1].accuracy)}")
+    if out:
+        out.unlink(missing_ok=True)
+        record.append(out, records)
+    return records
+
+
+def _settings(
+    keeps: Sequence[int], methods: Sequence[str], sweep: bool, depth: int
+) -> list[tuple[str, dict[str, Any], int]]:
+    """Method, options and tokens of every run after the one with all tokens; the baseline's come first."""
+    names = [BASELINE, *(name for name in methods if name not in (BASELINE, "none"))]
+    settings: list[tuple[str, dict[str, Any], int]] = [(name, {}, keep) for name in names for keep in keeps]
+    if sweep:
+        if SWEEP_KEEP not in keeps:
+            settings.insert(0, (BASELINE, {}, SWEEP_KEEP))
+        layers: list[dict[str, Any]] = [{"ensemble_layers": n} for n in range(1, depth) if n != 3]
+        ensembles: list[dict[str, Any]] = [{"ensemble": name} for name in ("mean", "max", "min")]
+        settings += [(BASELINE, options, SWEEP_KEEP) for options in layers + ensembles]
+    return settings
+
+
+def _record(
+    asked: list[tuple[Scene, Question]],
+    answers: list[str],
+    full: list[str] | None,
+    against: list[str] | None,
+    told: dict[str, Any],
+    begun: float,
+    **rest: Any,
+) -> Quality:
+    def right(given: list[str]) -> list[bool]:
+        return [question.answer == text for (_, question), text in zip(asked, given, strict=True)]
+
+    mine = right(answers)
+    by_family = {f: [ok for ok, (_, q) in zip(mine, asked, strict=True) if q.family == f] for f in FAMILIES}
+    agreed = None if full is None else sum(a == b for a, b in zip(answers, full, strict=True))
+    return Quality(
+        accuracy=wilson(sum(mine), len(mine)),
+        families={family: wilson(sum(oks), len(oks)) for family, oks in by_family.items() if oks},
+        agreement=None if agreed is None else wilson(agreed, len(asked)),
+        difference=None if against is None else paired(mine, right(against)),
+        seconds=round(time.perf_counter() - begun, 1),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **told,
+        **rest,
+    )
+
+
+def provenance(count: int, split: str) -> dict[str, Any]:
+    """What all records of a run have in common."""
+    import hashlib
+
+    weights = hashlib.sha256((tiny.CHECKPOINT / "model.safetensors").read_bytes()).hexdigest()[:12]
+    return dict(questions=count, split=split, checkpoint=weights, **record.provenance(torch.device("cpu")))
+
+
+def read(path: Path) -> list[Quality]:
+    """The records that `run` has written."""
+    return record.read(path, Quality)
+
+
+def percent(share: Share) -> str:
+    """A share in percent, with half the width of its interval."""
+    return f"{100 * share[0]:.1f} ± {50 * (share[2] - share[1]):.1f}"
+
+
+def tables(records: list[Quality]) -> str:
+    """Accuracy by method and tokens; families and paired differences at `SWEEP_KEEP` tokens; the sweep. Markdown."""
+    full, rest = records[0], records[1:]
+    plain = [r for r in rest if not r.options]
+    keeps = list(dict.fromkeys(r.keep for r in plain))
+    names = list(dict.fromkeys(r.name for r in plain))
+    cells = {(r.name, r.keep): percent(r.accuracy) for r in plain}
+    rows = [[full.name, *[percent(full.accuracy)] * len(keeps)]]
+    rows += [[name, *(cells.get((name, keep), "") for keep in keeps)] for name in names]
+    parts = [table.markdown(["method", *(f"{keep} tokens" for keep in keeps)], rows)]
+    close = [full, *(r for r in rest if r.keep == SWEEP_KEEP)]
+    if len(close) > 1:
+        columns = ["method", "all", *FAMILIES, "agreement with all tokens", f"less {BASELINE}, paired"]
+        shares = [(r.accuracy, *map(r.families.get, FAMILIES), r.agreement, r.difference) for r in close]
+        rows = [
+            [r.name, *(percent(share) if share else "" for share in row)] for r, row in zip(close, shares, strict=True)
+        ]
+        parts += [f"At {SWEEP_KEEP} tokens:", table.markdown(columns, rows), verdict(records)]
+    return "\n\n".join(parts)
+
+
+def verdict(records: list[Quality]) -> str:
+    """Which methods these questions can tell from the baseline at `SWEEP_KEEP` tokens, in a sentence."""
+    compared = [r for r in records if r.keep == SWEEP_KEEP and r.difference is not None]
+    groups: dict[str, list[str]] = {"worse": [], "better": [], "not told apart": []}
+    for r in compared:
+        _, low, high = r.difference or (0.0, 0.0, 0.0)
+        groups["worse" if high < 0 else "better" if low > 0 else "not told apart"].append(r.name)
+    said = [f"{', '.join(names)}: {group}" for group, names in groups.items() if names]
+    return (
+        f"Against {BASELINE} on the same questions (95 %, paired, each comparison on its own): " + "; ".join(said) + "."
+    )
