@@ -59,7 +59,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
 def test_each_stage_learns_only_its_part(stage: str) -> None:
     model = recipe.build_model()
     contrast = recipe.PhraseContrast(model.model.vision_tower)
-    learns = {id(p) for p in recipe.trainable(stage, contrast, model)}
+    learns = {id(p) for p in recipe.trainable(stage, contrast, model).values()}
     for name, parameter in model.named_parameters():
         part = "vision" if "vision_tower" in name else "projector" if "projector" in name else "text"
         expected = part == stage or (stage == "language" and part != "vision")

@@ -85,7 +85,7 @@ RECIPE = (
     Phase("text", 112, 100, 32, 1e-3),
     Phase("projector", 112, 60, 32, 1e-3),
     Phase("language", 112, 700, 32, 1e-3),
-    Phase("language", 336, 1300, 10, 1e-3, draws=3, mixed=True),
+    Phase("language", 336, 1000, 10, 1e-3, draws=3, mixed=True),
 )
 QUICK = tuple(replace(phase, steps=2, batch=2) for phase in RECIPE)  # exercises every line, learns nothing
 
