@@ -83,7 +83,7 @@ class Question:
 class Scene:
     """A picture and everything there is to know about it.
 
-    A canvas smaller than `CANVAS` is a window on it, with its upper left corner at `origin`: objects keep their size in
+    A picture smaller than `CANVAS` is a window on it, with its upper left corner at `origin`: objects keep their size in
     pixels, and "top left" means top left of the canvas.
 
     Parameters
@@ -92,8 +92,8 @@ class Scene:
         Which of the disjoint seed ranges to draw from.
     index : int
         Which scene of the split; any non-negative number.
-    size : int
-        Side of the picture in pixels, 70 to 336; smaller pictures show fewer objects.
+    size : int or (int, int)
+        Side of the picture in pixels, or its width and height, 70 to 336; smaller pictures show fewer objects.
 
     Raises
     ------
@@ -101,32 +101,37 @@ class Scene:
         For an unknown split, a negative index, or a size out of range.
     """
 
-    def __init__(self, split: str, index: int, size: int = CANVAS) -> None:
+    def __init__(self, split: str, index: int, size: int | tuple[int, int] = CANVAS) -> None:
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
         if index < 0:
             raise ValueError(f"index is {index}; scenes are numbered from 0")
-        if not 70 <= size <= CANVAS:
+        self.split, self.index = split, index
+        self.width, self.height = (size, size) if isinstance(size, int) else size
+        if not 70 <= min(self.width, self.height) <= max(self.width, self.height) <= CANVAS:
             raise ValueError(f"size is {size}; it must be from 70 to {CANVAS} pixels")
-        self.split, self.index, self.size = split, index, size
         rng = self._rng(0)
-        most = min(size // 56, MAX_OBJECTS)
-        self.objects = _place(rng, int(rng.integers(1, most + 1)), size)
-        room = (CANVAS - size) // PATCH
-        self.origin = (int(rng.integers(room + 1)) * PATCH, int(rng.integers(room + 1)) * PATCH)  # x, y
+        if self.width == self.height:
+            most = min(self.width // 56, MAX_OBJECTS)
+        else:
+            most = min(max(1, self.width * self.height // 56**2), MAX_OBJECTS)
+        self.objects = _place(rng, int(rng.integers(1, most + 1)), self.width, self.height)
+        rooms = ((CANVAS - side) // PATCH for side in (self.width, self.height))
+        self.origin = tuple(int(rng.integers(room + 1)) * PATCH for room in rooms)  # x, y
 
     def _rng(self, purpose: int) -> np.random.Generator:
         """Independent randomness for layout, picture and questions."""
-        return np.random.default_rng([SPLITS.index(self.split), self.index, self.size, purpose])
+        sides = [self.width] if self.width == self.height else [self.width, self.height]
+        return np.random.default_rng([SPLITS.index(self.split), self.index, *sides, purpose])
 
     @cached_property
     def image(self) -> Image.Image:
-        """The picture, RGB, `size` x `size`."""
+        """The picture, RGB, `width` x `height`."""
         rng = self._rng(1)
-        image = _background(rng, self.size)
+        image = _background(rng, max(self.width, self.height)).crop((0, 0, self.width, self.height))
         for thing in self.objects:
             _draw(image, thing, rng)
-        grain = rng.normal(0, rng.uniform(2, 7), (self.size, self.size, 1)).astype(np.float32)
+        grain = rng.normal(0, rng.uniform(2, 7), (self.height, self.width, 1)).astype(np.float32)
         return Image.fromarray((np.asarray(image, np.float32) + grain).clip(0, 255).astype(np.uint8))
 
     @cached_property
@@ -269,7 +274,7 @@ def _digit(rng: np.random.Generator, objects: list[Object]) -> list[Question]:
 # --- pictures ----------------------------------------------------------------------------------------------------
 
 
-def _place(rng: np.random.Generator, count: int, size: int) -> list[Object]:
+def _place(rng: np.random.Generator, count: int, width: int, height: int) -> list[Object]:
     """`count` objects of different colours that do not touch.
 
     Their bounding boxes lie on the patch grid. A vision transformer has no notion of shift and would have to see every
@@ -282,7 +287,8 @@ def _place(rng: np.random.Generator, count: int, size: int) -> list[Object]:
             name = str(rng.choice(list(SIZES)))
             extent = SIZES[name]
             radius = extent / 2
-            x, y = (int(v) * PATCH + extent // 2 for v in rng.integers(0, (size - extent) // PATCH + 1, 2))
+            places = ((side - extent) // PATCH + 1 for side in (width, height))
+            x, y = (int(rng.integers(0, count)) * PATCH + extent // 2 for count in places)
             if all(math.hypot(x - o.x, y - o.y) >= radius + o.radius + 6 for o in objects):
                 break
         else:  # no room left: start over
