@@ -203,7 +203,8 @@ def run_tower(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[torch.
 
 
 def _count(base: Any, plan: Plan, scores: attention.ClsScores, images: int, before: int, after: int) -> None:
-    if (scope := scope_of(base)) is not None:
+    """Tell the open scope. Not in a compiled graph: a counter there would mean a new graph for each of its values."""
+    if (scope := scope_of(base)) is not None and not torch.compiler.is_compiling():
         run, device = scope.run, base.vision_tower.device
         run.tokens_before, run.tokens_after = before, after
         run.images += images
