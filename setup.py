@@ -26,7 +26,7 @@ setup(
         "rich",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "accelerate", "peft"],
         "dev": ["ruff", "mypy"],
         "flash": ["flash-attn"],
     },

@@ -8,6 +8,7 @@ import models
 import pytest
 import torch
 from models import GRID, IMAGE, REGISTERS, TOKENS, VIDEO
+from PIL import Image
 from test_llava import ENCODES_FIRST
 
 import vtc
@@ -199,6 +200,33 @@ def test_siglip_has_no_cls_token_but_random_works(built):
         golden.close(torch.stack(out.logits)[:, i], logits)
     with pytest.raises(ValueError, match="'default' is not supported; VTC accepts 'full'"):
         model.get_image_features(pixels, vision_feature_select_strategy="default")
+
+
+def test_register_tokens_are_visual_tokens(built):
+    """They are ranked as the patches are, and an overlay shows the patches alone."""
+    model, eager = built("llava", "dinov2_with_registers")
+    pixels = models.images(2)
+    selection = vtc.select(model, pixels, keep=7)
+    with torch.no_grad():
+        expected = [golden.scores(eager, image, LAYERS) for image in pixels]
+    torch.testing.assert_close(selection.scores, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    assert selection.scores.shape == (2, REGISTERS + TOKENS)
+    assert selection.indices.tolist() == [golden.top(values, 7) for values in expected]
+    chosen = selection._replace(indices=torch.tensor([[0, 1, REGISTERS + 8], [1, 2, 10]]))
+    image = Image.new("RGB", (SIDE, SIDE), "red")
+    drawn = vtc.overlay(image, chosen, side=SIDE)
+    patches = chosen._replace(indices=torch.tensor([[8], [0]]), scores=chosen.scores[:, REGISTERS:])
+    assert drawn.tobytes() == vtc.overlay(image, patches, side=SIDE).tobytes()
+    assert vtc.overlay(image, chosen, index=1, side=SIDE).tobytes() != drawn.tobytes()
+
+
+def test_select_takes_tiles_one_by_one(built):
+    model, eager = built("llava_next")
+    pixels = models.images(3)
+    selection = vtc.select(model, pixels, keep=7)
+    with torch.no_grad():
+        expected = [golden.top(golden.scores(eager, image, LAYERS), 7) for image in pixels]
+    assert selection.indices.tolist() == expected
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------

@@ -140,6 +140,7 @@ def select(model: torch.nn.Module, pixel_values: torch.Tensor, **options: Any) -
     Parameters
     ----------
     pixel_values : Tensor [B, 3, height, width]
+        Each picture is taken for itself, tiles and frames too: `keep` counts the tokens of one.
     options
         Fields of `VTCConfig`; they hold for this call only.
 
@@ -150,7 +151,7 @@ def select(model: torch.nn.Module, pixel_values: torch.Tensor, **options: Any) -
     """
     with compress(model, **options):
         base = find_llava(model)
-        return encode(base, pixel_values, Plan.of(base, pixel_values))[1]
+        return encode(base, pixel_values, Plan.of(base, pixel_values, layout="whole"))[1]
 
 
 def _implementations(base: Any) -> dict[str, str]:
