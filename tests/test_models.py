@@ -312,6 +312,28 @@ def test_what_tiles_need(built):
         vtc.configure(model, tiles="fair")
 
 
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+
+def test_frames_whose_grid_the_pooling_does_not_divide(built):
+    """6 x 6 patches, 4 x 4 of them pooled into one, the rest dropped as the stock model drops it."""
+    model, _ = built("llava_next_video", spatial_pool_stride=4)
+    videos = models.images(2 * FRAMES).unflatten(0, (2, FRAMES))
+    with torch.no_grad():
+        expected = model.get_video_features(videos).pooler_output
+        with vtc.compress(model, keep=1):
+            features = model.get_video_features(videos).pooler_output
+    for ours, theirs in zip(features, expected, strict=True):
+        golden.close(ours, theirs.reshape(ours.shape))
+
+
+def test_frames_are_five_dimensional(built):
+    model, _ = built("llava_next_video")
+    vtc.enable(model, keep=7)
+    with pytest.raises(ValueError, match=r"must be \[videos, frames, 3, height, width\], got shape \(3, 3, 84, 84\)"):
+        model.get_video_features(models.images(FRAMES))
+
+
 # --- the table in README ----------------------------------------------------------------------------------------------
 
 

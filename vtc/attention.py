@@ -57,9 +57,9 @@ class ClsScores:
             return self.config.fused
         return ops.fused_is_faster(query.device, query.dtype, query.shape[-1], self.config.backend)
 
-    def pool(self, grid: tuple[int, int], size: int) -> None:
-        """Average the scores of each `size` x `size` patches: `[B, 1, N / size**2]` per layer, of patches `grid`."""
-        pictures = [rows.mean(1, keepdim=True).unflatten(2, grid) for rows in self.layers]
+    def pool(self, side: int, size: int) -> None:
+        """Average the scores of each `size` x `size` of the `side` x `side` patches; a rest at the ends is dropped."""
+        pictures = [rows.mean(1, keepdim=True).unflatten(2, (side, side)) for rows in self.layers]
         self.layers = [torch.nn.functional.avg_pool2d(rows, size).flatten(2) for rows in pictures]
 
     def select(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:

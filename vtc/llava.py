@@ -14,6 +14,7 @@ written in `vtc.adapters`.
 import dataclasses
 import functools
 import inspect
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -194,9 +195,8 @@ def run_tower(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[torch.
     features = torch.cat([states[stop - 1] for stop in plan.features], -1) if len(plan.features) > 1 else hidden
     features = features[:, int(about.cls) :]
     if plan.pool > 1:
-        grid = (plan.grid[0] * plan.pool, plan.grid[1] * plan.pool)
-        features = base.vision_resampler(features)
-        scores.pool(grid, plan.pool)
+        scores.pool(math.isqrt(features.shape[1]), plan.pool)
+        features = base.vision_resampler(features)  # takes pictures for square, too
     if config.method == "random":
         scores.layers.append(random_scores(pixel_values, plan.tokens, config.seed).unsqueeze(1))
     return features, scores
