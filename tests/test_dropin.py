@@ -131,6 +131,17 @@ def test_pipeline(question):
     assert run.report().startswith("576 -> 64 visual tokens")
 
 
+def test_inputs_embeds_without_an_image(stock):
+    """Nothing to shorten, so exactly the stock model."""
+    embeds = stock.get_input_embeddings()(models.batch([ids(9)])["input_ids"]).detach()
+    theirs = stock.generate(inputs_embeds=embeds, **detailed())
+    vtc.configure(stock, keep=KEEP)
+    stock.set_attn_implementation("vtc")
+    ours = stock.generate(inputs_embeds=embeds, **detailed())
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert all(map(torch.equal, ours.logits, theirs.logits))
+
+
 # --- state ------------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import GRID, IMAGE, REGISTERS, TOKENS, VIDEO
 from PIL import Image
+from test_api import python
 from test_llava import ENCODES_FIRST
 
 import vtc
@@ -145,6 +146,20 @@ def detailed(**kwargs):
 def test_every_entry_is_tested():
     assert {family for family, _ in CASES.values()} == set(adapters.MODELS) == set(models.FAMILIES)
     assert {tower for _, tower in CASES.values()} | {"siglip_vision_model"} == set(adapters.TOWERS)
+
+
+def test_hooks_come_with_each_model_in_any_order():
+    seen = python(
+        "import json, sys\n"
+        "from transformers import LlavaNextForConditionalGeneration as before\n"
+        "import vtc\n"
+        "from transformers import LlavaNextVideoForConditionalGeneration as after\n"
+        "from transformers import VipLlavaForConditionalGeneration as later\n"
+        "guards = [hasattr(m.forward, '_vtc_guard') and hasattr(m.generate, '_vtc_guard')\n"
+        "          and not hasattr(m.forward.__wrapped__, '_vtc_guard') for m in (before, after, later)]\n"
+        "print(json.dumps(guards))"
+    )
+    assert seen == [True, True, True]
 
 
 @pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])

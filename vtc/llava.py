@@ -298,8 +298,9 @@ def _tiles(base: Any, sizes: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     tiles = []
     for size in sizes.cpu():
         count = module.image_size_to_num_patches(size, base.config.image_grid_pinpoints, vision.image_size)
-        numbers = torch.arange(count * tokens).view(count, tokens, 1)
-        packed, _ = base.pack_image_features([numbers], size[None], "default", image_newline=torch.tensor([-1]))
+        numbers = torch.arange(count * tokens, device="cpu").view(count, tokens, 1)
+        newline = torch.tensor([-1], device="cpu")
+        packed, _ = base.pack_image_features([numbers], size[None], "default", image_newline=newline)
         tiles.append((count, packed[0][:, 0]))
     return tiles
 
