@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vtc.config import METHODS
@@ -65,6 +66,22 @@ MODELS = {
 }
 
 
+def _run_layer(layer: Any, hidden: Tensor, scores: Any = None) -> Tensor:
+    """One layer on `[B, cls + N, D]`; `scores`, if given, reaches the attention function as `vtc_scores`."""
+    return layer(hidden, None, **({} if scores is None else {"vtc_scores": scores}))
+
+
+def _run_dinov2_layer(layer: Any, hidden: Tensor, scores: Any = None) -> Tensor:
+    """As `_run_layer`; some versions of transformers, 5.17 for one, pass no arguments on to DINOv2's attention."""
+    if scores is None:
+        return layer(hidden)
+    if any(p.kind == p.VAR_KEYWORD for p in inspect.signature(type(layer).forward).parameters.values()):
+        return layer(hidden, None, vtc_scores=scores)
+    attended = layer.attention(layer.norm1(hidden), vtc_scores=scores)
+    hidden = hidden + layer.drop_path(layer.layer_scale1(attended))
+    return hidden + layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(hidden))))
+
+
 class Tower(NamedTuple):
     """One vision tower of transformers, by its config's `model_type`."""
 
@@ -73,6 +90,7 @@ class Tower(NamedTuple):
     norm: str = ""  # the norm between embeddings and layers
     cls: bool = True  # whether a [CLS] token comes first
     registers: str = ""  # the config's name for the number of register tokens that follow it
+    run_layer: Callable[..., Any] = _run_layer
 
     def visual_tokens(self, config: Any, patches: int) -> int:
         """N: what a LLaVA makes placeholders for. Registers count, for they are features like the patches'."""
@@ -87,12 +105,6 @@ class Tower(NamedTuple):
         hidden = tower.embeddings(pixel_values.to(tower.dtype))
         return getattr(tower, self.norm)(hidden) if self.norm else hidden
 
-    def run_layer(self, layer: Any, hidden: Tensor, scores: Any = None) -> Tensor:
-        """One layer on `[B, cls + N, D]`; `scores`, if given, reaches the attention function as `vtc_scores`."""
-        if _takes_arguments(type(layer)):
-            return layer(hidden, None, **({} if scores is None else {"vtc_scores": scores}))
-        return layer(hidden) if scores is None else _dinov2_layer(layer, hidden, scores)
-
     def methods(self) -> tuple[str, ...]:
         """The methods that work with this tower."""
         return tuple(method for method in METHODS if self.cls or method not in CLS_METHODS)
@@ -100,25 +112,27 @@ class Tower(NamedTuple):
 
 TOWERS = {
     "clip_vision_model": Tower("CLIP", "encoder.layers", norm="pre_layrnorm"),
-    "dinov2": Tower("DINOv2", "encoder.layer"),
-    "dinov2_with_registers": Tower("DINOv2 with registers", "encoder.layer", registers="num_register_tokens"),
+    "dinov2": Tower("DINOv2", "encoder.layer", run_layer=_run_dinov2_layer),
+    "dinov2_with_registers": Tower(
+        "DINOv2 with registers", "encoder.layer", registers="num_register_tokens", run_layer=_run_dinov2_layer
+    ),
     "vit": Tower("ViT", "layers"),
     "siglip_vision_model": Tower("SigLIP", "encoder.layers", cls=False),
 }
 
 
-def model_of(module: Any) -> Model | None:
-    """Return the entry of `MODELS` whose base class or generating class `module` is an instance of, or None."""
-    for cls in type(module).__mro__:
-        for model in MODELS.values():
-            if cls.__module__ == model.module and cls.__name__ in classes(model):
-                return model
-    return None
-
-
 def classes(model: Model) -> tuple[str, str]:
     """Names of its class without and with a head for generation."""
     return f"{model.prefix}Model", f"{model.prefix}ForConditionalGeneration"
+
+
+_BY_CLASS = {(model.module, name): model for model in MODELS.values() for name in classes(model)}
+
+
+def model_of(module: object) -> Model | None:
+    """Return the entry of `MODELS` whose base class or generating class `module` is an instance of, or None."""
+    known = (_BY_CLASS.get((cls.__module__, cls.__name__)) for cls in type(module).__mro__)
+    return next((model for model in known if model), None)
 
 
 def tower_of(config: Any) -> Tower:
@@ -147,14 +161,3 @@ def table() -> str:
         marks = ["yes" if method in tower.methods() else "no: it has no [CLS] token" for method in METHODS]
         lines += [f"| {tower.name} | {' | '.join(marks)} |"]
     return "\n".join(lines)
-
-
-def _takes_arguments(layer: Any) -> bool:
-    return any(p.kind == p.VAR_KEYWORD for p in inspect.signature(layer.forward).parameters.values())
-
-
-def _dinov2_layer(layer: Any, hidden: Tensor, scores: Any) -> Tensor:
-    """A DINOv2 layer of transformers before 5.20, whose forward passes no arguments on to its attention."""
-    attended = layer.attention(layer.norm1(hidden), vtc_scores=scores)
-    hidden = hidden + layer.drop_path(layer.layer_scale1(attended))
-    return hidden + layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(hidden))))
