@@ -180,14 +180,53 @@ def test_forward(built, case):
         expected = model(**batch.call).logits
         with vtc.compress(model, keep=7):
             logits = model(**batch.call).logits
-            labels = batch.call["input_ids"].masked_fill(batch.call["attention_mask"] == 0, -100)
-            assert model(**batch.call, labels=labels).loss.isfinite()
         with vtc.compress(model, ratio=1.0) as run:
             everything = model(**batch.call).logits
     assert torch.equal(everything, expected)
     assert run.prompt_after == run.prompt_before
     for i, embeds in enumerate(batch.spliced(eager, 7)):
         golden.close(logits[i, -embeds.shape[1] :], golden.logits(eager, embeds).detach())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "llava-clip_vision_model"])
+def test_loss_and_gradients(built, case):
+    model, eager = built(*CASES[case])
+    batch = prompts(*CASES[case])
+    ids, padded = batch.call["input_ids"], batch.call["attention_mask"] == 0
+    placeholder = (ids == IMAGE) | (ids == (VIDEO if "video" in case else IMAGE))
+    model.zero_grad()
+    eager.zero_grad()
+    with vtc.compress(model, keep=7):
+        loss = model(**batch.call, labels=ids.masked_fill(padded | placeholder, -100)).loss
+    loss.backward()
+    total, terms = 0, 0
+    for row, own in zip(batch.ids, batch.visuals, strict=True):
+        visuals = [(batch.tokens(visual), batch.features(eager, visual, 7)) for visual in own]
+        embeds = golden.splice_features(eager, row, visuals)
+        marks = golden.splice_features(
+            Marks(eager.config), row, [(n, -100 * torch.ones(len(f), 1)) for n, f in visuals]
+        )
+        part, count = golden.loss(eager, embeds, marks[0, :, 0].long().tolist())
+        total, terms = total + part, terms + count
+    golden.close(loss.detach(), (total / terms).detach())
+    (total / terms).backward()
+    compared = set()
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), eager.named_parameters(), strict=True):
+        if theirs.grad is not None and theirs.grad.abs().max() > 0 and not re.search(r"(k_proj|key)\.bias", name):
+            scale = theirs.grad.abs().max()  # softmax does not see the keys' bias
+            golden.close(ours.grad / scale, theirs.grad / scale)
+            compared.add(name.split(".")[1])
+    assert compared >= {"vision_tower", "multi_modal_projector", "language_model"}
+
+
+class Marks:
+    """Stands for a model whose embedding of a token is the token: splicing then gives a prompt's labels."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def get_input_embeddings(self):
+        return lambda tokens: tokens[:, None].float()
 
 
 def test_siglip_has_no_cls_token_but_random_works(built):
