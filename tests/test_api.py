@@ -239,6 +239,22 @@ def test_compress_is_scoped(stock, call, expected):
     assert state(stock) == before
 
 
+def test_compress_is_scoped_whatever_happens_inside(stock, call, expected):
+    answer(stock, call)
+    before = state(stock)
+    with vtc.compress(stock, keep=9):
+        with vtc.compress(stock, keep=4):
+            vtc.disable(stock)
+            stock.set_attn_implementation("eager")
+            assert answer(stock, call) == expected["full"]
+        assert answer(stock, call) == expected["short"]
+        vtc.configure(stock, keep=4)
+        vtc.enable(stock, ensemble_layers=1)
+        assert vtc.configure(stock) == vtc.VTCConfig(keep=4, ensemble_layers=1)
+    assert state(stock) == before
+    assert answer(stock, call) == expected["full"]
+
+
 def test_run_counts(stock, call):
     with vtc.compress(stock, keep=9, backend="torch") as run:
         assert run.report() == "no image was encoded"

@@ -121,6 +121,7 @@ def compress(model: torch.nn.Module, **options: Any) -> Iterator[Run]:
         own["_vtc_scopes"] = (*own.get("_vtc_scopes", ()), scope)
         if not is_on(base):
             base.set_attn_implementation({"vision_config": NAME})
+        inside = _implementations(base)
     try:
         yield scope.run
     finally:
@@ -131,6 +132,8 @@ def compress(model: torch.nn.Module, **options: Any) -> Iterator[Run]:
                 _restore(own, {"_vtc_scopes": None, "_vtc_before": outside["before"]})
                 _restore(base.config.__dict__, {"vtc": outside["config"]})
                 base.set_attn_implementation(outside["implementations"])
+            elif _implementations(base) != inside:
+                base.set_attn_implementation(inside)  # a block is open around this one, or in another thread
 
 
 @torch.no_grad()
