@@ -27,7 +27,7 @@ setup(
     ],
     extras_require={
         "bench": ["matplotlib"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "accelerate", "peft"],
         "dev": ["ruff", "mypy"],
         "flash": ["flash-attn"],
     },

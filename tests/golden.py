@@ -53,6 +53,74 @@ def splice(model, row, images, keep, layers, tokens):
     return torch.cat(parts)[None], short
 
 
+def picture(model, pixels, layers):
+    """Features `[N, D]` before the projector and scores (N floats) of one picture `[3, H, W]`, [CLS] left out."""
+    stops = next(
+        getattr(model.config, name)
+        for name in ("vision_feature_layer", "vision_feature_layers")
+        if hasattr(model.config, name)
+    )
+    seen = model.model.vision_tower(pixels[None], output_hidden_states=True)
+    chosen = [seen.hidden_states[stop][0, 1:] for stop in ([stops] if isinstance(stops, int) else stops)]
+    return torch.cat(chosen, -1), scores(model, pixels, layers)
+
+
+def tile_tokens(grid, rows, columns, size):
+    """The tokens of an image of `size` (height, width) in a base picture and rows x columns tiles, each grid x grid.
+
+    Of each token (picture, patch), or None for a newline: the base picture, then the tiles as one picture, line after
+    line, without the lines or columns that only padding to the tiles' shape has filled.
+    """
+    tokens = [(0, patch) for patch in range(grid * grid)]
+    high, wide = rows * grid, columns * grid
+    top = left = 0
+    if size[1] / size[0] > wide / high:
+        top = (high - int(round(size[0] * wide / size[1], 7))) // 2
+    else:
+        left = (wide - int(round(size[1] * high / size[0], 7))) // 2
+    for y in range(top, high - top):
+        for x in range(left, wide - left):
+            tokens.append((1 + y // grid * columns + x // grid, y % grid * grid + x % grid))
+        tokens.append(None)
+    return tokens
+
+
+def share_out(values, tokens, keep, equal):
+    """Positions, ascending, of the `keep` tokens: seat after seat to the tile with the most mass per seat."""
+    own = {}
+    for i, token in enumerate(tokens):
+        if token is not None:
+            own.setdefault(token[0], []).append(i)
+    mass = {tile: 1 if equal else sum(values[i] for i in its) for tile, its in own.items()}
+    queues = {tile: sorted(its, key=lambda i: (-values[i], i)) for tile, its in own.items()}
+    seats = []
+    while len(seats) < keep and any(queues.values()):
+        given = {tile: sum(tokens[i][0] == tile for i in seats) for tile in queues}
+        tile = min((t for t in queues if queues[t]), key=lambda t: (-mass[t] / (given[t] + 0.5), queues[t][0]))
+        seats.append(queues[tile].pop(0))
+    seats += [i for i, token in enumerate(tokens) if token is None][: keep - len(seats)]
+    return sorted(seats)
+
+
+def splice_features(model, row, visuals):
+    """Embeddings `[1, L', D]` of one unpadded prompt (list of ids).
+
+    Its images are `visuals`, in order: (number of placeholders, features `[K, D]`).
+    """
+    embed, visuals, parts, at = model.get_input_embeddings(), list(visuals), [], 0
+    markers = {model.config.image_token_id, getattr(model.config, "video_token_id", None)}
+    while at < len(row):
+        if row[at] in markers:
+            placeholders, features = visuals.pop(0)
+            parts.append(features)
+            at += placeholders
+        else:
+            parts.append(embed(torch.tensor([row[at]])))
+            at += 1
+    assert not visuals
+    return torch.cat(parts)[None]
+
+
 def logits(model, embeds):
     """Logits `[L', V]` of embeddings `[1, L', D]` at positions 0 to L'-1."""
     positions = torch.arange(embeds.shape[1])[None]

@@ -11,7 +11,7 @@ import models
 import pytest
 import torch
 from models import TOKENS, ids
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel, SiglipVisionConfig
+from transformers import LlavaForConditionalGeneration, LlavaModel
 
 import vtc
 
@@ -239,6 +239,22 @@ def test_compress_is_scoped(stock, call, expected):
     assert state(stock) == before
 
 
+def test_compress_is_scoped_whatever_happens_inside(stock, call, expected):
+    answer(stock, call)
+    before = state(stock)
+    with vtc.compress(stock, keep=9):
+        with vtc.compress(stock, keep=4):
+            vtc.disable(stock)
+            stock.set_attn_implementation("eager")
+            assert answer(stock, call) == expected["full"]
+        assert answer(stock, call) == expected["short"]
+        vtc.configure(stock, keep=4)
+        vtc.enable(stock, ensemble_layers=1)
+        assert vtc.configure(stock) == vtc.VTCConfig(keep=4, ensemble_layers=1)
+    assert state(stock) == before
+    assert answer(stock, call) == expected["full"]
+
+
 def test_run_counts(stock, call):
     with vtc.compress(stock, keep=9, backend="torch") as run:
         assert run.report() == "no image was encoded"
@@ -358,29 +374,19 @@ def test_what_does_not_fit_the_model_fails_at_once(stock, options, says):
 def test_other_models():
     with pytest.raises(ValueError, match="Linear holds no LLaVA model"):
         vtc.enable(torch.nn.Linear(2, 2))
-    config = LlavaConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=84,
-            patch_size=14,
-        ),
-        text_config=models.build().config.text_config,
-    )
-    model = LlavaForConditionalGeneration(config)
-    with pytest.raises(ValueError, match=r"'siglip_vision_model' is not supported.*\[CLS\]"):
+    model = models.build()
+    model.config.vision_config.model_type = "a_tower_of_tomorrow"
+    says = "'a_tower_of_tomorrow' is not supported; VTC knows clip_vision_model, dinov2"
+    with pytest.raises(ValueError, match=says):
         vtc.enable(model, keep=9)
     model.set_attn_implementation("vtc")
-    with pytest.raises(ValueError, match=r"'siglip_vision_model' is not supported.*\[CLS\]"):
+    with pytest.raises(ValueError, match=says):
         model.get_image_features(models.images(1))
 
 
-@pytest.mark.parametrize("overrides", [{"vision_feature_layer": [-2, -3]}, {"vision_feature_select_strategy": "full"}])
-def test_feature_layers_that_are_not_supported(overrides):
-    with pytest.raises(ValueError, match=r'one layer \(an int\) and "default"'):
-        vtc.enable(models.build(**overrides), keep=9)
+def test_full_features_are_not_supported():
+    with pytest.raises(ValueError, match="'full' is not supported; VTC accepts 'default', which drops"):
+        vtc.enable(models.build(vision_feature_select_strategy="full"), keep=9)
 
 
 def test_select_has_no_side_effects(stock):

@@ -494,12 +494,16 @@ def test_chunked_prefill(model, eager):
     check_generated(out, call, eager, rows, 9)
 
 
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_the_short_prompt_in_half_precision(model, dtype):
+def test_half_precision_is_the_short_prompt_in_half_precision(model, dtype, device):
     """Same selection, then the same language model: compared with the stock half-precision model on that prompt."""
     vtc.configure(model, keep=9)
-    model.to(dtype)
-    call = inputs(prompts("one"))
+    model.to(device, dtype)
+    call = {name: tensor.to(device) for name, tensor in inputs(prompts("one")).items()}
     with torch.no_grad():
         out = model(**call).logits[0]
         features = model.get_image_features(call["pixel_values"]).pooler_output[0]

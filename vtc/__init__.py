@@ -16,6 +16,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from vtc.adapters import MODELS
+
 if TYPE_CHECKING:
     from vtc import ops, tiny
     from vtc.config import VTCConfig, kept_count
@@ -60,14 +62,15 @@ def __dir__() -> list[str]:
 
 
 class _AfterLlava(importlib.abc.MetaPathFinder):
-    """Imports `vtc.llava` as soon as transformers' LLaVA module has been executed; has no part in any other import."""
+    """Imports `vtc.llava` as soon as transformers has executed the module of a known model, and lets it put its hooks
+    there; has no part in any other import."""
 
-    TARGET = "transformers.models.llava.modeling_llava"
+    TARGETS = frozenset(model.module for model in MODELS.values())
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.TARGET:
+        if fullname not in self.TARGETS:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -75,13 +78,12 @@ class _AfterLlava(importlib.abc.MetaPathFinder):
 
             def execute_and_install(module: ModuleType) -> None:
                 execute(module)
-                importlib.import_module("vtc.llava")
+                importlib.import_module("vtc.llava").install()
 
             spec.loader.exec_module = execute_and_install  # type: ignore[method-assign]
         return spec
 
 
-if _AfterLlava.TARGET in sys.modules:
+sys.meta_path.insert(0, _AfterLlava())
+if _AfterLlava.TARGETS & sys.modules.keys():
     importlib.import_module("vtc.llava")
-else:
-    sys.meta_path.insert(0, _AfterLlava())

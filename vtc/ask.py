@@ -58,7 +58,10 @@ def load(model: str | None, device: torch.device, dtype: torch.dtype) -> tuple[A
     try:
         kind = AutoConfig.from_pretrained(source).model_type
         if kind != "llava":
-            raise ValueError(f"model {model!r} is of type {kind!r}; VTC supports 'llava' (LLaVA-1.5 and its relatives)")
+            raise ValueError(
+                f"model {model!r} is of type {kind!r}; this command runs 'llava' (LLaVA-1.5), README says which models "
+                "VTC supports in Python"
+            )
         loaded = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype)
         processor = AutoProcessor.from_pretrained(source)
     except (OSError, SafetensorError) as error:

@@ -1,9 +1,13 @@
-"""The attention implementation "vtc": SDPA, and where a vision layer is scored also its [CLS] row's probabilities.
+"""The attention implementation "vtc": fast attention, and where a vision layer is scored its [CLS] row's probabilities.
 
 An attention function knows nothing but its arguments. A scored vision layer is therefore told so by one more argument,
-`vtc_scores`; every other layer, the language model's included, is plain SDPA.
+`vtc_scores`; every other layer, the language model's included, is plain attention: flash-attn where it can run, else
+SDPA.
 """
 
+import functools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +19,8 @@ from vtc import ops
 from vtc.config import VTCConfig
 
 NAME = "vtc"
+FLASH_HEAD_DIM = 256  # flash-attn's largest
+_log = logging.getLogger("vtc")
 
 
 class ClsScores:
@@ -51,6 +57,11 @@ class ClsScores:
             return self.config.fused
         return ops.fused_is_faster(query.device, query.dtype, query.shape[-1], self.config.backend)
 
+    def pool(self, side: int, size: int) -> None:
+        """Average the scores of each `size` x `size` of the `side` x `side` patches; a rest at the ends is dropped."""
+        pictures = [rows.mean(1, keepdim=True).unflatten(2, (side, side)) for rows in self.layers]
+        self.layers = [torch.nn.functional.avg_pool2d(rows, size).flatten(2) for rows in pictures]
+
     def select(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the indices `[B, count]` of the patches kept and the combined scores `[B, N]` float32."""
         if not self.layers:
@@ -59,6 +70,81 @@ class ClsScores:
         total = torch.empty_like(layers[0, :, 0])
         indices = ops.topk(layers, count, ensemble=self.config.ensemble, total=total, backend=self.config.backend)
         return indices, total
+
+
+def plain_attention(
+    device: torch.device, dtype: torch.dtype, head_dim: int = 64, masked: bool = False
+) -> tuple[str, str]:
+    """Which attention runs where nothing is scored, and why.
+
+    Parameters
+    ----------
+    device, dtype, head_dim
+        Of query, key and value.
+    masked : bool
+        Whether there is a mask tensor: rows are padded, or the cache is static. Causal attention alone needs none.
+
+    Returns
+    -------
+    choice : {"flash-attn", "sdpa"}
+    reason : str
+        A clause for people to read.
+    """
+    if device.type != "cuda":
+        return "sdpa", f"tensors on {device.type}; flash-attn needs a CUDA GPU"
+    if flash_attention() is None:
+        return "sdpa", "flash-attn is not installed"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa", f"{str(dtype).removeprefix('torch.')}; flash-attn needs float16 or bfloat16"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "sdpa", "flash-attn needs compute capability 8.0 or newer"
+    if head_dim > FLASH_HEAD_DIM:
+        return "sdpa", f"head size {head_dim}; flash-attn takes at most {FLASH_HEAD_DIM}"
+    if masked:
+        return "sdpa", "there is a mask; flash-attn takes none"
+    return "flash-attn", "installed, and the tensors qualify"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def flash_attention() -> Callable[..., torch.Tensor] | None:
+    """Return `flash_attn_func`, or None; imported on first need, for it is optional and slow to import."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        return None
+    return flash_attn_func
+
+
+@functools.cache
+def _announce(choice: str, reason: str) -> None:
+    _log.info("attention without scores uses %s: %s", choice, reason)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of query `[B, H, N, D]` over key and value `[B, H_kv, M, D]`: `([B, N, H, D], None)`."""
+    masked = attention_mask is not None or kwargs.get("position_bias") is not None
+    choice, reason = plain_attention(query.device, query.dtype, query.shape[-1], masked)
+    if not torch.compiler.is_compiling():
+        _announce(choice, reason)
+    flash = flash_attention() if choice == "flash-attn" else None
+    if flash is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    length, causal = query.shape[2], kwargs.get("is_causal")
+    causal = length > 1 and (getattr(module, "is_causal", True) if causal is None else causal)
+    if causal:  # as SDPA: the first query sees the first key alone, and flash-attn aligns the last ones
+        key, value = key[:, :, :length], value[:, :, :length]
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    dropout = kwargs.get("dropout", 0.0)
+    return flash(query, key, value, dropout_p=dropout, softmax_scale=scaling, causal=causal), None
 
 
 def vtc_attention(
@@ -71,12 +157,12 @@ def vtc_attention(
     vtc_scores: ClsScores | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA over query `[B, H, N, D]`, key and value `[B, H_kv, M, D]`, any strides; returns `([B, N, H, D], None)`.
+    """Attention of query `[B, H, N, D]` over key and value `[B, H_kv, M, D]`, any strides: `([B, N, H, D], None)`.
 
     With `vtc_scores` the first query row's probabilities are added to it: O(N) more memory, never an N x N matrix.
     """
     if vtc_scores is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return _attend(module, query, key, value, attention_mask, scaling, **kwargs)
     backend = vtc_scores.config.backend
     if vtc_scores.fuses(query, kwargs.get("dropout", 0.0)):
         out, rows = ops.cls_attention(query, key, value, scale=scaling, backend=backend)
@@ -84,7 +170,7 @@ def vtc_attention(
         return out, None
     row = ops.row_scores(query[:, :, 0], key, scale=scaling, skip=1, backend=backend)
     vtc_scores.add("row_scores", row.unsqueeze(1))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return _attend(module, query, key, value, attention_mask, scaling, **kwargs)
 
 
 def register() -> None:

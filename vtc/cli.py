@@ -164,7 +164,7 @@ def env(as_json: AsJson = False) -> None:
 
         import torch
 
-        from vtc import ops
+        from vtc import attention, ops
 
         versions: dict[str, str | None] = {"vtc": vtc.__version__, "python": platform.python_version()}
         versions |= {name: _version(name) for name in ("torch", "triton", "transformers", "pillow")}
@@ -173,14 +173,18 @@ def env(as_json: AsJson = False) -> None:
             about = torch.cuda.get_device_properties(number)
             devices[f"cuda:{number}"] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
         backends = {device: {op: _backend(ops, op, torch.device(device)) for op in ops.OPS} for device in devices}
+        plain = {device: _plain_attention(attention.plain_attention, torch.device(device)) for device in devices}
         flash = _version("flash-attn") if importlib.util.find_spec("flash_attn") else None
         if as_json:
-            _print_json({"versions": versions, "devices": devices, "backends": backends, "flash_attn": flash})
+            found = {"versions": versions, "devices": devices, "backends": backends}
+            _print_json({**found, "attention": plain, "flash_attn": flash})
             return
         _print_table("versions", ("package", "version"), [(k, v or "not installed") for k, v in versions.items()])
         _print_table("devices", ("device", "what"), list(devices.items()))
         rows = [(device, op, b["backend"], b["why"]) for device, ops_ in backends.items() for op, b in ops_.items()]
         _print_table("backends", ("device", "operation", "backend", "why"), rows)
+        rows = [(device, dtype, a["choice"], a["why"]) for device, of in plain.items() for dtype, a in of.items()]
+        _print_table("attention of layers without scores", ("device", "dtype", "choice", "why"), rows)
         typer.echo(f"flash-attn: {flash or 'not installed'}")
 
 
@@ -190,6 +194,13 @@ def _backend(ops: Any, op: str, device: Any) -> dict[str, str]:
     except ValueError as error:  # VTC_BACKEND asks for what this device cannot do: that is what env is there to show
         choice, why = "none", str(error)
     return {"backend": choice, "why": why}
+
+
+def _plain_attention(choose: Any, device: Any) -> dict[str, dict[str, str]]:
+    import torch
+
+    choices = {str(dtype).removeprefix("torch."): choose(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return {dtype: {"choice": choice, "why": why} for dtype, (choice, why) in choices.items()}
 
 
 def _version(distribution: str) -> str | None:

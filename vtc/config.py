@@ -6,6 +6,7 @@ from typing import Any
 
 METHODS = ("vtc-cls", "random")
 ENSEMBLES = ("sum", "mean", "max", "min")
+TILES = ("mass", "equal")
 BACKENDS = ("auto", "triton", "torch")
 DEFAULT_KEEP = 128
 
@@ -32,6 +33,9 @@ class VTCConfig:
     fused : bool, optional
         Whether scored layers run `vtc.ops.cls_attention` (True) or SDPA and `vtc.ops.row_scores` (False). None: what
         `vtc.ops.fused_is_faster` says.
+    tiles : str
+        How an image of several tiles (LLaVA-NeXT) shares its `keep` out among them. "mass": in proportion to the sum of
+        each tile's scores. "equal": as many for each.
     backend : str
         "auto", "triton" or "torch"; see `vtc.ops`.
     seed : int
@@ -50,12 +54,14 @@ class VTCConfig:
     ensemble: str = "sum"
     start_layer: int | None = None
     fused: bool | None = None
+    tiles: str = "mass"
     backend: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("ensemble", self.ensemble, ENSEMBLES)
+        _one_of("tiles", self.tiles, TILES)
         _one_of("backend", self.backend, BACKENDS)
         if self.keep is not None and self.ratio is not None:
             raise ValueError(f"got both keep={self.keep!r} and ratio={self.ratio!r}; give one of them")

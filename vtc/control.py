@@ -2,16 +2,17 @@
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers.models.llava.modeling_llava import LlavaModel
 
 from vtc.attention import NAME
 from vtc.config import VTCConfig
-from vtc.llava import Plan, Selection, encode, find_llava, is_on, settings
+from vtc.llava import Plan, Scope, Selection, encode, find_llava, is_on, scope_of, settings
 
+_LOCK = threading.Lock()  # two threads may open or close scopes of one model
 CONFIGS = ("", "vision_config", "text_config")  # the keys of transformers' attn_implementation dict; "" is the model
 
 
@@ -51,6 +52,8 @@ class Run:
 def configure(model: torch.nn.Module, **options: Any) -> VTCConfig:
     """Change the model's settings (fields of `VTCConfig`); does not switch it on. Returns the new settings.
 
+    Inside a `compress` block they end with the block.
+
     Raises
     ------
     ValueError
@@ -59,7 +62,10 @@ def configure(model: torch.nn.Module, **options: Any) -> VTCConfig:
     base = find_llava(model)
     config = settings(base).updated(**options)
     Plan.of(base, config=config)  # an impossible request fails here rather than at the first image
-    base.config.vtc = dataclasses.asdict(config)
+    if scope := scope_of(base):
+        scope.config = config
+    else:
+        base.config.vtc = dataclasses.asdict(config)
     return config
 
 
@@ -92,6 +98,9 @@ def disable(model: torch.nn.Module) -> None:
 def compress(model: torch.nn.Module, **options: Any) -> Iterator[Run]:
     """Compress inside a `with` block; afterwards the model is what it was before, whatever happened inside.
 
+    Blocks may be nested, and several threads may have blocks of their own open on one model: each thread sees its own
+    innermost one. A thread that opened none (a streaming `generate()`, say) sees the one opened last.
+
     Yields
     ------
     Run
@@ -99,16 +108,32 @@ def compress(model: torch.nn.Module, **options: Any) -> Iterator[Run]:
     """
     base = find_llava(model)
     own = base.__dict__  # plain attributes: modules and parameters are elsewhere
-    before = {name: own.get(name) for name in ("_vtc_before", "_vtc_run")}
-    stored, implementations = getattr(base.config, "vtc", None), _implementations(base)
+    config = settings(base).updated(**options)
+    Plan.of(base, config=config)
+    scope = Scope(config, Run())
+    with _LOCK:
+        if not own.get("_vtc_scopes"):
+            own["_vtc_outside"] = {
+                "implementations": _implementations(base),
+                "config": getattr(base.config, "vtc", None),
+                "before": own.get("_vtc_before"),
+            }
+        own["_vtc_scopes"] = (*own.get("_vtc_scopes", ()), scope)
+        if not is_on(base):
+            base.set_attn_implementation({"vision_config": NAME})
+        inside = _implementations(base)
     try:
-        enable(model, **options)
-        own["_vtc_run"] = run = Run()
-        yield run
+        yield scope.run
     finally:
-        _restore(own, before)
-        _restore(base.config.__dict__, {"vtc": stored})
-        base.set_attn_implementation(implementations)
+        with _LOCK:
+            own["_vtc_scopes"] = tuple(each for each in own["_vtc_scopes"] if each is not scope)
+            if not own["_vtc_scopes"]:
+                outside = own.pop("_vtc_outside")
+                _restore(own, {"_vtc_scopes": None, "_vtc_before": outside["before"]})
+                _restore(base.config.__dict__, {"vtc": outside["config"]})
+                base.set_attn_implementation(outside["implementations"])
+            elif _implementations(base) != inside:
+                base.set_attn_implementation(inside)  # a block is open around this one, or in another thread
 
 
 @torch.no_grad()
@@ -118,6 +143,7 @@ def select(model: torch.nn.Module, pixel_values: torch.Tensor, **options: Any) -
     Parameters
     ----------
     pixel_values : Tensor [B, 3, height, width]
+        Each picture is taken for itself, tiles and frames too: `keep` counts the tokens of one.
     options
         Fields of `VTCConfig`; they hold for this call only.
 
@@ -128,10 +154,10 @@ def select(model: torch.nn.Module, pixel_values: torch.Tensor, **options: Any) -
     """
     with compress(model, **options):
         base = find_llava(model)
-        return encode(base, pixel_values, Plan.of(base, pixel_values))[1]
+        return encode(base, pixel_values, Plan.of(base, pixel_values, layout="whole"))[1]
 
 
-def _implementations(base: LlavaModel) -> dict[str, str]:
+def _implementations(base: Any) -> dict[str, str]:
     configs = (base.config, base.vision_tower.config, base.language_model.config)
     return {key: config._attn_implementation for key, config in zip(CONFIGS, configs, strict=True)}
 

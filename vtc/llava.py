@@ -5,133 +5,211 @@ vision tower runs up to the feature layer; the [CLS] rows of the scored layers c
 projector and fill the K placeholders. From there on transformers sees a prompt that simply is shorter: masks,
 positions, caches, beams and decoding need no care. `generate()` finally puts the caller's full prompt back in front.
 
-The hooks are guards on two classes of transformers (`install`, at the end). They hand over to the stock method at once
+The hooks are guards on two classes of each model (`install`, at the end). They hand over to the stock method at once
 unless the model's vision tower says "vtc". Settings live in `model.config.vtc`, a plain dict, so that they follow the
-model through deepcopy and save_pretrained; stock transformers loads and ignores it.
+model through deepcopy and save_pretrained; stock transformers loads and ignores it. How models and towers differ is
+written in `vtc.adapters`.
 """
 
+import dataclasses
 import functools
 import inspect
+import math
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaModel
 
-from vtc import attention, ops
+from vtc import adapters, attention, ops
+from vtc.adapters import Model, Tower, Visual
 from vtc.config import VTCConfig, kept_count
 from vtc.prompt import FullPrompt, shorten
 
-# Vision towers that are known to put a [CLS] token first: config.model_type of each.
-TOWERS = ("clip_vision_model",)
-
 
 class Selection(NamedTuple):
-    """The patches kept of B images: indices `[B, K]` int64 ascending, scores `[B, N]` float32, grid (rows, columns)."""
+    """The patches kept of B images: indices `[B, K]` int64 ascending, scores `[B, N]` float32, grid (rows, columns).
+
+    A tower's register tokens come before the patches and count: patch p is token N - rows * columns + p.
+    """
 
     indices: torch.Tensor
     scores: torch.Tensor
     grid: tuple[int, int]
 
 
-def settings(base: LlavaModel) -> VTCConfig:
-    """Return the settings stored in the model's config, or the defaults."""
-    return VTCConfig().updated(**getattr(base.config, "vtc", None) or {})
+@dataclasses.dataclass
+class Scope:
+    """One open `vtc.compress` block: its settings, its thread, and what it has counted (a `vtc.Run`)."""
+
+    config: VTCConfig
+    run: Any
+    thread: int = dataclasses.field(default_factory=threading.get_ident)
 
 
-def find_llava(model: torch.nn.Module) -> LlavaModel:
+def scope_of(base: torch.nn.Module) -> Scope | None:
+    """Return the innermost open scope of this thread; a thread that opened none is in the one opened last."""
+    scopes: tuple[Scope, ...] = base.__dict__.get("_vtc_scopes", ())
+    if len(scopes) < 2:
+        return scopes[0] if scopes else None
+    thread = threading.get_ident()
+    return next((scope for scope in reversed(scopes) if scope.thread == thread), scopes[-1])
+
+
+def settings(base: torch.nn.Module) -> VTCConfig:
+    """Return the settings of the open scope, or those stored in the model's config, or the defaults."""
+    scope = scope_of(base)
+    return scope.config if scope else VTCConfig().updated(**getattr(base.config, "vtc", None) or {})
+
+
+def find_llava(model: torch.nn.Module) -> Any:
     """Return the LLaVA inside `model`, which may be wrapped (an adapter, for instance), or raise ValueError."""
     for module in model.modules():
-        if isinstance(module, LlavaModel):
-            return module
+        if adapters.model_of(module):
+            return module.base_model if hasattr(module, "base_model") else module
     raise ValueError(
-        f"{type(model).__name__} holds no LLaVA model; vtc works on transformers' LlavaForConditionalGeneration "
-        "and LlavaModel"
+        f"{type(model).__name__} holds no LLaVA model; vtc works on transformers' "
+        + ", ".join(adapters.classes(known)[1] for known in adapters.MODELS.values())
     )
 
 
 def is_on(model: Any) -> bool:
-    """Return whether `model`, one of the two guarded classes, compresses: its vision tower alone decides."""
+    """Return whether `model`, one of the guarded classes, compresses: its vision tower alone decides."""
     return model.base_model.vision_tower.config._attn_implementation == attention.NAME
 
 
-# --- one image ------------------------------------------------------------------------------------------------------
+# --- one picture ----------------------------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
-    """The settings applied to one model and image size."""
+    """The settings applied to one model and size of pictures: the images, tiles or frames that its tower sees."""
 
+    config: VTCConfig
+    tower: Tower
     grid: tuple[int, int]
-    tokens: int  # N, visual tokens per image
-    kept: int  # K
+    tokens: int  # N, visual tokens per picture
+    kept: int  # K; 0 for tiles, whose budget is the image's
+    features: tuple[int, ...]  # number of vision layers before each feature layer
     stop: int  # number of vision layers that run
     scored: range  # those whose [CLS] row counts
+    pool: int  # the tokens of pool x pool patches become one, before the selection
 
     @classmethod
     def of(
         cls,
-        base: LlavaModel,
+        base: Any,
         pixel_values: torch.Tensor | None = None,
-        feature_layer: int | None = None,
+        feature_layer: int | list[int] | None = None,
         strategy: str | None = None,
         config: VTCConfig | None = None,
+        layout: str | None = None,
     ) -> "Plan":
         config = config or settings(base)
+        layout = layout or _family(base).visuals[0].layout
         vision = base.vision_tower.config
-        if vision.model_type not in TOWERS:
+        tower = adapters.tower_of(vision)
+        if config.method not in tower.methods():
             raise ValueError(
-                f"the vision tower {vision.model_type!r} is not supported: VTC needs a tower that starts with a [CLS] "
-                f"token and knows {', '.join(TOWERS)}; use a LLaVA with such a tower, or vtc.disable(model)"
+                f"method {config.method!r} needs a vision tower with a [CLS] token, and {tower.name} has none; methods "
+                f"that work with it: {', '.join(map(repr, tower.methods()))}, e.g. "
+                f"vtc.configure(model, method={tower.methods()[0]!r})"
             )
-        if feature_layer is None:
-            feature_layer = base.config.vision_feature_layer  # type: ignore[assignment]
-        strategy = strategy or base.config.vision_feature_select_strategy
-        if not isinstance(feature_layer, int) or strategy != "default":
+        features = _feature_layers(base, vision.num_hidden_layers, feature_layer)
+        strategy = strategy or getattr(base.config, "vision_feature_select_strategy", "default")
+        wanted = "default" if tower.cls else "full"
+        if strategy != wanted:
+            reason = "drops [CLS] from the features" if tower.cls else "keeps all of a tower without [CLS]"
             raise ValueError(
-                f"vision_feature_layer={feature_layer!r} with vision_feature_select_strategy={strategy!r} is not "
-                'supported; VTC accepts one layer (an int) and "default", which drops [CLS] from the features'
+                f"vision_feature_select_strategy={strategy!r} is not supported; VTC accepts {wanted!r}, which {reason}"
             )
-        depth = vision.num_hidden_layers
-        stop = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
-        if not 0 < stop <= depth:
-            raise ValueError(f"vision_feature_layer={feature_layer} does not exist; the tower has {depth} layers")
-        end = min(stop, depth - 1)  # the last layer is never scored
+        stop, last = max(features), vision.num_hidden_layers - 1
+        end = min(stop, last)  # the last layer is never scored
         first = end - config.ensemble_layers if config.start_layer is None else config.start_layer
-        if config.method == "random":
+        if config.method not in adapters.CLS_METHODS:
             first = end = 0
         elif not 0 <= first < end:
             raise ValueError(
                 f"cannot score vision layers {first} to {end - 1}: scored layers end at the feature layer, here "
-                f"{end - 1} of 0 to {depth - 1}; use ensemble_layers 1 to {end} or start_layer 0 to {end - 1}, "
+                f"{end - 1} of 0 to {last}; use ensemble_layers 1 to {end} or start_layer 0 to {end - 1}, "
                 f"got ensemble_layers={config.ensemble_layers}, start_layer={config.start_layer}"
             )
         if pixel_values is not None and pixel_values.ndim != 4:
             raise ValueError(f"pixel_values must be [images, 3, height, width], got shape {tuple(pixel_values.shape)}")
-        height, width = (vision.image_size,) * 2 if pixel_values is None else pixel_values.shape[-2:]
-        grid = (height // vision.patch_size, width // vision.patch_size)
-        tokens = grid[0] * grid[1]
-        return cls(grid, tokens, kept_count(config, tokens), stop, range(first, end))
+        size = _pair(vision.image_size) if pixel_values is None else pixel_values.shape[-2:]
+        pool = base.config.spatial_pool_stride if layout == "frames" else 1
+        rows, columns = (side // patch // pool for side, patch in zip(size, _pair(vision.patch_size), strict=True))
+        tokens = tower.visual_tokens(vision, rows * columns)
+        if layout != "whole" and tokens != rows * columns:
+            raise ValueError(f"{tower.name} puts register tokens among the patches, which tiles and frames cannot have")
+        kept = 0 if layout == "tiles" else kept_count(config, tokens)
+        return cls(config, tower, (rows, columns), tokens, kept, features, stop, range(first, end), pool)
 
 
-def encode(base: LlavaModel, pixel_values: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, Selection]:
-    """Vision tower up to the feature layer, scores, selection: kept rows `[B, K, D]` before the projector."""
-    config, tower = settings(base), base.vision_tower
+def _family(base: Any) -> Model:
+    family = adapters.model_of(base)
+    if family is None:
+        raise ValueError(f"{type(base).__name__} is not a model that VTC knows: {', '.join(adapters.MODELS)}")
+    return family
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _feature_layers(base: Any, depth: int, given: Any) -> tuple[int, ...]:
+    """How many layers of the tower come before each feature layer; several are put side by side, as VipLLaVA does."""
+    config = base.config
+    own: Any = getattr(config, "vision_feature_layer", None)
+    own = getattr(config, "vision_feature_layers", None) if own is None else own  # VipLLaVA's, until transformers 5.2x
+    given = own if given is None else given
+    layers = [given] if isinstance(given, int) else list(given)
+    if len(layers) != (1 if isinstance(own, int) else len(own)):
+        raise ValueError(
+            f"vision_feature_layer={given!r}, but the model's projector was made for {own!r}; leave it away"
+        )
+    stops = tuple(layer if layer >= 0 else depth + 1 + layer for layer in layers)
+    if not all(0 < stop <= depth for stop in stops):
+        raise ValueError(f"vision_feature_layer={given!r} does not exist; the tower has {depth} layers")
+    return stops
+
+
+def encode(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, Selection]:
+    """Encode pictures `[B, 3, height, width]` and select: kept rows `[B, K, D]` before the projector, and which."""
+    features, scores = run_tower(base, pixel_values, plan)
+    indices, total = scores.select(plan.kept)
+    _count(base, plan, scores, len(pixel_values), plan.tokens, plan.kept)
+    return ops.compact(features, indices, backend=plan.config.backend), Selection(indices, total, plan.grid)
+
+
+def run_tower(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, attention.ClsScores]:
+    """Run the vision tower up to its feature layer: visual features `[B, N, D]`, and what they are ranked by."""
+    tower, about, config = base.vision_tower, plan.tower, plan.config
     scores = attention.ClsScores(config)
-    hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))  # [B, 1+N, D]
-    for number, layer in zip(range(plan.stop), tower.encoder.layers, strict=False):
-        hidden = layer(hidden, None, **({"vtc_scores": scores} if number in plan.scored else {}))
+    states: list[Any] = []
+    hidden = about.embed(tower, pixel_values)  # [B, 1 + N, D], without the 1 if there is no [CLS]
+    for number, layer in zip(range(plan.stop), about.layers_of(tower), strict=False):
+        hidden = about.run_layer(layer, hidden, scores if number in plan.scored else None)
+        states.append(hidden if number + 1 in plan.features else None)
+    features = torch.cat([states[stop - 1] for stop in plan.features], -1) if len(plan.features) > 1 else hidden
+    features = features[:, int(about.cls) :]
+    if plan.pool > 1:
+        scores.pool(math.isqrt(features.shape[1]), plan.pool)
+        features = base.vision_resampler(features)  # takes pictures for square, too
     if config.method == "random":
-        total = random_scores(pixel_values, plan.tokens, config.seed)
-        indices = ops.topk(total, plan.kept, backend=config.backend)
-    else:
-        indices, total = scores.select(plan.kept)
-    if (run := base.__dict__.get("_vtc_run")) is not None:
-        run.tokens_before, run.tokens_after = plan.tokens, plan.kept
-        run.images += pixel_values.shape[0]
+        scores.layers.append(random_scores(pixel_values, plan.tokens, config.seed).unsqueeze(1))
+    return features, scores
+
+
+def _count(base: Any, plan: Plan, scores: attention.ClsScores, images: int, before: int, after: int) -> None:
+    """Tell the open scope. Not in a compiled graph: a counter there would mean a new graph for each of its values."""
+    if (scope := scope_of(base)) is not None and not torch.compiler.is_compiling():
+        run, device = scope.run, base.vision_tower.device
+        run.tokens_before, run.tokens_after = before, after
+        run.images += images
         used = (*scores.ops, "topk", "compact")
-        run.backend = {op: ops.backend_for(op, hidden.device, config.backend)[0] for op in used}
-    return ops.compact(hidden[:, 1:], indices, backend=config.backend), Selection(indices, total, plan.grid)
+        run.backend = {op: ops.backend_for(op, device, plan.config.backend)[0] for op in used}
 
 
 def random_scores(pixel_values: torch.Tensor, tokens: int, seed: int) -> torch.Tensor:
@@ -152,23 +230,152 @@ def random_scores(pixel_values: torch.Tensor, tokens: int, seed: int) -> torch.T
     return ((x >> 40) & (2**24 - 1)).float() / 2**24
 
 
+# --- the images of one call ------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """The images or videos of one call, as pictures `[T, 3, height, width]`, and how many tokens each gets.
+
+    For tiles, `tiles` holds of each image the number of its pictures and the layout of its tokens `[n]`, int64 on the
+    CPU: in the order of its placeholders the number of each token among all of its pictures' (picture * N + token), and
+    -1 for a newline.
+    """
+
+    plan: Plan
+    pictures: torch.Tensor
+    counts: list[tuple[int, int]]  # of each image: placeholders, and how many of them stay
+    tiles: list[tuple[int, torch.Tensor]]
+
+    @classmethod
+    def of(cls, base: Any, visual: Visual, call: dict[str, Any]) -> "Batch":
+        pixels = call[visual.pixels]
+        layer = call.get("vision_feature_layer", call.get("vision_feature_layers"))
+        strategy = call.get("vision_feature_select_strategy")
+        if visual.layout == "whole":
+            if call.get("image_sizes") is not None:
+                raise ValueError("image_sizes is for towers that take images of any size, which VTC does not support")
+            plan = Plan.of(base, pixels, layer, strategy)
+            return cls(plan, pixels, [(plan.tokens, plan.kept)] * len(pixels), [])
+        if visual.layout == "frames":
+            if pixels.ndim != 5:
+                raise ValueError(
+                    f"{visual.pixels} must be [videos, frames, 3, height, width], got shape {tuple(pixels.shape)}"
+                )
+            plan = Plan.of(base, pixels[0], layer, strategy, layout="frames")
+            frames = pixels.shape[1]
+            return cls(plan, pixels.flatten(0, 1), [(frames * plan.tokens, frames * plan.kept)] * len(pixels), [])
+        sizes = call.get("image_sizes")
+        if sizes is None:
+            raise ValueError("image_sizes is needed to know an image's tiles; pass on what the processor returned")
+        tiles = _tiles(base, sizes)
+        if pixels.ndim == 5 and len(pixels) == len(tiles):  # each image padded to the most tiles of all
+            pixels = torch.cat([own[:count] for own, (count, _) in zip(pixels, tiles, strict=True)])
+        if pixels.ndim != 4 or len(pixels) != sum(count for count, _ in tiles):
+            raise ValueError(
+                f"{visual.pixels} of shape {tuple(call[visual.pixels].shape)} does not hold the "
+                f"{[count for count, _ in tiles]} tiles of image_sizes; it must be [images, tiles, 3, height, width] "
+                "as the processor makes it"
+            )
+        plan = Plan.of(base, pixels, layer, strategy, layout="tiles")
+        counts = [(len(layout), kept_count(plan.config, len(layout))) for _, layout in tiles]
+        return cls(plan, pixels, counts, tiles)
+
+    def encode(self, base: Any) -> torch.Tensor:
+        """Projected features `[images, K, D]` of the kept tokens; rows of images with a smaller K end in zeros."""
+        if self.tiles:
+            return torch.nn.utils.rnn.pad_sequence(_encode_tiles(base, self), batch_first=True)
+        kept = base.multi_modal_projector(encode(base, self.pictures, self.plan)[0])
+        return kept.reshape(len(self.counts), -1, kept.shape[-1])
+
+
+def _tiles(base: Any, sizes: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """Of images of `sizes` `[images, 2]` (height, width): the number of pictures, and the layout `[n]` of the tokens.
+
+    It is transformers' own code that unpads and puts newlines, here on the tokens' numbers.
+    """
+    vision, module = base.config.vision_config, sys.modules[_family(base).module]
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    tiles = []
+    for size in sizes.cpu():
+        count = module.image_size_to_num_patches(size, base.config.image_grid_pinpoints, vision.image_size)
+        numbers = torch.arange(count * tokens, device="cpu").view(count, tokens, 1)
+        newline = torch.tensor([-1], device="cpu")
+        packed, _ = base.pack_image_features([numbers], size[None], "default", image_newline=newline)
+        tiles.append((count, packed[0][:, 0]))
+    return tiles
+
+
+def _encode_tiles(base: Any, batch: Batch) -> list[torch.Tensor]:
+    """Of each image the projected features `[K, D]` of its kept tokens, newlines among them."""
+    plan = batch.plan
+    features, scores = run_tower(base, batch.pictures, plan)
+    total = scores.select(1)[1]  # [T, N]
+    chosen, first = [], 0
+    for (tiles, layout), (tokens, kept) in zip(batch.tiles, batch.counts, strict=True):
+        ranking = share_out(total[first : first + tiles], layout, plan.config.tiles)
+        layout = layout.to(features.device)
+        rows = layout[ops.topk(ranking[None], kept, backend=plan.config.backend)[0]]
+        chosen.append(torch.where(rows < 0, rows, rows + first * plan.tokens))
+        first += tiles
+        _count(base, plan, scores, 1, tokens, kept)
+    rows = torch.cat(chosen)
+    if all(tokens == kept for tokens, kept in batch.counts):  # exactly what the stock model computes
+        features = base.multi_modal_projector(features)
+    visual = ops.compact(features.flatten(0, 1)[None], rows.clamp(min=0)[None], backend=plan.config.backend)[0]
+    if any(tokens != kept for tokens, kept in batch.counts):
+        visual = base.multi_modal_projector(visual)
+    visual = torch.where(rows[:, None] < 0, base.image_newline.to(visual), visual)
+    return list(visual.split([kept for _, kept in batch.counts]))
+
+
+def share_out(scores: torch.Tensor, layout: torch.Tensor, how: str) -> torch.Tensor:
+    """Ranking `[n]` of an image's tokens: its K largest are each tile's best, with the tiles' shares as `how` says.
+
+    The token of rank r = 0, 1, 2, ... in its tile gets mass / (r + 1/2), with the tile's mass the sum of its scores
+    ("mass") or 1 ("equal"). Taking the largest of these is how Sainte-Lague shares out seats: shares are proportional,
+    rounded without bias, and what a small tile cannot use goes to the others. Newlines come last.
+
+    Parameters
+    ----------
+    scores : Tensor [T, N], floating point
+        Of the tokens of an image's pictures, the base picture first; NaN ranks last.
+    layout : Tensor [n], int64, on the CPU
+        As in `Batch`.
+    how : {"mass", "equal"}
+    """
+    tile = torch.where(layout < 0, len(scores), layout // scores.shape[1])
+    sizes = tile.bincount(minlength=len(scores) + 1)
+    start = (sizes.cumsum(0) - sizes).to(scores.device)
+    tile, layout = tile.to(scores.device), layout.to(scores.device)
+    score = scores.flatten()[layout.clamp(min=0)].float()
+    order = score.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
+    order = order[tile[order].argsort(stable=True)]  # tile after tile, each from its best to its worst
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - start[tile[order]]
+    mass = torch.ones_like(start, dtype=torch.float32)
+    if how == "mass":
+        own = tile == torch.arange(len(start), device=tile.device)[:, None]
+        mass = torch.where(own, score.nan_to_num(nan=0.0), 0.0).sum(1)
+    return torch.where(layout < 0, -1.0, mass[tile] / (rank + 0.5))
+
+
 # --- one prompt -----------------------------------------------------------------------------------------------------
 
 
 class _Seen(NamedTuple):
     """A note left on a cache (`_vtc_seen`), for a further turn has to know what the cache's columns are.
 
-    The conversation's first `length` tokens went in as `input_ids` and `attention_mask` `[B, L']`, each image with
-    (N, K) = `tokens`. Whatever was generated after them is in the cache unchanged.
+    The conversation's first `length` tokens went in as `input_ids` and `attention_mask` `[B, L']`, its images with
+    `budget` tokens ("keep=64"). Whatever was generated after them is in the cache unchanged.
     """
 
     length: int
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
-    tokens: tuple[int, int] | None
+    budget: str | None
 
 
-def _compress_prompt(base: LlavaModel, call: dict[str, Any]) -> tuple[dict[str, Any], _Seen, list[int]]:
+def _compress_prompt(base: Any, call: dict[str, Any]) -> tuple[dict[str, Any], _Seen, list[int]]:
     """Shorten the prompt of `call` and encode its images.
 
     Returns the arguments that replace the caller's, the note for the cache, and the number of images of each row.
@@ -178,60 +385,54 @@ def _compress_prompt(base: LlavaModel, call: dict[str, Any]) -> tuple[dict[str, 
     `pixel_values`; ours returns such features as they are. So three dimensions mean: encoded, and the prompt is short.
     """
     ids: Any = call.get("input_ids")
-    pixel_values: Any = call.get("pixel_values")
     mask: Any = call.get("attention_mask")
     if ids is None or call.get("inputs_embeds") is not None:
         raise ValueError("VTC finds the places of the images in input_ids; pass input_ids and no inputs_embeds")
-    plan = None
-    if pixel_values is not None:
-        plan = Plan.of(base, pixel_values, call.get("vision_feature_layer"), call.get("vision_feature_select_strategy"))
-    tokens = (plan.tokens, plan.kept) if plan else None
-    seen, start = _seen_before(base, ids, mask, call.get("past_key_values"), tokens)
-    tokens = tokens or (seen.tokens if seen else None) or (1, 1)  # (1, 1): no image at all, nothing to drop
+    visuals, config = _family(base).visuals, settings(base)
+    batches = {visual: Batch.of(base, visual, call) for visual in visuals if call.get(visual.pixels) is not None}
+    budget = f"keep={config.keep}" if config.ratio is None else f"ratio={config.ratio}"
+    seen, start = _seen_before(base, ids, mask, call.get("past_key_values"), budget if batches else None)
     positions, labels = call.get("position_ids"), call.get("labels")
     if seen and positions is not None:
         raise ValueError("position_ids cannot be given for a further turn; leave them to generate()")
-    short = shorten(
-        ids[:, start:],
-        None if mask is None else mask[:, start:],
-        positions,
-        labels,
-        image_token=base.config.image_token_id,
-        tokens=tokens[0],
-        kept=tokens[1],
-        images=len(pixel_values) if plan else 0,
-        pad=base.config.get_text_config().pad_token_id or 0,
-    )
-    arguments = {name: given for name, given in short._asdict().items() if given is not None and name != "images"}
+    short: Any = (ids[:, start:], None if mask is None else mask[:, start:], positions, labels)
+    images = [0] * len(ids)
+    for visual in visuals:
+        short, own = shorten(
+            *short,
+            placeholder=getattr(base.config, visual.token),
+            counts=batches[visual].counts if visual in batches else [],
+            pad=base.config.get_text_config().pad_token_id or 0,
+        )
+        images = [a + b for a, b in zip(images, own, strict=True)]
+    arguments = {name: given for name, given in short._asdict().items() if given is not None}
     if seen:  # the old columns as the cache has them, and then the new ones
         old = seen.attention_mask if seen.attention_mask is not None else torch.ones_like(seen.input_ids)
         arguments["input_ids"] = torch.cat([seen.input_ids, ids[:, seen.length : start], short.input_ids], 1)
         arguments["attention_mask"] = torch.cat([old, mask[:, seen.length : start], arguments["attention_mask"]], 1)
         arguments.pop("position_ids", None)  # generate() counts them from the mask
-    if (run := base.__dict__.get("_vtc_run")) is not None:
-        run.prompt_before, run.prompt_after = ids.shape[1], arguments["input_ids"].shape[1]
-    if plan is not None:
-        arguments["pixel_values"] = base.multi_modal_projector(encode(base, pixel_values, plan)[0])
-    note = _Seen(ids.shape[1], arguments["input_ids"], arguments.get("attention_mask"), tokens)
-    return arguments, note, short.images
+    if (scope := scope_of(base)) is not None:
+        scope.run.prompt_before, scope.run.prompt_after = ids.shape[1], arguments["input_ids"].shape[1]
+    for visual, batch in batches.items():
+        arguments[visual.pixels] = batch.encode(base)
+    budget = budget if batches else seen.budget if seen else None  # type: ignore[assignment]
+    return arguments, _Seen(ids.shape[1], arguments["input_ids"], arguments.get("attention_mask"), budget), images
 
 
-def _seen_before(
-    base: LlavaModel, ids: torch.Tensor, mask: Any, cache: Any, tokens: tuple[int, int] | None
-) -> tuple[_Seen | None, int]:
+def _seen_before(base: Any, ids: torch.Tensor, mask: Any, cache: Any, budget: str | None) -> tuple[_Seen | None, int]:
     """Return the note on a cache that is not empty, and how many columns of the full `ids` `[B, L]` it holds."""
     count = 0 if cache is None else int(cache.get_seq_length())
     if not count:
         return None, 0
     seen = getattr(cache, "_vtc_seen", None)
     if seen is None:
-        if (ids[:, :count] == base.config.image_token_id).any():
+        if any((ids[:, :count] == getattr(base.config, visual.token)).any() for visual in _family(base).visuals):
             raise ValueError("past_key_values holds images that are not compressed; start without it, or vtc.disable")
         seen = _Seen(count, ids[:, :count], mask[:, :count], None)
-    if tokens and seen.tokens and tokens != seen.tokens:
+    if budget and seen.budget and budget != seen.budget:
         raise ValueError(
-            f"past_key_values holds images of {seen.tokens[1]} tokens, the settings ask for {tokens[1]}; use "
-            f"vtc.configure(model, keep={seen.tokens[1]}), or start without past_key_values"
+            f"past_key_values holds images compressed with {seen.budget}, the settings say {budget}; use "
+            f"vtc.configure(model, {seen.budget}), or start without past_key_values"
         )
     start = seen.length + count - seen.input_ids.shape[1]
     if len(ids) != len(seen.input_ids) or not seen.length <= start < ids.shape[1]:
@@ -242,86 +443,74 @@ def _seen_before(
     return seen, start
 
 
-def _is_encoded(base: LlavaModel, pixel_values: torch.Tensor) -> bool:
-    return pixel_values.ndim == 3 and pixel_values.shape[-1] == base.config.get_text_config().hidden_size
+def _is_encoded(base: Any, pixels: torch.Tensor) -> bool:
+    return pixels.ndim == 3 and pixels.shape[-1] == base.config.get_text_config().hidden_size
 
 
 # --- hooks ----------------------------------------------------------------------------------------------------------
 
 
-def _get_image_features(
-    stock: Callable[..., Any],
-    self: LlavaModel,
-    pixel_values: torch.Tensor,
-    vision_feature_layer: int | None = None,
-    vision_feature_select_strategy: str | None = None,
-    *,
-    return_dict: bool | None = None,
-    **kwargs: Any,
-) -> Any:
-    if kwargs.get("image_sizes") is not None:
-        raise ValueError("image_sizes is for towers that take images of any size, which VTC does not support")
-    if not _is_encoded(self, pixel_values):
-        plan = Plan.of(self, pixel_values, vision_feature_layer, vision_feature_select_strategy)
-        pixel_values = self.multi_modal_projector(encode(self, pixel_values, plan)[0])
-    per_image: Any = list(pixel_values)  # as transformers has it, against its own annotation
-    output = BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=per_image)
-    return output.to_tuple() if return_dict is False else output
+def _get_features(visual: Visual, stock: Callable[..., Any], self: Any, call: dict[str, Any]) -> Any:
+    """In place of `get_image_features` and `get_video_features`."""
+    pixels = call.pop("pixel_values") if visual.pixels not in call else call[visual.pixels]  # transformers 5.17: videos
+    call[visual.pixels] = pixels
+    if _is_encoded(self, pixels):
+        kept = _kept_again(self, visual, call, pixels)
+    else:
+        batch = Batch.of(self, visual, call)
+        pixels, kept = batch.encode(self), [count for _, count in batch.counts]
+    each: Any = [own[:count] for own, count in zip(pixels, kept, strict=True)]
+    output = BaseModelOutputWithPooling(
+        last_hidden_state=pixels, pooler_output=pixels if _family(self).stacked else each
+    )
+    return output.to_tuple() if call.get("return_dict") is False else output
 
 
-def _forward(
-    stock: Callable[..., Any],
-    self: Any,
-    input_ids: torch.Tensor | None = None,
-    pixel_values: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    past_key_values: Any = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    base, cache = self.base_model, past_key_values
+def _kept_again(base: Any, visual: Visual, call: dict[str, Any], pixels: torch.Tensor) -> list[int]:
+    """How many rows of encoded `[images, K, D]` belong to each image: all, but for tiles with a ratio."""
+    config = settings(base)
+    if visual.layout != "tiles" or config.ratio is None:
+        return [pixels.shape[1]] * len(pixels)
+    return [kept_count(config, len(layout)) for _, layout in _tiles(base, call["image_sizes"])]
+
+
+def _forward(stock: Callable[..., Any], self: Any, call: dict[str, Any]) -> Any:
+    base, cache = self.base_model, call.get("past_key_values")  # type: Any, Any
     note: _Seen | None = getattr(cache, "_vtc_seen", None)
-    names = ("input_ids", "pixel_values", "attention_mask", "position_ids")
-    values = (input_ids, pixel_values, attention_mask, position_ids)
-    if pixel_values is not None and not _is_encoded(base, pixel_values):
+    ids, mask = call.get("input_ids"), call.get("attention_mask")
+    pixels = [call[visual.pixels] for visual in _family(base).visuals if call.get(visual.pixels) is not None]
+    if not all(_is_encoded(base, given) for given in pixels):
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError("images on top of past_key_values need the whole conversation; use generate()")
-        if isinstance(kwargs.get("logits_to_keep"), torch.Tensor):
+        if isinstance(call.get("logits_to_keep"), torch.Tensor):
             raise ValueError("logits_to_keep holds positions of the full prompt; pass how many last positions to keep")
-        short, note, _ = _compress_prompt(base, kwargs | dict(zip(names, values, strict=True)))
-        values = tuple(short.pop(name, None) for name in names)  # type: ignore[assignment]
-        kwargs |= short  # labels
-    elif note and input_ids is not None and attention_mask is not None and attention_mask.ndim == 2:
-        columns = cache.get_seq_length() + input_ids.shape[1]
-        if attention_mask.shape[1] != columns:
+        short, note, _ = _compress_prompt(base, call)
+        call |= dict.fromkeys(("attention_mask", "position_ids")) | short
+    elif note and ids is not None and mask is not None and mask.ndim == 2:
+        columns = cache.get_seq_length() + ids.shape[1]
+        if mask.shape[1] != columns:
             raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, but the compressed prompt and the new tokens "
+                f"attention_mask has {mask.shape[1]} columns, but the compressed prompt and the new tokens "
                 f"have {columns}; use generate(), or leave attention_mask away if nothing is padded"
             )
-    outputs = stock(self, *values, cache, *args, **kwargs)
+    outputs = stock(**call)
     cache = getattr(outputs, "past_key_values", None)
     if cache is not None and note:
         cache._vtc_seen = note
-    run = base.__dict__.get("_vtc_run")
-    if run is not None and cache is not None and (pixel_values is not None or kwargs.get("mm_encoder_outputs")):
-        run.saw_cache(cache)
+    scope = scope_of(base)
+    if scope is not None and cache is not None and (pixels or call.get("mm_encoder_outputs")):
+        scope.run.saw_cache(cache)
     return outputs
 
 
-_GENERATE = inspect.signature(LlavaForConditionalGeneration.generate)
-
-
 @torch.no_grad()
-def _generate(stock: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    call = _GENERATE.bind(self, *args, **kwargs).arguments
-    call |= call.pop("kwargs", {})
-    del call["self"]
+def _generate(stock: Callable[..., Any], self: Any, call: dict[str, Any]) -> Any:
     if call.get("mm_encoder_outputs"):
         raise ValueError("got mm_encoder_outputs, but VTC has to encode the images itself; pass pixel_values")
     cache: Any = call.get("past_key_values")
-    if call.get("pixel_values") is None and not (hasattr(cache, "_vtc_seen") and cache.get_seq_length()):
-        return stock(self, **call)  # no image, none in the cache: nothing to shorten
+    images = any(call.get(visual.pixels) is not None for visual in _family(self.base_model).visuals)
+    if not images and not (hasattr(cache, "_vtc_seen") and cache.get_seq_length()):
+        return stock(**call)  # no image, none in the cache: nothing to shorten
     if call.get("inputs") is not None:
         call["input_ids"] = call.pop("inputs")
 
@@ -334,12 +523,12 @@ def _generate(stock: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -
         pad, eos = option("pad_token_id"), option("eos_token_id")
         padded = pad is not None and pad not in (eos if isinstance(eos, list) else [eos])
         call["attention_mask"] = full.ne(pad).long() if padded else torch.ones_like(full)
-    short, note, images = _compress_prompt(self.base_model, call)
+    short, note, per_row = _compress_prompt(self.base_model, call)
     call |= short
     if "mm_encoder_outputs" not in inspect.signature(self.forward).parameters:  # an older transformers
         if option("prefill_chunk_size"):
             raise ValueError("this transformers drops the images of a chunked prefill; unset prefill_chunk_size")
-        if max(option("num_beams") or 1, option("num_return_sequences") or 1) > 1 and max(images) > 1:
+        if max(option("num_beams") or 1, option("num_return_sequences") or 1) > 1 and max(per_row) > 1:
             raise ValueError(
                 "this transformers mixes up the images of a prompt when it copies the prompt for num_beams or "
                 "num_return_sequences; upgrade it, or use one image per prompt"
@@ -349,7 +538,7 @@ def _generate(stock: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -
     for name in ("max_length", "min_length"):  # these count the caller's prompt
         if option(name):
             call[name] = max(option(name) - full.shape[1] + prompt.short_length, 0)
-    output = stock(self, **call)
+    output = stock(**call)
     for used in (cache, getattr(output, "past_key_values", None)):  # the caller's own, the one returned
         if used is not None:
             used._vtc_seen = note
@@ -361,21 +550,31 @@ def _generate(stock: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -
 
 def _guard(owner: type, name: str, ours: Callable[..., Any]) -> None:
     stock = getattr(owner, name)
+    parameters = inspect.signature(stock).parameters.values()
+    names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
 
     @functools.wraps(stock)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return ours(stock, self, *args, **kwargs) if is_on(self) else stock(self, *args, **kwargs)
+        if not is_on(self) or len(args) > len(names):  # too many arguments: stock says so
+            return stock(self, *args, **kwargs)
+        return ours(functools.partial(stock, self), self, dict(zip(names, args, strict=False)) | kwargs)
 
+    guarded._vtc_guard = True  # type: ignore[attr-defined]
     setattr(owner, name, guarded)
 
 
 def install() -> None:
-    """Register "vtc" with transformers and put the guards on LLaVA's two classes. Runs once, when this is imported."""
-    attention.register()
-    _guard(LlavaModel, "get_image_features", _get_image_features)
-    _guard(LlavaModel, "forward", _forward)
-    _guard(LlavaForConditionalGeneration, "forward", _forward)
-    _guard(LlavaForConditionalGeneration, "generate", _generate)
+    """Put the guards on the classes of every known model that transformers has imported by now; once on each."""
+    for family in adapters.MODELS.values():
+        base, head = (getattr(sys.modules.get(family.module), name, None) for name in adapters.classes(family))
+        if base is None or head is None or hasattr(base.forward, "_vtc_guard"):
+            continue
+        for visual in family.visuals:
+            _guard(base, visual.get, functools.partial(_get_features, visual))
+        _guard(base, "forward", _forward)
+        _guard(head, "forward", _forward)
+        _guard(head, "generate", _generate)
 
 
+attention.register()
 install()

@@ -4,7 +4,7 @@ All placeholders are alike, so a prompt can be shortened without knowing which p
 model is seen here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,6 @@ class Short(NamedTuple):
     attention_mask: Tensor | None
     position_ids: Tensor | None
     labels: Tensor | None
-    images: list[int]  # of each row
 
 
 def shorten(
@@ -28,30 +27,32 @@ def shorten(
     position_ids: Tensor | None = None,
     labels: Tensor | None = None,
     *,
-    image_token: int,
-    tokens: int,
-    kept: int,
-    images: int,
+    placeholder: int,
+    counts: Sequence[tuple[int, int]],
     pad: int = 0,
-) -> Short:
-    """Keep the first `kept` of each image's `tokens` placeholders, and all other tokens that are not masked.
+) -> tuple[Short, list[int]]:
+    """Keep the first K of each image's N placeholders, and all other tokens that are not masked.
 
     What is left of each row is right-aligned, so that L' is the length of the longest row, whatever was padded before
-    and however many images each row has. Left of it: token `pad`, mask 0, position 0, label -100. With
-    `kept == tokens` the arguments are returned as they are.
+    and however many images each row has. Left of it: token `pad`, mask 0, position 0, label -100. If every K is N the
+    arguments are returned as they are.
 
     Parameters
     ----------
     input_ids, attention_mask, position_ids, labels : Tensor [B, L]
         All but the first optional; position_ids may be [1, L].
-    images : int
-        The number of images at hand, for all rows together.
+    placeholder : int
+        The token id.
+    counts : sequence of (N, K)
+        Of each image, in the order of their placeholders, row after row.
 
     Returns
     -------
     Short
         `position_ids` are the given ones less the placeholders dropped before each; if none are given, each row's are
         0, 1, 2, ..., or None if nothing is masked. Nothing predicts a row's first token, so its label becomes -100.
+    list of int
+        The number of images of each row.
 
     Raises
     ------
@@ -65,19 +66,13 @@ def shorten(
                 f"{name} must have the {length} columns of input_ids, got shape {tuple(given.shape)}; pass it for the "
                 "same tokens as input_ids (for a further turn: the whole conversation)"
             )
-    placeholder = input_ids == image_token
-    dropped = placeholder & ((placeholder.cumsum(1) - 1) % tokens >= kept)
+    found = input_ids == placeholder
+    dropped = found & _beyond_its_share(found, counts)
     real = ~dropped if attention_mask is None else ~dropped & attention_mask.bool()
-    found, lengths = torch.stack([placeholder.sum(1), real.sum(1)]).tolist()  # the one read back: L' depends on it
-    if any(n % tokens for n in found) or sum(found) != images * tokens:
-        raise ValueError(
-            f"got {images} image(s), but the rows of input_ids hold {', '.join(map(str, found))} image placeholders; "
-            f"each image takes {tokens}, all in one row: pass as many images as the prompts have, and input_ids as the "
-            "processor makes them"
-        )
-    per_row = [n // tokens for n in found]
-    if kept == tokens:
-        return Short(input_ids, attention_mask, position_ids, labels, per_row)
+    per_row, lengths = torch.stack([found.sum(1), real.sum(1)]).tolist()  # the one read back: L' depends on it
+    images = _images_of_rows(per_row, counts)
+    if all(tokens == kept for tokens, kept in counts):
+        return Short(input_ids, attention_mask, position_ids, labels), images
     # A stable sort moves what is left of each row to its end, in order.
     columns = real.to(torch.uint8).argsort(dim=1, stable=True)[:, length - max(lengths) :]
     real = real.gather(1, columns)
@@ -91,7 +86,41 @@ def shorten(
         position_ids = closed_up.gather(1, columns).masked_fill(~real, 0)
     elif attention_mask is not None:
         position_ids = (real.cumsum(1) - 1).clamp(min=0)
-    return Short(input_ids.gather(1, columns).masked_fill(~real, pad), attention_mask, position_ids, labels, per_row)
+    return Short(input_ids.gather(1, columns).masked_fill(~real, pad), attention_mask, position_ids, labels), images
+
+
+def _beyond_its_share(found: Tensor, counts: Sequence[tuple[int, int]]) -> Tensor:
+    """Where a placeholder `[B, L]` bool is not among the first K of its image's N."""
+    if not counts:
+        return torch.zeros_like(found)
+    number = found.flatten().cumsum(0).view_as(found) - 1  # of each placeholder among all, row after row
+    if len(set(counts)) == 1:
+        return number % counts[0][0] >= counts[0][1]
+    tokens, kept = torch.tensor(counts, device=found.device).unbind(1)
+    ends = tokens.cumsum(0)
+    image = torch.bucketize(number, ends, right=True).clamp(max=len(counts) - 1)
+    return number - (ends - tokens)[image] >= kept[image]
+
+
+def _images_of_rows(found: list[int], counts: Sequence[tuple[int, int]]) -> list[int]:
+    """How many images each row's `found` placeholders belong to, or ValueError if they do not make whole images."""
+    images, left = [], [tokens for tokens, _ in counts]
+    for placeholders in found:
+        count = 0
+        while placeholders > 0 and left:
+            placeholders -= left.pop(0)
+            count += 1
+        images.append(count)
+        if placeholders:
+            break
+    if len(images) < len(found) or placeholders or left:
+        takes = ", ".join(map(str, dict.fromkeys(tokens for tokens, _ in counts))) or "none"
+        raise ValueError(
+            f"got {len(counts)} image(s), but the rows of input_ids hold {', '.join(map(str, found))} image "
+            f"placeholders; each image takes {takes}, all in one row: pass as many images as the prompts have, and "
+            "input_ids as the processor makes them"
+        )
+    return images
 
 
 class FullPrompt:
