@@ -84,7 +84,7 @@ def build(
             if weight.ndim < 2:
                 weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
             else:
-                peaked = 3.0 if any(part in name for part in ("q_proj", "k_proj", "query", "key")) else 1.2
+                peaked = 2.0 if any(part in name for part in ("q_proj", "k_proj", "query", "key")) else 1.2
                 fan_in = weight[0].numel() if "embed" not in name or "projection" in name else 1
                 weight.copy_(torch.randn(weight.shape, generator=generator) * peaked * fan_in**-0.5)
     model.generation_config.eos_token_id = None  # random models must not stop early

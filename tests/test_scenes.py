@@ -21,7 +21,8 @@ from vtc.tiny.scenes import (
     balanced_questions,
 )
 
-SCENES = [Scene("train", index, size) for size in (70, 112, 224, 336) for index in range(40)]
+SIDES = (70, 112, 224, 336, (224, 84), (112, 336))
+SCENES = [Scene("train", index, size) for size in SIDES for index in range(40)]
 
 
 def true_answer(scene: Scene, text: str) -> str:
@@ -71,7 +72,8 @@ def test_objects_fit_do_not_touch_and_differ_in_colour() -> None:
         assert len({o.colour for o in scene.objects}) == len(scene.objects)
         for i, a in enumerate(scene.objects):
             assert a.radius <= min(a.x, a.y)
-            assert max(a.x, a.y) <= scene.size - a.radius
+            assert a.x <= scene.width - a.radius
+            assert a.y <= scene.height - a.radius
             assert (a.x - a.radius) % PATCH == (a.y - a.radius) % PATCH == 0
             for b in scene.objects[:i]:
                 assert np.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius
@@ -97,8 +99,17 @@ def test_variety() -> None:
 
 
 def test_background_takes_most_of_the_area() -> None:
-    for scene in (s for s in SCENES if s.size == 336):
-        assert sum((2 * o.radius) ** 2 for o in scene.objects) < 0.5 * scene.size**2
+    for scene in (s for s in SCENES if s.width == s.height == 336):
+        assert sum((2 * o.radius) ** 2 for o in scene.objects) < 0.5 * scene.width * scene.height
+
+
+def test_a_window_lies_on_the_canvas() -> None:
+    windows = [s for s in SCENES if (s.width, s.height) == (112, 336)]
+    assert {s.image.size for s in windows} == {(112, 336)}
+    assert {s.origin[1] for s in windows} == {0}
+    assert len({s.origin[0] for s in windows}) > 5
+    assert all(s.origin[0] % PATCH == 0 and s.origin[0] + s.width <= 336 for s in windows)
+    assert max(len(s.objects) for s in windows) == MAX_OBJECTS
 
 
 def test_deterministic_and_disjoint() -> None:
@@ -128,7 +139,12 @@ def test_balanced_questions_are_balanced() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("dev", 0), "train, val, test"), (("test", -1), "numbered from 0"), (("test", 0, 64), "from 70 to 336")],
+    [
+        (("dev", 0), "train, val, test"),
+        (("test", -1), "numbered from 0"),
+        (("test", 0, 64), "from 70 to 336"),
+        (("test", 0, (336, 350)), "from 70 to 336"),
+    ],
 )
 def test_bad_arguments(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -83,11 +83,32 @@ def test_window_uses_its_own_positions() -> None:
     torch.manual_seed(0)
     tower = recipe.build_model().model.vision_tower.eval()
     pixels, (x, y) = torch.randn(1, 3, 336, 336), (5, 11)
-    window = pixels[..., y * 14 : y * 14 + 112, x * 14 : x * 14 + 112]
+    window = pixels[..., y * 14 : y * 14 + 112, x * 14 : x * 14 + 196]  # 14 patches wide, 8 high
     with torch.no_grad():
         whole = recipe.encode(tower, pixels, torch.zeros(1, 2, dtype=torch.long))[0][0, 1:].unflatten(0, (24, 24))
-        part = recipe.encode(tower, window, torch.tensor([[x, y]]))[0][0, 1:].unflatten(0, (8, 8))
-    torch.testing.assert_close(part, whole[y : y + 8, x : x + 8])
+        part = recipe.encode(tower, window, torch.tensor([[x, y]]))[0][0, 1:].unflatten(0, (8, 14))
+    torch.testing.assert_close(part, whole[y : y + 8, x : x + 14])
+
+
+def test_mixed_phases_take_turns_and_keep_the_tokens_in_a_batch_alike() -> None:
+    sizes = recipe.Phase("language", 336, 10, 10, 1e-3, mixed="sizes")
+    assert [sizes.shape_of(step) for step in range(5)] == [
+        (30, (112, 112)), (20, (168, 168)), (15, (224, 224)), (12, (280, 280)), (10, (336, 336))
+    ]  # fmt: skip
+    shapes = recipe.Phase("language", 336, 10, 10, 1e-3, mixed="shapes")
+    drawn = [shapes.shape_of(step) for step in range(300)]
+    assert drawn == [shapes.shape_of(step) for step in range(300)]
+    assert {drawn[step] for step in range(0, 300, 3)} == {(10, (336, 336))}
+    assert len(set(drawn)) > 150
+    for count, (width, height) in drawn:
+        assert width % 14 == height % 14 == 0
+        assert 70 <= min(width, height) <= max(width, height) <= 336
+        assert 10 <= count <= 48
+    scenes = recipe.Scenes(shapes, 0)
+    count, (width, height) = drawn[1]
+    batch = scenes[1]
+    assert batch.pixels.shape == (count, 3, height, width)
+    assert (batch.tokens == 4).sum() == count * width * height // 14**2
 
 
 def test_packed_questions_are_as_if_asked_alone() -> None:

@@ -83,8 +83,8 @@ class Question:
 class Scene:
     """A picture and everything there is to know about it.
 
-    A picture smaller than `CANVAS` is a window on it, with its upper left corner at `origin`: objects keep their size in
-    pixels, and "top left" means top left of the canvas.
+    A picture smaller than `CANVAS` is a window on it, with its upper left corner at `origin`: objects keep their size
+    in pixels, and "top left" means top left of the canvas.
 
     Parameters
     ----------
