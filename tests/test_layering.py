@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vtc import ops, reference
-from vtc_kernels import attention, compact, scores, topk
+from vtc_kernels import attention, compact, merge, scores, topk
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
@@ -18,6 +18,7 @@ LAUNCHERS = {
     "topk": topk.topk,
     "compact": compact.compact,
     "compact_kv": compact.compact_kv,
+    "merge": merge.merge,
 }
 
 
