@@ -326,10 +326,7 @@ class Merge(Workload):
 
     def make(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
         images, patches = shape["B"] * shape["T"], shape["N"] - 1
-        x, key = (
-            _random(images, shape["N"], shape["H"] * shape["D"] + extra, dtype=dtype, device=device)[:, 1:, extra:]
-            for extra in (0, 1)
-        )
+        x, key = _random(2, images, shape["N"], shape["H"] * shape["D"], dtype=dtype, device=device)[:, :, 1:]
         weight = _random(images, patches, dtype=torch.float32, device=device).softmax(dim=1)
         return x, key, _indices(images, patches, shape["K"], device), weight
 
