@@ -62,6 +62,13 @@ def test_ops_knows_nothing_of_models():
     assert {name for name in names if name.startswith("vtc.")} == {"vtc.reference"}
 
 
+def test_methods_know_operations_and_no_models():
+    known = {"__future__", "dataclasses", "math", "typing", "torch", "vtc"}
+    for path in sorted((ROOT / "vtc" / "methods").glob("*.py")):
+        assert packages(path) <= known, path.name
+        assert all(name.startswith(("vtc.ops", "vtc.methods.")) for name in imports(path) if name[:4] == "vtc."), path
+
+
 def test_kernels_is_no_package_of_that_name():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 

@@ -115,9 +115,17 @@ def test_rows_and_keys_of_different_dtypes(neighbors, backend):
 
 
 @pytest.mark.parametrize("neighbors", RULES)
-@pytest.mark.parametrize(("num_tokens", "num_targets"), [(2048, 1), (4100, 1)])
+@pytest.mark.parametrize(("num_tokens", "num_targets"), [(2048, 1), (2100, 1)])
 def test_rows_of_several_blocks(num_tokens, num_targets, neighbors):
     check(*make(1, num_tokens, num_targets, 2, 3), neighbors, "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_in_several_blocks(backend):
+    x = key = torch.ones(1, 2100, 1, device=DEVICE)
+    targets, weight = torch.tensor([[7]], device=DEVICE), torch.ones(1, 2100, device=DEVICE)
+    mix = ops.merge(x, key, targets, weight, neighbors=2050, backend=backend)[1][0, 0]
+    assert mix.nonzero().flatten().tolist() == list(range(2051))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
