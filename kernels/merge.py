@@ -381,11 +381,7 @@ def _neighbors_kernel(
             member = (rank > threshold) | ((tie > 0) & (seen_ties + tl.cumsum(tie, axis=0) <= wanted_ties))
             seen_ties += tl.sum(tie, axis=0)
             weight = tl.load(weight_ptr + n * weight_stride_n, mask=n < num_tokens, other=0.0)
-            tl.store(
-                mix_ptr + n,
-                tl.where(n == t, 1.0, tl.where(member & (n < num_tokens), weight, 0.0)),
-                mask=n < num_tokens,
-            )
+            tl.store(mix_ptr + n, tl.where(n == t, 1.0, tl.where(member, weight, 0.0)), mask=n < num_tokens)
     else:
         for block in range(NUM_BLOCKS):
             n = block * BLOCK_N + column

@@ -73,4 +73,4 @@ def mix_row_block(num_tokens: int) -> tuple[int, int]:
 
 def mix_blocks() -> tuple[int, int, int]:
     """BLOCK_R, BLOCK_N, BLOCK_D for weighted sums of rows, in fp32."""
-    return 32, 16, 64
+    return 32, 16, 32

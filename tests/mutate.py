@@ -163,7 +163,7 @@ MUTANTS = [
             "ties of earlier blocks forgotten": ("seen_ties += tl.sum(tie, axis=0)", "seen_ties += 0"),
             "last pass left out": ("for i in range(16):", "for i in range(15):"),
             "third candidate forgotten": ("steps += ((reach >> 42) >= neighbors).to(tl.int32)", "steps += 0"),
-            "target not kept": ("tl.where(n == t, 1.0, tl.where(member & (n < num_tokens), weight, 0.0))", "tl.where(member & (n < num_tokens), weight, 0.0)"),
+            "target not kept": ("tl.where(n == t, 1.0, tl.where(member, weight, 0.0))", "tl.where(member, weight, 0.0)"),
             "weight's stride ignored": ("""            seen_ties += tl.sum(tie, axis=0)
             weight = tl.load(weight_ptr + n * weight_stride_n""", """            seen_ties += tl.sum(tie, axis=0)
             weight = tl.load(weight_ptr + n"""),
@@ -202,6 +202,50 @@ MUTANTS = [
             "a target is its own neighbor": ("similarity.masked_fill(itself, -3.0)", "similarity"),
             "dropped row in the last place": ("mix[images[:, 0], count] =", "mix[:, -1] ="),
             "members summed": ("share / share.sum(dim=2, keepdim=True)", "share"),
+        },
+    ),
+    *_of(
+        "vtc/methods/visionzip.py",
+        "methods",
+        {
+            "[CLS] not kept": ("torch.nn.functional.pad(patches + 1, (1, 0))", "torch.nn.functional.pad(patches, (1, 0))"),
+            "targets of the last rows": ("[:, :contextual]", "[:, -contextual:]"),
+            "metric of the first head": ("keys.mean(dim=1, dtype=torch.float32)", "keys[:, 0].float()"),
+            "dominant rows join": (".scatter(1, kept, 0.0)", ".scatter(1, kept[:, :1], 0.0)"),
+        },
+    ),
+    *_of(
+        "vtc/methods/prumerge.py",
+        "methods",
+        {
+            "ascending patches": ("kept.gather(1, values.sort(dim=1, descending=True, stable=True).indices)", "kept"),
+            "third quartile as the bound": ("third + 1.5 * (third - first)", "third"),
+            "quartiles without interpolation": ("below + (above - below) * (position - int(position))", "below"),
+            "one count for the batch": ("(outliers.double() / num_tokens * num_tokens).long()", "(outliers.double() / num_tokens * num_tokens).long().amax().expand_as(outliers)"),
+            "keys of half the heads": ("key[:, 1:],", "key[:, 1:, : key.shape[2] // 2],"),
+            "[CLS] among the scores": ("skip=1, backend=self.backend)", "skip=0, backend=self.backend)[:, :-1]"),
+            "stride not divided": ("step = (stride // 3).unsqueeze(1)", "step = stride.unsqueeze(1)"),
+            "sample to the very end": ("(n < num_tokens - 1)", "(n < num_tokens)"),
+            "sample before the best": ("num_tokens + n, 3 * num_tokens)", "n - num_tokens, 3 * num_tokens)"),
+            "one more row not counted": ("None if counts is None else counts + 1", "counts"),
+            "waits for the device": ("return targets, _fraction_count(", "return targets[:, : int(scores.shape[1] * (scores.max().item() > -1))], _fraction_count("),
+        },
+    ),
+    *_of(
+        "vtc/methods/fastv.py",
+        "methods",
+        {
+            "text competes": ("order = order.gather(1, is_image.gather(1, order)", "order = order.gather(1, (is_image | True).gather(1, order)"),
+            "text is dropped": ("return ~is_image | (rank", "return is_image & (rank"),
+            "fills get attention": ("return indices, stays.gather(1, indices)", "return indices, torch.ones_like(indices, dtype=torch.bool)"),
+        },
+    ),
+    *_of(
+        "vtc/methods/pool.py",
+        "methods",
+        {
+            "columns before rows": ("unflatten(2, tower.grid)", "unflatten(2, tower.grid[::-1])"),
+            "sums depend on the batch": ("grid.float().contiguous()", "grid.float()"),
         },
     ),
     *_of(

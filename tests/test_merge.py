@@ -129,6 +129,15 @@ def test_ties_in_several_blocks(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_of_many_targets(backend):
+    """More than a block of them: all others join the first."""
+    x = key = torch.ones(1, 24, 1, device=DEVICE)
+    targets, weight = torch.arange(20, device=DEVICE).expand(1, -1), torch.ones(1, 24, device=DEVICE)
+    mix = ops.merge(x, key, targets, weight, backend=backend)[1][0]
+    assert mix[:, 20:].nonzero().tolist() == [[0, n] for n in range(4)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_more_targets_than_tokens(backend):
     """Whoever repeats a target gets its row again. The zeros of the row of the dropped take two blocks."""
     x, key, targets, weight = make(1, 5, 5, 2, 2)
@@ -153,7 +162,7 @@ def test_strides(layout, neighbors, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("neighbors", RULES)
 def test_images_with_different_counts(neighbors, backend):
-    """What lies beyond an image's count changes nothing: not even NaN where x is not read."""
+    """Each as if it were alone with its targets; what comes after them is 0, even if x is NaN."""
     x, key, targets, weight = make(4, 30, 5, 6, 10)
     counts = in_layout(torch.tensor([[5, 3, 1, 0]], device=DEVICE), "every other")[0]
     rows, mix = check(x, key, targets, weight, neighbors, backend, counts)
@@ -168,6 +177,12 @@ def test_images_with_different_counts(neighbors, backend):
             )
             assert torch.equal(alone[0][0], rows[b, :used])
             assert torch.equal(alone[1][0], mix[b, :used])
+    x[:, 3] = NAN
+    rows = ops.merge(x, key, targets, weight, neighbors=neighbors, counts=counts, backend=backend)[0]
+    for b, count in enumerate(counts.tolist()):
+        used = count + (neighbors is not None)
+        assert rows[b, :used].isnan().all()
+        assert not rows[b, used:].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
