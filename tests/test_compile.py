@@ -66,9 +66,9 @@ def variants():
             )
 
     stats = {"logits_ptr": "*fp32", "block_max_ptr": "*fp32", "block_sum_ptr": "*fp32"}
-    row = {"query_ptr": "*P", "key_ptr": "*P", **stats}
+    row = {"query_ptr": "*P", "key_ptr": "*P", **stats}  # 1024: heads that are not split
     hidden = {"mask_ptr": "*u8", "position_ptr": "*i64"}
-    for num_features, group, extra in ((64, 1, {}), (128, 1, {}), (128, 4, hidden)):
+    for num_features, group, extra in ((64, 1, {}), (128, 1, {}), (1024, 1, {}), (128, 4, hidden)):
         n, d = tuning.score_blocks(num_features)
         constexprs = {"GROUP": group, "BLOCK_N": n, "BLOCK_D": d} | dict.fromkeys(set(hidden) - set(extra))
         yield Variant("scores._logits_kernel", f"D={num_features} G={group}", FLOATS, row | extra, constexprs)

@@ -288,6 +288,16 @@ def test_nothing_waits_for_the_device(name, images):
         assert one is None or (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
+@pytest.mark.filterwarnings("error:.*custom operator:UserWarning")  # outputs that alias
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "fastv"])
+def test_compilers_trace_through(name, images):
+    tower = images("oblong").tower(METHODS[name].needs)
+    compiled = torch.compile(METHODS[name]().compress, fullgraph=True, backend="aot_eager")
+    for one, other in zip(METHODS[name]().compress(tower, 5), compiled(tower, 5), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
 def test_gradients_reach_the_hidden_states(images):
     for name in ("vtc-cls", "visionzip", "prumerge", "prumerge+", "pool", "random", "none"):
         tower = images("oblong").tower(METHODS[name].needs)
