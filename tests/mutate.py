@@ -237,7 +237,14 @@ MUTANTS = [
         {
             "text competes": ("order = order.gather(1, is_image.gather(1, order)", "order = order.gather(1, (is_image | True).gather(1, order)"),
             "text is dropped": ("return ~is_image | (rank", "return is_image & (rank"),
+        },
+    ),
+    *_of(
+        "vtc/methods/base.py",
+        "methods",
+        {
             "fills get attention": ("return indices, stays.gather(1, indices)", "return indices, torch.ones_like(indices, dtype=torch.bool)"),
+            "patches of the first image": ("masked_scatter(is_image, kept.flatten())", "masked_scatter(is_image, kept[:1].expand_as(kept).flatten())"),
         },
     ),
     *_of(
@@ -282,6 +289,7 @@ def run(mutant: Mutant) -> str | None:
         shutil.copytree(ROOT / "vtc", Path(folder) / "vtc", ignore=shutil.ignore_patterns("__pycache__", "checkpoint"))
         shutil.copytree(ROOT / "kernels", Path(folder) / "vtc_kernels", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        (Path(folder) / "vtc/tiny/checkpoint").symlink_to(ROOT / "vtc/tiny/checkpoint")
         copy = Path(folder) / mutant.file.replace("kernels/", "vtc_kernels/")
         copy.write_text(mutated(mutant), encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}

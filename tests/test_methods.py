@@ -339,11 +339,25 @@ def test_fastv_in_a_left_padded_batch():
 
     counts = stays.sum(dim=1)
     length = int(counts.max())
-    indices, valid = fastv.prompt_indices(stays, length)
+    indices, valid = methods.prompt_indices(stays, length)
     assert (indices[:, 1:] > indices[:, :-1]).all()
     assert torch.equal(valid.sum(dim=1), counts)
     for b in range(3):
         assert indices[b][valid[b]].tolist() == stays[b].nonzero().flatten().tolist()
+
+
+def test_patches_that_stay_in_prompts_with_several_images():
+    """Two images, none, and one, of 6 patches each."""
+    prompts = ["..iiiiii.iiiiii", "...............", ".....iiiiii...."]
+    is_image = torch.tensor([[token == "i" for token in prompt] for prompt in prompts], device=DEVICE)
+    indices = torch.tensor([[0, 5], [1, 2], [3, 4]], device=DEVICE)
+    stays = methods.keep_patches(is_image, indices, 6)
+    first = [0, 1, 2, 7, 8, 10, 11]
+    third = [0, 1, 2, 3, 4, 8, 9, 11, 12, 13, 14]
+    assert [row.nonzero().flatten().tolist() for row in stays] == [first, list(range(15)), third]
+    positions, valid = methods.prompt_indices(stays, 15)
+    assert positions.tolist() == [list(range(15))] * 3
+    assert torch.equal(valid, stays)
 
 
 @pytest.mark.parametrize(
@@ -380,6 +394,14 @@ def test_every_method_is_registered_once_and_documented():
                     assert field.name == "backend" or f"{field.name} :" in value.__doc__, f"{value.name}: {field.name}"
     assert found == METHODS
     assert set(config.METHODS) <= set(METHODS)
+
+
+def test_built_from_settings():
+    settings = dataclasses.asdict(config.VTCConfig(ensemble="max", seed=3, backend="torch"))
+    assert methods.build("vtc-cls", **settings) == METHODS["vtc-cls"](ensemble="max", backend="torch")
+    assert methods.build("random", **settings) == METHODS["random"](seed=3, backend="torch")
+    with pytest.raises(ValueError, match=r"one of vtc-cls, fastervlm, .*, none, got 'tome'"):
+        methods.build("tome")
 
 
 def test_what_a_method_needs():

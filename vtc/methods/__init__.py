@@ -7,7 +7,10 @@ and gives the rows for the projector. Nothing here knows a model, waits for a GP
 
 from __future__ import annotations
 
-from vtc.methods.base import Method, Needs, Tokens, Tower
+import dataclasses
+from typing import Any
+
+from vtc.methods.base import Method, Needs, Tokens, Tower, keep_patches, prompt_indices
 from vtc.methods.fastervlm import FasterVLM
 from vtc.methods.fastv import FastV
 from vtc.methods.none import Nothing
@@ -17,7 +20,7 @@ from vtc.methods.random import Random
 from vtc.methods.visionzip import VisionZip
 from vtc.methods.vtc_cls import VTCCLS
 
-__all__ = ["METHODS", "Method", "Needs", "Tokens", "Tower"]
+__all__ = ["METHODS", "Method", "Needs", "Tokens", "Tower", "build", "keep_patches", "prompt_indices"]
 
 METHODS: dict[str, type[Method]] = {
     VTCCLS.name: VTCCLS,
@@ -30,3 +33,17 @@ METHODS: dict[str, type[Method]] = {
     Pool.name: Pool,
     Nothing.name: Nothing,
 }
+
+
+def build(name: str, **options: Any) -> Method:
+    """The method `name` with those of `options` that are parameters of it, such as the fields of a `VTCConfig`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such method.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    fields = {field.name for field in dataclasses.fields(METHODS[name])}
+    return METHODS[name](**{option: value for option, value in options.items() if option in fields})

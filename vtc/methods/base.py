@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from vtc import ops
@@ -132,3 +133,47 @@ class Method:
         if value is None:
             raise ValueError(f"{self.name} needs the vision tower's {what}, got None; it asks for {self.needs}")
         return value
+
+
+def keep_patches(is_image: Tensor, indices: Tensor, num_tokens: int) -> Tensor:
+    """Which tokens of prompts stay, if of each image the patches `indices` do: to prune inside the language model.
+
+    Parameters
+    ----------
+    is_image : Tensor[B, L], bool
+        True at image tokens, `num_tokens` for each image; images in the order of the prompts, then of their places.
+    indices : Tensor[images, K], int64
+        From `Method.select`.
+    num_tokens : int
+        N.
+
+    Returns
+    -------
+    Tensor[B, L], bool
+        True at all tokens that are no image's, and at the K of each image.
+    """
+    kept = torch.zeros((len(indices), num_tokens), dtype=torch.bool, device=indices.device).scatter(1, indices, True)
+    return (~is_image).masked_scatter(is_image, kept.flatten())
+
+
+def prompt_indices(stays: Tensor, length: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The positions of the tokens that stay, for prompts that are compacted to one length.
+
+    Parameters
+    ----------
+    stays : Tensor[B, L], bool
+        From `keep_patches` or `FastV.keep_prompt`.
+    length : int
+        As many as stay in the row in which most do.
+    backend : {"auto", "triton", "torch"}
+
+    Returns
+    -------
+    indices : Tensor[B, length], int64
+        Ascending, as `vtc.ops.compact_kv` wants them. Rows in which fewer stay are filled up with their first dropped
+        tokens.
+    valid : Tensor[B, length], bool
+        False at what fills up: it must get no attention.
+    """
+    indices = ops.topk(stays.float(), length, backend=backend)
+    return indices, stays.gather(1, indices)

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc import ops
 from vtc.methods.base import Method, Needs
 
 
@@ -56,23 +55,3 @@ class FastV(Method):
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
         )
         return ~is_image | (rank < (keep.unsqueeze(1) if isinstance(keep, Tensor) else keep))
-
-    def prompt_indices(self, stays: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The positions of the tokens that stay, for prompts that are compacted to one length.
-
-        Parameters
-        ----------
-        stays : Tensor[B, L], bool
-            From `keep_prompt`.
-        length : int
-            As many as stay in the row in which most do.
-
-        Returns
-        -------
-        indices : Tensor[B, length], int64
-            Ascending. Rows in which fewer stay are filled up with their first dropped tokens.
-        valid : Tensor[B, length], bool
-            False at what fills up: it must get no attention.
-        """
-        indices = ops.topk(stays.float(), length, backend=self.backend)
-        return indices, stays.gather(1, indices)
