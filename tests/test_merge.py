@@ -20,7 +20,10 @@ from vtc import ops
 NAN = float("nan")
 RULES = [None, 3]
 # B, N, K, D, C around the blocks of 32 targets, 32 and 64 tokens, 16 and 64 features of a key, 64 of a row.
-SHAPES = [(1, 1, 1, 1, 1), (2, 5, 5, 3, 2), (1, 65, 33, 65, 17), (1, 49, 7, 130, 65), (3, 16, 2, 8, 16)]
+SHAPES = [
+    *((1, 1, 1, 1, 1), (2, 5, 5, 3, 2), (1, 65, 33, 65, 17), (1, 49, 7, 130, 65), (3, 16, 2, 8, 16)),
+    *((1, 576, 2, 5, 9), (1, 729, 2, 4, 7)),
+]
 
 
 def make(num_images, num_tokens, num_targets, num_outputs, num_features, dtype=torch.float32, layout="contiguous"):
@@ -97,6 +100,11 @@ def check(x, key, targets, weight, neighbors, backend, counts=None):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes_that_hurt(shape, neighbors, backend):
     check(*make(*shape), neighbors, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_images(backend):
+    check(*make(65, 3, 1, 2, 2), None, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
