@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vtc import config, methods, ops, tiny
 from vtc.methods import METHODS, Tower
-from vtc.methods.prumerge import top_and_step
+from vtc.methods.prumerge import _fraction_count, _outliers, top_and_step
 from vtc.tiny.evaluate import prepare
 from vtc.tiny.scenes import balanced_questions
 
@@ -207,6 +207,20 @@ def test_random_is_splitmix64_of_the_pixels(seed, images):
         assert tokens.scores[b].tolist() == scores
         assert tokens.indices[b].tolist() == sorted(golden.by_score(scores, 5))
         assert torch.equal(tokens.rows[b].cpu(), data.hidden[b, 1:][tokens.indices[b].cpu()])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 6, 7, 36, 49])
+def test_outliers_are_counted_as_the_paper_counts(num_tokens):
+    """Interpolated quartiles; a share in float64, times N, cut off: of 49 that is sometimes one less than there are."""
+    scores = torch.randn(300, num_tokens, generator=torch.Generator().manual_seed(num_tokens)).mul(0.8).exp()
+    counts = _outliers(scores.to(DEVICE))
+    fractions = [golden.outlier_fraction(row) for row in scores.tolist()]
+    assert [count / num_tokens for count in counts.tolist()] == fractions
+    assert counts.max() <= num_tokens // 4  # what `capacity` rests on
+    every = torch.arange(num_tokens + 1, device=DEVICE)
+    assert _fraction_count(every, num_tokens).tolist() == [
+        int(num_tokens * (n / num_tokens)) for n in range(len(every))
+    ]
 
 
 def test_no_outlier_leaves_the_one_more_row(images):
