@@ -56,3 +56,24 @@ def attention_blocks(num_features: int, element_size: int) -> tuple[int, int, in
     if element_size == 4:
         return 32, 16, block_d, num_warps, 1
     return 64, 32 if block_d <= 128 else 16, block_d, num_warps, 2
+
+
+def similarity_blocks(element_size: int) -> tuple[int, int, int]:
+    """BLOCK_K, BLOCK_N, BLOCK_C for similarities. fp32 stays off the tensor cores and keeps operands in registers."""
+    return (32, 32, 16) if element_size == 4 else (32, 64, 64)
+
+
+def nearest_blocks() -> tuple[int, int]:
+    """BLOCK_K, BLOCK_N for each token's nearest target: few tokens a program, so that one image has several."""
+    return 16, 64
+
+
+def mix_row_block(num_tokens: int) -> tuple[int, int]:
+    """BLOCK_N and the number of warps, for a row of weights: a row of up to 2048 tokens in one block."""
+    block_n = min(2048, triton.next_power_of_2(num_tokens))
+    return block_n, 4 if block_n <= 1024 else 8
+
+
+def mix_blocks() -> tuple[int, int, int]:
+    """BLOCK_R, BLOCK_N, BLOCK_D for weighted sums of rows, in fp32."""
+    return 32, 16, 32

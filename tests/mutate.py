@@ -147,31 +147,128 @@ MUTANTS = [
         },
     ),
     *_of(
+        "kernels/merge.py",
+        "merge",
+        {
+            "keys not normalised": ("product / norms", "product"),
+            "targets' norms left out": ("tl.maximum(tl.sqrt(target_square), 1e-12)[:, None] * ", ""),
+            "last features left out": ("for block in range(tl.cdiv(num_features, BLOCK_C)):", "for block in range(num_features // BLOCK_C):"),
+            "padded features unmasked": ("in_key = c < num_features", "in_key = c >= 0"),
+            "key's token stride of the wrong axis": ("t[:, None] * key_stride_n", "t[:, None] * key_stride_c"),
+            "targets' stride ignored": ("b * targets_stride_b + k * targets_stride_k, mask=k < num_targets, other=-1)", "b * targets_stride_b + k, mask=k < num_targets, other=-1)"),
+            "targets read outside": ("is_target = ((t >= 0) & (t < num_tokens))[:, None]", "is_target = (t < num_tokens + 1)[:, None]"),
+            "a target is its own neighbor": ("(n < num_tokens) & (n != t), 32)", "n < num_tokens, 32)"),
+            "one neighbor too few": ("min(neighbors, num_tokens - 1)", "min(neighbors, num_tokens - 1) - 1"),
+            "neighbors' ties to the higher index": ("seen_ties + tl.cumsum(tie, axis=0) <= wanted_ties", "tl.cumsum(tie, axis=0) > tl.sum(tie, axis=0) - wanted_ties"),
+            "ties of earlier blocks forgotten": ("seen_ties += tl.sum(tie, axis=0)", "seen_ties += 0"),
+            "last pass left out": ("for i in range(16):", "for i in range(15):"),
+            "third candidate forgotten": ("steps += ((reach >> 42) >= neighbors).to(tl.int32)", "steps += 0"),
+            "target not kept": ("tl.where(n == t, 1.0, tl.where(member, weight, 0.0))", "tl.where(member, weight, 0.0)"),
+            "weight's stride ignored": ("""            seen_ties += tl.sum(tie, axis=0)
+            weight = tl.load(weight_ptr + n * weight_stride_n""", """            seen_ties += tl.sum(tie, axis=0)
+            weight = tl.load(weight_ptr + n"""),
+            "dropped row holds the targets": ("mask=(t >= 0) & (t < num_tokens))", "mask=t < 0)"),
+            "dropped row in the last place": ("tl.where(k == count, weight, 0.0)", "tl.where(k == num_targets, weight, 0.0)"),
+            "counts of the first image": ("counts_ptr + b * counts_stride_b", "counts_ptr"),
+            "counts ignored": ("    if counts_ptr is not None:", "    if False:"),
+            "counts beyond the targets": ("tl.minimum(tl.load(counts_ptr + b * counts_stride_b), num_targets)", "tl.load(counts_ptr + b * counts_stride_b)"),
+            "nearest: NaN wins": ('similarity = tl.where(similarity != similarity, float("-inf"), similarity)', 'similarity = tl.where(similarity != similarity, float("inf"), similarity)'),
+            "nearest: ties to the later target": ("better = (highest > best) | (nearest < 0)", "better = (highest >= best) | (nearest < 0)"),
+            "nearest: last of the best": ("tl.where((similarity == highest[None, :]) & is_target, k[:, None], num_targets)\n        better = (highest > best) | (nearest < 0)\n        nearest = tl.where(better, tl.min(found, axis=0), nearest)", "tl.where((similarity == highest[None, :]) & is_target, k[:, None], -1)\n        better = (highest > best) | (nearest < 0)\n        nearest = tl.where(better, tl.max(found, axis=0), nearest)"),
+            "nearest: targets join targets": ("excluded = excluded | (tl.max(", "excluded = excluded | (0 * tl.max("),
+            "nearest: weight 0 joins": ("mask=in_row, other=0.0) == 0.0", "mask=in_row, other=0.0) == -1.0"),
+            "nearest: first block of targets alone": ("for start in range(0, count, BLOCK_K):", "for start in range(0, tl.minimum(count, BLOCK_K), BLOCK_K):"),
+            "members summed": ("mask=member, other=0.0) / total", "mask=member, other=0.0) / 1.0"),
+            "members of the first block divide": ("sums += tl.load(weight_ptr + n * weight_stride_n, mask=member, other=0.0)", "sums += tl.load(weight_ptr + n * weight_stride_n, mask=member & (block == 0), other=0.0)"),
+            "last tokens left out of the sum": ("tl.where(first < used, tl.cdiv(num_tokens, BLOCK_N), 0)", "tl.where(first < used, num_tokens // BLOCK_N, 0)"),
+            "rows of the next image": ("x_offsets = b * x_stride_b", "x_offsets = 0 * x_stride_b"),
+            "rows' feature stride ignored": ("d[None, :] * x_stride_d", "d[None, :]"),
+            "rows after the count unmasked": ("mixed = tl.where((r < used)[:, None], mixed, 0.0)", "mixed = mixed + 0.0"),
+        },
+    ),
+    *_of(
         "vtc/reference.py",
-        "cls_attention row_scores topk compact compact_kv",
+        "cls_attention row_scores topk compact compact_kv merge",
         {
             "skipped keys leave the denominator": ("scores = logits.softmax(dim=2).mean(dim=1)[:, skip:]", "scores = logits[:, :, skip:].softmax(dim=2).mean(dim=1)"),
             "half precision softmax": ("(grouped * key.float().unsqueeze(2))", "(grouped * key.float().unsqueeze(2)).to(key.dtype)"),
-            "unstable sort": ("descending=True, stable=True", "descending=True, stable=False"),
+            "unstable sort": ("scores.sort(dim=1, descending=True, stable=True)", "scores.sort(dim=1, descending=True, stable=False)"),
             "order of scores, not of indices": ("indices[:, :k].sort(dim=1).values", "indices[:, :k]"),
             "NaN not masked": ('scores.masked_fill(scores.isnan(), float("-inf"))', "scores"),
             "compact takes image 0": ("return x[images, indices].contiguous()", "return x[images * 0, indices].contiguous()"),
             "in place leaves the cache": ("x[:, :, : indices.shape[1]].copy_(kept) if in_place", "kept.contiguous() if in_place"),
             "row of the last query": ("query[:, :, :1].float()", "query[:, :, -1:].float()"),
+            "unstable neighbors": ("sort(dim=2, descending=True, stable=True)", "sort(dim=2, descending=True, stable=False)"),
+            "a target is its own neighbor": ("similarity.masked_fill(itself, -3.0)", "similarity"),
+            "dropped row in the last place": ("mix[images[:, 0], count] =", "mix[:, -1] ="),
+            "members summed": ("share / share.sum(dim=2, keepdim=True)", "share"),
+        },
+    ),
+    *_of(
+        "vtc/methods/visionzip.py",
+        "methods",
+        {
+            "[CLS] not kept": ("torch.nn.functional.pad(patches + 1, (1, 0))", "torch.nn.functional.pad(patches, (1, 0))"),
+            "targets of the last rows": ("[:, :contextual]", "[:, -contextual:]"),
+            "metric of the first head": ("keys.mean(dim=1, dtype=torch.float32)", "keys[:, 0].float()"),
+            "dominant rows join": (".scatter(1, kept, 0.0)", ".scatter(1, kept[:, :1], 0.0)"),
+        },
+    ),
+    *_of(
+        "vtc/methods/prumerge.py",
+        "methods",
+        {
+            "ascending patches": ("kept.gather(1, values.sort(dim=1, descending=True, stable=True).indices)", "kept"),
+            "third quartile as the bound": ("third + 1.5 * (third - first)", "third"),
+            "quartiles without interpolation": ("below + (above - below) * (position - int(position))", "below"),
+            "one count for the batch": ("(outliers.double() / num_tokens * num_tokens).long()", "(outliers.double() / num_tokens * num_tokens).long().amax().expand_as(outliers)"),
+            "keys of half the heads": ("key[:, 1:],", "key[:, 1:, : key.shape[2] // 2],"),
+            "[CLS] among the scores": ("skip=1, backend=self.backend)", "skip=0, backend=self.backend)[:, :-1]"),
+            "stride not divided": ("step = (stride // 3).unsqueeze(1)", "step = stride.unsqueeze(1)"),
+            "sample to the very end": ("(n < num_tokens - 1)", "(n < num_tokens)"),
+            "sample before the best": ("num_tokens + n, 3 * num_tokens)", "n - num_tokens, 3 * num_tokens)"),
+            "one more row not counted": ("None if counts is None else counts + 1", "counts"),
+            "waits for the device": ("return targets, _fraction_count(", "return targets[:, : int(scores.shape[1] * (scores.max().item() > -1))], _fraction_count("),
+        },
+    ),
+    *_of(
+        "vtc/methods/fastv.py",
+        "methods",
+        {
+            "text competes": ("order = order.gather(1, is_image.gather(1, order)", "order = order.gather(1, (is_image | True).gather(1, order)"),
+            "text is dropped": ("return ~is_image | (rank", "return is_image & (rank"),
+        },
+    ),
+    *_of(
+        "vtc/methods/base.py",
+        "methods",
+        {
+            "fills get attention": ("return indices, stays.gather(1, indices)", "return indices, torch.ones_like(indices, dtype=torch.bool)"),
+            "patches of the first image": ("masked_scatter(is_image, kept.flatten())", "masked_scatter(is_image, kept[:1].expand_as(kept).flatten())"),
+        },
+    ),
+    *_of(
+        "vtc/methods/pool.py",
+        "methods",
+        {
+            "columns before rows": ("unflatten(2, tower.grid)", "unflatten(2, tower.grid[::-1])"),
+            "sums depend on the batch": ("grid.float().contiguous()", "grid.float()"),
         },
     ),
     *_of(
         "vtc/ops.py",
-        "ops compact compact_kv",
+        "ops compact compact_kv merge",
         {
             "fake topk of the wrong type": ("scores.new_empty((scores.shape[scores.ndim > 2], k), dtype=torch.int64)", "scores.new_empty((scores.shape[scores.ndim > 2], k))"),
             "fake compact_kv too long": ("return [tensor.new_empty((*tensor.shape[:2], count, tensor.shape[3]))", "return [tensor.new_empty((*tensor.shape[:2], count + 1, tensor.shape[3]))"),
             "out not declared as changed": ("Tensor(a!) out,", "Tensor out,"),
             "cache not declared as changed": ("compact_kv_(Tensor(a!)[] keys, Tensor(b!)[] values", "compact_kv_(Tensor[] keys, Tensor[] values"),
+            "fake merge without its last row": ("num_rows = targets.shape[1] + (neighbors is not None)", "num_rows = targets.shape[1]"),
+            "gradient of the mixed rows": ("(mix.mT @ grad.float())", "(mix.mT @ grad.float()).flip(1)"),
             "gradients do not add up": ("grad, accumulate=True)", "grad)"),
             "environment ignored": ('backend == "auto" and (override := os.environ.get("VTC_BACKEND"))', 'False and (override := os.environ.get("VTC_BACKEND"))'),
             "descending indices in place": ('if indices.device.type == "cpu" and (indices[:, 1:] <= indices[:, :-1]).any():', "if False:"),
-            "range not checked": ("if low < 0 or high >= num_tokens:", "if low < 0:"),
+            "range not checked": ("if low < 0 or high >= end:", "if low < 0:"),
         },
     ),
 ]  # fmt: skip
@@ -192,6 +289,7 @@ def run(mutant: Mutant) -> str | None:
         shutil.copytree(ROOT / "vtc", Path(folder) / "vtc", ignore=shutil.ignore_patterns("__pycache__", "checkpoint"))
         shutil.copytree(ROOT / "kernels", Path(folder) / "vtc_kernels", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        (Path(folder) / "vtc/tiny/checkpoint").symlink_to(ROOT / "vtc/tiny/checkpoint")
         copy = Path(folder) / mutant.file.replace("kernels/", "vtc_kernels/")
         copy.write_text(mutated(mutant), encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}

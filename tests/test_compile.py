@@ -66,9 +66,9 @@ def variants():
             )
 
     stats = {"logits_ptr": "*fp32", "block_max_ptr": "*fp32", "block_sum_ptr": "*fp32"}
-    row = {"query_ptr": "*P", "key_ptr": "*P", **stats}
+    row = {"query_ptr": "*P", "key_ptr": "*P", **stats}  # 1024: heads that are not split
     hidden = {"mask_ptr": "*u8", "position_ptr": "*i64"}
-    for num_features, group, extra in ((64, 1, {}), (128, 1, {}), (128, 4, hidden)):
+    for num_features, group, extra in ((64, 1, {}), (128, 1, {}), (1024, 1, {}), (128, 4, hidden)):
         n, d = tuning.score_blocks(num_features)
         constexprs = {"GROUP": group, "BLOCK_N": n, "BLOCK_D": d} | dict.fromkeys(set(hidden) - set(extra))
         yield Variant("scores._logits_kernel", f"D={num_features} G={group}", FLOATS, row | extra, constexprs)
@@ -99,6 +99,30 @@ def variants():
     k, d = tuning.compact_kv_blocks(128)
     pointers = {"x_ptrs": ("*INT",) * 64, "indices_ptr": "*i64", "out_ptrs": ("*INT",) * 64}
     yield Variant("compact._compact_kv_kernel", "64 tensors", COPIED, pointers, {"BLOCK_K": k, "BLOCK_D": d})
+
+    # PruMerge has counts, VisionZip has none.
+    counted = {"targets_ptr": "*i64", "counts_ptr": "*i64"}
+    for size, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
+        k, n, c = tuning.similarity_blocks(size)
+        blocks = {"WIDEN": False, "BLOCK_K": k, "BLOCK_N": n, "BLOCK_C": c}
+        pointers = counted | {"key_ptr": "*P", "similarity_ptr": "*fp32"}
+        yield Variant("merge._similarity_kernel", f"{8 * size} bit", dtypes, pointers, blocks, num_stages=2)
+    row = {"targets_ptr": "*i64", "weight_ptr": "*fp32"}
+    for num_tokens in (576, 16384):
+        n, warps = tuning.mix_row_block(num_tokens)
+        blocks = {"NUM_BLOCKS": -(-num_tokens // n), "BLOCK_N": n}
+        pointers = row | {"similarity_ptr": "*fp32", "counts_ptr": "*i64", "mix_ptr": "*fp32"}
+        yield Variant("merge._neighbors_kernel", f"N={num_tokens}", ("fp32",), pointers, blocks, warps)
+        pointers, blocks = row | {"nearest_ptr": "*i32", "mix_ptr": "*fp32"}, blocks | {"counts_ptr": None}
+        yield Variant("merge._members_kernel", f"N={num_tokens}", ("fp32",), pointers, blocks, warps)
+    k, n = tuning.nearest_blocks()
+    pointers = row | {"similarity_ptr": "*fp32", "nearest_ptr": "*i32"}
+    yield Variant("merge._nearest_kernel", "", ("fp32",), pointers, {"counts_ptr": None, "BLOCK_K": k, "BLOCK_N": n})
+    r, n, d = tuning.mix_blocks()
+    blocks = {"ROUND": False, "BLOCK_R": r, "BLOCK_N": n, "BLOCK_D": d}
+    pointers = {"mix_ptr": "*fp32", "x_ptr": "*P", "rows_ptr": "*P"}
+    for name, counts, constant in (("counts", {"counts_ptr": "*i64"}, {}), ("no counts", {}, {"counts_ptr": None})):
+        yield Variant("merge._mix_kernel", name, FLOATS, pointers | counts, blocks | constant, num_stages=1)
 
 
 def compile_all(target_name: str) -> list[dict]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vtc import ops, reference
-from vtc_kernels import attention, compact, scores, topk
+from vtc_kernels import attention, compact, merge, scores, topk
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
@@ -18,6 +18,7 @@ LAUNCHERS = {
     "topk": topk.topk,
     "compact": compact.compact,
     "compact_kv": compact.compact_kv,
+    "merge": merge.merge,
 }
 
 
@@ -59,6 +60,13 @@ def test_ops_knows_nothing_of_models():
     names = imports(ROOT / "vtc" / "ops.py")
     assert not any(name.startswith("transformers") for name in names)
     assert {name for name in names if name.startswith("vtc.")} == {"vtc.reference"}
+
+
+def test_methods_know_operations_and_no_models():
+    known = {"__future__", "dataclasses", "math", "typing", "torch", "vtc"}
+    for path in sorted((ROOT / "vtc" / "methods").glob("*.py")):
+        assert packages(path) <= known, path.name
+        assert all(name.startswith(("vtc.ops", "vtc.methods.")) for name in imports(path) if name[:4] == "vtc."), path
 
 
 def test_kernels_is_no_package_of_that_name():

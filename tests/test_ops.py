@@ -124,7 +124,7 @@ def test_each_choice_is_logged_once(monkeypatch, caplog):
     [
         (
             lambda: ops.backend_for("sort", CPU),
-            "op must be one of cls_attention, row_scores, topk, compact, compact_kv, got 'sort'",
+            "op must be one of cls_attention, row_scores, topk, compact, compact_kv, merge, got 'sort'",
         ),
         (lambda: ops.topk(SCORES, 2, backend="cuda"), "backend must be one of auto, triton, torch, got 'cuda'"),
         (lambda: ops.cls_attention(KEY[0], KEY, KEY), r"one shape, got \[3, 10, 8\] and \[2, 3, 10, 8\] and"),
@@ -191,6 +191,26 @@ def test_each_choice_is_logged_once(monkeypatch, caplog):
             "at most N = 10",
         ),
         (lambda: ops.compact_kv([KEY], [KEY.to("meta")], INDICES), "tensor 1 on meta"),
+        (lambda: ops.merge(ROWS, ROWS[:, 1:], INDICES, SCORES), r"one B and N, .*got \[2, 10, 4\] and \[2, 9, 4\]"),
+        (lambda: ops.merge(ROWS, ROWS[:, :, :0], INDICES, SCORES), r"got \[2, 10, 4\] and \[2, 10, 0\]"),
+        (lambda: ops.merge(ROWS, ROWS.double(), INDICES, SCORES), "bfloat16, got torch.float32 and torch.float64"),
+        (lambda: ops.merge(ROWS, ROWS, INDICES.int(), SCORES), r"int64 \[B, K\] with B = 2 .*got torch.int32 \[2, 2\]"),
+        (lambda: ops.merge(ROWS, ROWS, INDICES[:1], SCORES), r"got torch.int64 \[1, 2\]"),
+        (lambda: ops.merge(ROWS, ROWS, INDICES[:, :0], SCORES), r"a target at least, got torch.int64 \[2, 0\]"),
+        (lambda: ops.merge(ROWS, ROWS, INDICES, SCORES[:, 1:]), r"\[B, N\] = \[2, 10\], got torch.float32 \[2, 9\]"),
+        (lambda: ops.merge(ROWS, ROWS, INDICES, SCORES.half()), "got torch.float16"),
+        (lambda: ops.merge(ROWS, ROWS, INDICES, SCORES, neighbors=0), "at least 1, or None .*got 0"),
+        (lambda: ops.merge(ROWS, ROWS, INDICES, SCORES, neighbors=2.0), "got 2.0"),
+        (
+            lambda: ops.merge(ROWS, ROWS, INDICES, SCORES, counts=POSITION.int()),
+            r"int64 \[B\] = \[2\], got torch.int32",
+        ),
+        (
+            lambda: ops.merge(ROWS, ROWS, INDICES, SCORES, counts=POSITION - 6),
+            r"counts must lie in \[0, K \+ 1\) = \[0, 3\), got values from -1 to 3",
+        ),
+        (lambda: ops.merge(ROWS, ROWS, INDICES + 1, SCORES), r"targets must lie in .*got values from 1 to 10"),
+        (lambda: ops.merge(ROWS, ROWS, INDICES, SCORES.to("meta")), "one device, got x on cpu, .*weight on meta"),
     ],
 )
 @pytest.mark.parametrize("environment", [None, "triton"])
@@ -219,6 +239,7 @@ def samples():
         "compact": ([rows.clone().requires_grad_(), indices.repeat(1, 5)], indices),
         "compact_kv": ([key], [key.half()], indices),
         "compact_kv_": ([key.clone()], [key.clone()], indices),
+        "merge": (rows.clone().requires_grad_(), rows.half(), indices, scores, 3, indices[:, 0] % 3),
     }
 
 
@@ -249,7 +270,9 @@ def whole_path(query, key, value, hidden, cache):
     kept, positions = ops.compact([hidden, torch.arange(9, device=DEVICE).expand(2, -1)], indices)
     (short,), (copy,) = ops.compact_kv([cache], [cache], indices)
     (front,), _ = ops.compact_kv([cache + 1], [cache * 2], ops.topk(scores, 2), in_place=True)
-    return out, scores, totals, indices, kept.square(), positions, short, copy, front
+    merged, mix = ops.merge(hidden, hidden, indices, totals, neighbors=2)
+    joined, _ = ops.merge(hidden, hidden, indices, totals, counts=indices[:, 0] * 0 + 2)
+    return out, scores, totals, indices, kept.square() + merged[:, 1:], positions, short, copy, front, mix, joined
 
 
 @pytest.mark.filterwarnings("error:.*custom operator:UserWarning")  # outputs that alias

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vtc import adapters, attention, ops
 from vtc.adapters import Model, Tower, Visual
 from vtc.config import VTCConfig, kept_count
+from vtc.methods.random import random_scores
 from vtc.prompt import FullPrompt, shorten
 
 
@@ -210,24 +211,6 @@ def _count(base: Any, plan: Plan, scores: attention.ClsScores, images: int, befo
         run.images += images
         used = (*scores.ops, "topk", "compact")
         run.backend = {op: ops.backend_for(op, device, plan.config.backend)[0] for op in used}
-
-
-def random_scores(pixel_values: torch.Tensor, tokens: int, seed: int) -> torch.Tensor:
-    """Uniform scores `[B, tokens]` fp32 in [0, 1) that depend on the image's own pixels and `seed` alone.
-
-    A generator would have to be advanced image by image, and an image's result would depend on its batch mates.
-    Instead the bits of the pixels are summed with odd weights (integer sums wrap and have no order), and splitmix64
-    turns sum + n into the n-th number. Nothing leaves the device.
-    """
-    bits = pixel_values.detach().float().flatten(1).contiguous().view(torch.int32).long()
-    image = (bits * (2 * torch.arange(bits.shape[1], device=bits.device) + 1)).sum(1, keepdim=True)
-    x = image + 1_000_003 * seed + torch.arange(tokens, device=bits.device)
-    # splitmix64; its constants as signed integers, its logical shifts as arithmetic ones with the sign bits masked off
-    x = x * -0x61C8864680B583EB
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
-    x = x ^ ((x >> 31) & (2**33 - 1))
-    return ((x >> 40) & (2**24 - 1)).float() / 2**24
 
 
 # --- the images of one call ------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vtc import reference
 
-OPS = ("cls_attention", "row_scores", "topk", "compact", "compact_kv")
+OPS = ("cls_attention", "row_scores", "topk", "compact", "compact_kv", "merge")
 BACKENDS = ("auto", "triton", "torch")
 ENSEMBLES = ("sum", "mean", "max", "min")
 
@@ -331,6 +331,81 @@ def compact_kv(
     return tuple(moved[: len(keys)]), tuple(moved[len(keys) :])
 
 
+def merge(
+    x: Tensor,
+    key: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    *,
+    neighbors: int | None = None,
+    counts: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Rows of `x` that take up the tokens like them: their most similar ones, or those they are the nearest target of.
+
+    See `vtc.reference.merge` for the two formulas. Differentiable in `x`. An image's result does not depend on the
+    other images of the batch, and repeated calls give the same bits.
+
+    Parameters
+    ----------
+    x : Tensor[B, N, D], float32, float16 or bfloat16
+        The rows to merge; any strides, nothing is copied.
+    key : Tensor[B, N, C], float32, float16 or bfloat16
+        What is compared, by cosine similarity; any strides, nothing is copied. No gradient flows into it.
+    targets : Tensor[B, K], int64
+        The tokens that stay. Each in [0, N), unique in each row, in any order.
+    weight : Tensor[B, N], float32
+        How much of a token is taken up. No gradient flows into it.
+    neighbors : int, optional
+        A target takes up its `neighbors` most similar others, at least 1; all if they are fewer. There is one more row
+        then: the weighted sum of the tokens that are no target. When not given, each token that is no target joins the
+        most similar one, and a target takes up the weighted mean of those who joined it.
+    counts : Tensor[B], int64, optional
+        How many of an image's targets count, from the left, each in [0, K]; K when not given.
+    backend : {"auto", "triton", "torch"}
+
+    Returns
+    -------
+    rows : Tensor[B, R, D], the dtype of `x`
+        R = K + 1 with `neighbors`, otherwise R = K. Contiguous. With `counts`, an image's one more row comes right
+        after its targets, and the rest is 0.
+    mix : Tensor[B, R, N], float32
+        The weights: rows = mix · x. Contiguous.
+
+    Raises
+    ------
+    ValueError
+        For shapes, dtypes or devices that do not fit, `neighbors` below 1, and for a backend that cannot run. On the
+        CPU also for a target outside [0, N) and a count outside [0, K); for a GPU see `compact`: the kernel takes a
+        row of zeros for such a target, and the nearest bound for such a count.
+    """
+    if x.ndim != 3 or key.ndim != 3 or x.shape[:2] != key.shape[:2] or 0 in (x.shape[1], x.shape[2], key.shape[2]):
+        raise ValueError(
+            "merge: x must be [B, N, D] and key [B, N, C] with one B and N, a token and a feature at least, "
+            f"got {_shapes(x, key)}."
+        )
+    if x.dtype not in _FLOATS or key.dtype not in _FLOATS:
+        raise ValueError(f"merge: x and key must be float32, float16 or bfloat16, got {x.dtype} and {key.dtype}.")
+    if targets.ndim != 2 or len(targets) != len(x) or targets.dtype != torch.int64 or not targets.shape[1]:
+        raise ValueError(
+            f"merge: targets must be int64 [B, K] with B = {len(x)} and a target at least, "
+            f"got {targets.dtype} {_shapes(targets)}."
+        )
+    if weight.dtype != torch.float32 or weight.shape != x.shape[:2]:
+        raise ValueError(
+            f"merge: weight must be float32 [B, N] = {list(x.shape[:2])}, got {weight.dtype} {_shapes(weight)}."
+        )
+    if neighbors is not None and (not _is_int(neighbors) or neighbors < 1):
+        raise ValueError(
+            f"merge: neighbors must be an int of at least 1, or None to join the nearest target; got {neighbors!r}."
+        )
+    if counts is not None and (counts.dtype != torch.int64 or counts.shape != x.shape[:1]):
+        raise ValueError(f"merge: counts must be int64 [B] = [{len(x)}], got {counts.dtype} {_shapes(counts)}.")
+    _same_device("merge", x=x, key=key, targets=targets, weight=weight, counts=counts)
+    rows, mix = torch.ops.vtc.merge(x, key.detach(), targets, weight.detach(), neighbors, counts, backend)
+    return rows, mix.detach()
+
+
 # Where `cls_attention` was measured at least level with SDPA and `row_scores` together, by `python -m bench micro`
 # (workload `cls_attention`, the records under bench/results/): compute capability, dtype, head dim. Nothing yet.
 FUSED: frozenset[tuple[tuple[int, int], torch.dtype, int]] = frozenset()
@@ -354,7 +429,7 @@ def backend_for(op: str, device: torch.device, backend: str = "auto") -> tuple[s
 
     Parameters
     ----------
-    op : {"cls_attention", "row_scores", "topk", "compact", "compact_kv"}
+    op : {"cls_attention", "row_scores", "topk", "compact", "compact_kv", "merge"}
     device : torch.device
         Where the tensors are.
     backend : {"auto", "triton", "torch"}
@@ -410,7 +485,7 @@ class _Triton(NamedTuple):
 def _triton() -> _Triton:
     """The kernels, imported on first need: triton is optional, and slow to import."""
     try:
-        from vtc_kernels import attention, compact, scores, topk, tuning
+        from vtc_kernels import attention, compact, merge, scores, topk, tuning
     except ImportError as error:
         return _Triton({}, False, f"the Triton kernels cannot be imported ({error})")
     launchers = {
@@ -419,6 +494,7 @@ def _triton() -> _Triton:
         "topk": topk.topk,
         "compact": compact.compact,
         "compact_kv": compact.compact_kv,
+        "merge": merge.merge,
     }
     return _Triton(launchers, tuning.INTERPRETED, "")
 
@@ -531,6 +607,41 @@ def _compact_kv_(keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tens
     _choose("compact_kv", indices.device, backend)(keys, values, indices, in_place=True)
 
 
+def _fake_merge(x: Tensor, key: Tensor, targets: Tensor, weight: Tensor, neighbors: Any, *_: Any) -> Any:
+    num_rows = targets.shape[1] + (neighbors is not None)
+    shape = (x.shape[0], num_rows)
+    return x.new_empty((*shape, x.shape[2])), x.new_empty((*shape, x.shape[1]), dtype=torch.float32)
+
+
+@_register(
+    "merge(Tensor x, Tensor key, Tensor targets, Tensor weight, SymInt? neighbors, Tensor? counts, str backend)"
+    " -> (Tensor, Tensor)",
+    _fake_merge,
+)
+def _merge(
+    x: Tensor, key: Tensor, targets: Tensor, weight: Tensor, neighbors: int | None, counts: Any, backend: str
+) -> Any:
+    _check_range("merge", targets, x.shape[1], what="targets", size="N")
+    if counts is not None:
+        _check_range("merge", counts, targets.shape[1] + 1, what="counts", size="K + 1")
+    function = _choose("merge", x.device, backend)
+    return function(x, key, targets, weight, neighbors=neighbors, counts=counts)
+
+
+def _save_mix(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, mix = output
+    ctx.save_for_backward(mix)
+
+
+def _merge_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    (mix,) = ctx.saved_tensors
+    gradient = None if grad is None else (mix.mT @ grad.float()).to(grad.dtype)
+    return gradient, None, None, None, None, None, None
+
+
+torch.library.register_autograd("vtc::merge", _merge_backward, setup_context=_save_mix)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tensors, indices, _ = inputs
     ctx.save_for_backward(indices)
@@ -570,12 +681,12 @@ def _check_indices(op: str, indices: Tensor, num_images: int) -> None:
         raise ValueError(f"{op}: indices must be int64, got {indices.dtype}. Use indices.long().")
 
 
-def _check_range(op: str, indices: Tensor, num_tokens: int) -> None:
+def _check_range(op: str, indices: Tensor, end: int, *, what: str = "indices", size: str = "N") -> None:
     """On the CPU alone: on a GPU it would have to wait for the device."""
     if indices.device.type == "cpu" and indices.numel():
         low, high = (int(bound) for bound in indices.aminmax())
-        if low < 0 or high >= num_tokens:
-            raise ValueError(f"{op}: indices must lie in [0, N) = [0, {num_tokens}), got values from {low} to {high}.")
+        if low < 0 or high >= end:
+            raise ValueError(f"{op}: {what} must lie in [0, {size}) = [0, {end}), got values from {low} to {high}.")
 
 
 def _same_device(op: str, **tensors: Tensor | None) -> None:

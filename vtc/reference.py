@@ -1,7 +1,7 @@
 """Every operation of VTC in plain PyTorch: the specification that the Triton kernels are tested against.
 
 Same names and signatures as in `vtc.ops`. Nothing is validated here; `vtc.ops` does that before it calls anything.
-Shapes: B images, H heads, N tokens, K kept tokens, D features.
+Shapes: B images, H heads, N tokens, K kept tokens (or targets), D features.
 """
 
 from collections.abc import Sequence
@@ -185,3 +185,88 @@ def compact_kv(
         return x[:, :, : indices.shape[1]].copy_(kept) if in_place else kept.contiguous()
 
     return tuple(map(gather, keys)), tuple(map(gather, values))
+
+
+def merge(
+    x: Tensor,
+    key: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    *,
+    neighbors: int | None = None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rows of `x` that take up the tokens like them. Every result is a weighted sum of the rows of x.
+
+    ::
+
+        rows[b] = mix[b] · x[b]
+        similarity[k, n] = key[b, t] · key[b, n] / (|key[b, t]| · |key[b, n]|),   t = targets[b, k], all for one image b
+
+    With `neighbors` = m, each target takes up its m most similar others, targets among them, and one more row holds the
+    tokens that are no target (PruMerge, arXiv 2403.15388)::
+
+        rows[k] = x[t] + Σ_n weight[n] · x[n],   n over the m most similar to t, n ≠ t; over all if they are fewer
+        rows[K] = Σ_n weight[n] · x[n],          n over the tokens that are no target
+
+    Without, each token that is no target joins the one target that is most similar, and a target takes up the weighted
+    mean of those who joined it, if any; a token of weight 0 joins none (VisionZip, arXiv 2412.04467)::
+
+        rows[k] = x[t] + Σ_n weight[n] · x[n] / Σ_n weight[n],   n over the tokens whose nearest target is t
+
+    Ties go to the lower index, of the token or of the target; NaN among the similarities counts as -inf. A NaN or inf
+    in `x` reaches all rows of its image. Differentiable in `x`.
+
+    Parameters
+    ----------
+    x : Tensor[B, N, D], floating point
+        Any strides.
+    key : Tensor[B, N, C], floating point
+        What is compared: by angle alone, in float32.
+    targets : Tensor[B, K], int64
+        Each in [0, N), unique in each row, in any order.
+    weight : Tensor[B, N], float32
+    neighbors : int, optional
+        At least 1.
+    counts : Tensor[B], int64, optional
+        How many of an image's targets count, from the left; K when not given. The others may be anything in [0, N).
+
+    Returns
+    -------
+    rows : Tensor[B, R, D], the dtype of `x`
+        R = K + 1 with `neighbors`, otherwise R = K. Summed in float32. With `counts`, an image's one more row comes
+        right after its targets, and the rest is 0.
+    mix : Tensor[B, R, N], float32
+    """
+    count = torch.full_like(targets[:, 0], targets.shape[1]) if counts is None else counts
+    images = torch.arange(len(x), device=x.device).unsqueeze(1)
+    unit = torch.nn.functional.normalize(key.float(), dim=2)
+    similarity = _products(unit[images, targets], unit.mT).nan_to_num(nan=-2.0)  # [B, K, N]; cosines are above -2
+    valid = torch.arange(targets.shape[1], device=x.device) < count.unsqueeze(1)  # [B, K]
+    itself = targets.unsqueeze(2) == torch.arange(x.shape[1], device=x.device)  # [B, K, N]
+    is_target = (itself & valid.unsqueeze(2)).any(dim=1)  # [B, N]
+
+    if neighbors is None:
+        nearest = similarity.masked_fill(~valid.unsqueeze(2), -3.0).argmax(dim=1, keepdim=True)  # [B, 1, N]
+        joins = ~is_target & (weight != 0)
+        member = (nearest == torch.arange(targets.shape[1], device=x.device).unsqueeze(1)) & joins.unsqueeze(1)
+        share = torch.where(member, weight.unsqueeze(1), 0.0)
+        share = torch.where(member, share / share.sum(dim=2, keepdim=True), 0.0)
+    else:
+        order = similarity.masked_fill(itself, -3.0).sort(dim=2, descending=True, stable=True).indices
+        order = order[:, :, : min(neighbors, x.shape[1] - 1)]
+        member = torch.zeros_like(itself).scatter_(2, order, True)
+        share = torch.where(member, weight.unsqueeze(1), 0.0)
+    mix = torch.where(itself, 1.0, share).masked_fill(~valid.unsqueeze(2), 0.0)
+    used = count
+    if neighbors is not None:
+        mix = torch.cat([mix, torch.zeros_like(mix[:, :1])], dim=1)
+        mix[images[:, 0], count] = torch.where(is_target, 0.0, weight)
+        used = count + 1
+    padding = torch.arange(mix.shape[1], device=x.device) >= used.unsqueeze(1)  # [B, R]
+    return _products(mix, x.float()).masked_fill(padding.unsqueeze(2), 0.0).to(x.dtype), mix
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix products [B, ..., ...], image by image: one of a whole batch may round an image by its batch mates."""
+    return torch.stack([a @ b for a, b in zip(left, right, strict=True)]) if len(left) else left @ right

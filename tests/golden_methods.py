@@ -1,0 +1,155 @@
+"""Every method written out once more, slowly: one image, loops, float64, full attention matrices. No code of `vtc`.
+
+An image is what a tower with eager attention leaves: `hidden` [1 + N, C] of the feature layer, per layer the full
+attention probabilities [H, 1 + N, 1 + N], the keys and queries of a layer [1 + N, C] before they are split into heads.
+Each function returns the indices of the patches that stay, as it selected them, and the features [R, C].
+"""
+
+import math
+
+import torch
+
+
+def by_score(values, keep):
+    """Indices of the `keep` largest values, the largest first; ties go to the lower index."""
+    return sorted(range(len(values)), key=lambda n: (-values[n], n))[:keep]
+
+
+def vtc_cls(hidden, attentions, keep, combine=sum):
+    """`attentions`: of the scored layers."""
+    num_heads, patches = len(attentions[0]), len(hidden) - 1
+    scores = []
+    for n in range(1, 1 + patches):
+        layers = [sum(head[0, n].item() for head in layer) / num_heads for layer in attentions]
+        scores.append(combine(layers))
+    kept = sorted(by_score(scores, keep))
+    return kept, torch.stack([hidden[1 + n] for n in kept])
+
+
+def fastervlm(hidden, attention, keep):
+    return vtc_cls(hidden, [attention], keep)
+
+
+def visionzip(hidden, attention, keys, num_heads, dominant, contextual):
+    """`keys` [1 + N, C] of the feature layer."""
+    size = keys.shape[1] // num_heads
+    scores = [sum(head[0, n].item() for head in attention) for n in range(1, len(hidden))]
+    patches = sorted(by_score(scores, dominant - 1))
+    kept = [0, *(1 + n for n in patches)]
+    metric = []
+    for row in keys:
+        mean = sum(row[h * size : (h + 1) * size] for h in range(num_heads)) / num_heads
+        metric.append(mean / math.sqrt(sum(v * v for v in mean.tolist())))
+    left = [n for n in range(len(hidden)) if n not in kept]
+    targets = left[:: len(left) // contextual][:contextual] if contextual else []
+    members = {t: [] for t in targets}
+    for n in left:
+        if n not in targets and targets:
+            cosines = [torch.dot(metric[n], metric[t]).item() for t in targets]
+            members[targets[cosines.index(max(cosines))]].append(n)
+    rows = [hidden[n] for n in kept]
+    for t in targets:
+        row = hidden[t]
+        if members[t]:
+            row = row + sum(hidden[n] for n in members[t]) / len(members[t])
+        rows.append(row)
+    return patches, torch.stack(rows)
+
+
+def undivided_scores(queries, keys):
+    """The [CLS] row over the patches of one attention as wide as the layer."""
+    logits = [torch.dot(queries[0], key).item() / math.sqrt(len(key)) for key in keys]
+    highest = max(logits)
+    weights = [math.exp(logit - highest) for logit in logits]
+    return [weight / sum(weights) for weight in weights][1:]
+
+
+def outlier_fraction(scores):
+    ordered = sorted(scores)
+
+    def quartile(share):
+        position = share * (len(ordered) - 1)
+        low, high = math.floor(position), math.ceil(position)
+        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+    bound = quartile(0.75) + 1.5 * (quartile(0.75) - quartile(0.25))
+    return len([score for score in scores if score > bound]) / len(scores)
+
+
+def merged(hidden, keys, scores, kept):
+    """PruMerge's second half: rows of the kept patches, and the one more."""
+    patches, keys = hidden[1:], keys[1:]
+    unit = [key / math.sqrt(torch.dot(key, key).item()) for key in keys]
+    rows = []
+    for i in kept:
+        others = [j for j in range(len(patches)) if j != i]
+        cosines = [torch.dot(unit[i], unit[j]).item() for j in others]
+        row = patches[i].clone()
+        for place in by_score(cosines, 32):
+            row += patches[others[place]] * scores[others[place]]
+        rows.append(row)
+    extra = torch.zeros_like(patches[0])
+    for j in range(len(patches)):
+        if j not in kept:
+            extra += patches[j] * scores[j]
+    return torch.stack([*rows, extra])
+
+
+def prumerge(hidden, queries, keys, keep=None):
+    """`keep`: of the best instead of the outliers."""
+    scores = undivided_scores(queries, keys)
+    count = int(len(scores) * outlier_fraction(scores)) if keep is None else keep
+    kept = by_score(scores, count)
+    return kept, merged(hidden, keys, scores, kept)
+
+
+def prumerge_plus(hidden, queries, keys, best=None, stride=None):
+    """`best` and `stride` of the fixed version; without them the paper's own."""
+    scores = undivided_scores(queries, keys)
+    if best is None:
+        fraction = outlier_fraction(scores)
+        best = int(len(scores) * fraction)
+        stride = int(1 / fraction) if fraction else 3 * len(scores)
+    kept = by_score(scores, best)
+    for n in range(0, len(scores) - 1, int(stride / 3)):
+        if n not in kept:
+            kept.append(n)
+    return kept, merged(hidden, keys, scores, kept)
+
+
+def fastv(attention, is_image, keep):
+    """`attention` [H, L, L] of language-model layer k - 1 without padding: the positions that stay before layer k."""
+    length = len(is_image)
+    images = [n for n in range(length) if is_image[n]]
+    scores = [sum(head[length - 1, n].item() for head in attention) / len(attention) for n in images]
+    best = [images[place] for place in by_score(scores, keep)]
+    return [n for n in range(length) if not is_image[n] or n in best]
+
+
+def pool(hidden, grid, keep):
+    side = max(s for s in range(1, keep + 1) if s * s <= keep)
+    rows, columns = grid
+    features = []
+    for i in range(side):
+        for j in range(side):
+            cells = [
+                hidden[1 + r * columns + c]
+                for r in range(i * rows // side, -(-(i + 1) * rows // side))
+                for c in range(j * columns // side, -(-(j + 1) * columns // side))
+            ]
+            features.append(sum(cells) / len(cells))
+    return torch.stack(features)
+
+
+def random_scores(pixel_values, tokens, seed):
+    """Scores of one image, its pixels `[3, H, W]`: splitmix64 on whole numbers."""
+    bits = pixel_values.float().flatten().view(torch.int32).tolist()
+    state = sum(bit * (2 * i + 1) for i, bit in enumerate(bits)) + 1_000_003 * seed
+    scores = []
+    for n in range(tokens):
+        x = (state + n) * 0x9E3779B97F4A7C15 % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        x ^= x >> 31
+        scores.append((x >> 40) / 2**24)
+    return scores

@@ -1,0 +1,52 @@
+"""Random patches: the control that any method has to beat."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc import ops
+from vtc.methods.base import Method, Needs, Tower
+
+
+@dataclasses.dataclass(frozen=True)
+class Random(Method):
+    """Uniform scores, a function of the image's own pixels and `seed`; the K patches with the largest stay, in order.
+
+    Parameters
+    ----------
+    seed : int
+        Another seed, another choice.
+    """
+
+    name: ClassVar[str] = "random"
+    scores: ClassVar[str] = "nothing: uniform, seeded per image"
+    paper: ClassVar[str] = ""
+    needs: ClassVar[Needs] = Needs(pixels=True)
+
+    seed: int = 0
+
+    def select(self, tower: Tower, keep: int) -> tuple[Tensor, Tensor]:
+        scores = random_scores(self.needed(tower, "pixel_values"), tower.hidden.shape[1] - 1, self.seed)
+        return ops.topk(scores, keep, backend=self.backend), scores
+
+
+def random_scores(pixel_values: torch.Tensor, tokens: int, seed: int) -> torch.Tensor:
+    """Uniform scores `[B, tokens]` fp32 in [0, 1) that depend on the image's own pixels and `seed` alone.
+
+    A generator would have to be advanced image by image, and an image's result would depend on its batch mates.
+    Instead the bits of the pixels are summed with odd weights (integer sums wrap and have no order), and splitmix64
+    turns sum + n into the n-th number. Nothing leaves the device.
+    """
+    bits = pixel_values.detach().float().flatten(1).contiguous().view(torch.int32).long()
+    image = (bits * (2 * torch.arange(bits.shape[1], device=bits.device) + 1)).sum(1, keepdim=True)
+    x = image + 1_000_003 * seed + torch.arange(tokens, device=bits.device)
+    # splitmix64; its constants as signed integers, its logical shifts as arithmetic ones with the sign bits masked off
+    x = x * -0x61C8864680B583EB
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    x = x ^ ((x >> 31) & (2**33 - 1))
+    return ((x >> 40) & (2**24 - 1)).float() / 2**24
