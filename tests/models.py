@@ -50,9 +50,15 @@ FAMILIES = {
 
 
 def build(
-    layers: int = 6, seed: int = 0, family: str = "llava", tower: str = "clip_vision_model", **overrides
+    layers: int = 6,
+    seed: int = 0,
+    family: str = "llava",
+    tower: str = "clip_vision_model",
+    text: type = t.LlamaConfig,
+    text_layers: int = 2,
+    **overrides,
 ) -> LlavaForConditionalGeneration:
-    """Return a float32 LLaVA in eval mode: CLIP tower of `layers` layers, 84 px in 6 x 6 patches; Llama of 2 layers.
+    """Return a float32 LLaVA in eval mode: CLIP tower of `layers` layers, 84 px in 6 x 6 patches; Llama.
 
     Or one of another `family` or with another `tower`. Freshly initialised weights give nearly uniform attention, so
     that neither the selection nor the positions would matter. Here query and key weights are large: attention is
@@ -62,11 +68,11 @@ def build(
     make_config, make_model, fixed = FAMILIES[family]
     config = make_config(
         vision_config=TOWERS[tower](num_hidden_layers=layers, **SMALL),
-        text_config=t.LlamaConfig(
+        text_config=text(
             vocab_size=VOCAB,
             hidden_size=64,
             intermediate_size=96,
-            num_hidden_layers=2,
+            num_hidden_layers=text_layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=512,

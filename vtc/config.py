@@ -5,6 +5,10 @@ import math
 from typing import Any
 
 METHODS = ("vtc-cls", "random")
+PROMPT_METHODS = ("fastv",)  # score inside the language model
+LANGUAGE_METHODS = ("vtc-cls", *PROMPT_METHODS)  # can prune inside it
+KV = ("compact", "full")
+POSITIONS = (None, "packed", "original")
 ENSEMBLES = ("sum", "mean", "max", "min")
 TILES = ("mass", "equal")
 BACKENDS = ("auto", "triton", "torch")
@@ -20,6 +24,7 @@ class VTCConfig:
     method : str
         "vtc-cls": the attention of the vision tower's [CLS] token (arXiv 2412.05819).
         "random": uniform scores, a function of the image's pixels and `seed`; the control for every comparison.
+        "fastv": the attention of the last prompt token in the language model (arXiv 2403.06764); needs `prune_layer`.
     keep : int, optional
         Visual tokens kept per image, 1 <= keep <= N. Default 128 when `ratio` is not given either.
     ratio : float, optional
@@ -36,6 +41,14 @@ class VTCConfig:
     tiles : str
         How an image of several tiles (LLaVA-NeXT) shares its `keep` out among them. "mass": in proportion to the sum of
         each tile's scores. "equal": as many for each.
+    prune_layer : int
+        0: tokens are dropped before the language model. r > 0: after its r-th layer ("vtc-cls" and "fastv").
+    kv : str
+        For `prune_layer` > 0, what the KV cache of the layers before it keeps: "full", everything; "compact", what was
+        dropped is removed there too, so that all layers are equally short.
+    positions : str, optional
+        Rotary positions of the tokens that stay. "packed": contiguous, which holds before the language model.
+        "original": as in the full prompt, which holds inside it. None: whichever holds.
     backend : str
         "auto", "triton" or "torch"; see `vtc.ops`.
     seed : int
@@ -44,7 +57,8 @@ class VTCConfig:
     Raises
     ------
     ValueError
-        If a value is of the wrong type or out of range, or if both `keep` and `ratio` are given.
+        If a value is of the wrong type or out of range, if both `keep` and `ratio` are given, or if `method`,
+        `prune_layer` and `positions` do not go together.
     """
 
     method: str = "vtc-cls"
@@ -55,14 +69,36 @@ class VTCConfig:
     start_layer: int | None = None
     fused: bool | None = None
     tiles: str = "mass"
+    prune_layer: int = 0
+    kv: str = "compact"
+    positions: str | None = None
     backend: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
+        _one_of("method", self.method, (*METHODS, *PROMPT_METHODS))
         _one_of("ensemble", self.ensemble, ENSEMBLES)
         _one_of("tiles", self.tiles, TILES)
         _one_of("backend", self.backend, BACKENDS)
+        _one_of("kv", self.kv, KV)
+        _one_of("positions", self.positions, POSITIONS)
+        _integer("prune_layer", self.prune_layer, 0)
+        if self.prune_layer and self.method not in LANGUAGE_METHODS:
+            raise ValueError(
+                f"method {self.method!r} does not prune inside the language model, got prune_layer={self.prune_layer}; "
+                f"use prune_layer=0, or one of {', '.join(map(repr, LANGUAGE_METHODS))}"
+            )
+        if not self.prune_layer and self.method in PROMPT_METHODS:
+            raise ValueError(
+                f"method {self.method!r} scores inside the language model, got prune_layer=0; use prune_layer=2, as "
+                "its paper does, or another layer"
+            )
+        held = "original" if self.prune_layer else "packed"
+        if self.positions not in (None, held):
+            raise ValueError(
+                f"positions={self.positions!r} cannot be had with prune_layer={self.prune_layer}, where they are "
+                f"{held!r}; leave positions away"
+            )
         if self.keep is not None and self.ratio is not None:
             raise ValueError(f"got both keep={self.keep!r} and ratio={self.ratio!r}; give one of them")
         if self.keep is None and self.ratio is None:
@@ -120,7 +156,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, accepted: tuple[str | None, ...]) -> None:
     if value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
 

@@ -41,12 +41,16 @@ class Run:
         lines.append("backend: " + ", ".join(f"{op} {choice}" for op, choice in self.backend.items()))
         return "\n".join(lines)
 
-    def saw_cache(self, cache: Any) -> None:
-        """Count the prompt's bytes from the tensors `[B, H_kv, M, D]` that the prefill left in `cache`."""
-        tensors = [t for layer in getattr(cache, "layers", ()) for t in (layer.keys, layer.values)]
-        per_token = sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in tensors)
-        self.kv_bytes_before = per_token * (self.prompt_before or 0)
-        self.kv_bytes_after = per_token * (self.prompt_after or 0)
+    def saw_cache(self, cache: Any, full: int = 0) -> None:
+        """Count the prompt's bytes from the tensors `[B, H_kv, M, D]` that the prefill left in `cache`.
+
+        The first `full` layers hold the prompt as it was before.
+        """
+        tensors = [(layer.keys, layer.values) for layer in getattr(cache, "layers", ())]
+        per_token = [sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in pair) for pair in tensors]
+        before, after = self.prompt_before or 0, self.prompt_after or 0
+        self.kv_bytes_before = sum(per_token) * before
+        self.kv_bytes_after = sum(per_token[:full]) * before + sum(per_token[full:]) * after
 
 
 def configure(model: torch.nn.Module, **options: Any) -> VTCConfig:

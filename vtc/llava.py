@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vtc import adapters, attention, ops
+from vtc import adapters, attention, ops, prune
 from vtc.adapters import Model, Tower, Visual
-from vtc.config import VTCConfig, kept_count
+from vtc.config import PROMPT_METHODS, VTCConfig, kept_count
 from vtc.methods.random import random_scores
 from vtc.prompt import FullPrompt, shorten
 
@@ -111,7 +111,14 @@ class Plan(NamedTuple):
         layout = layout or _family(base).visuals[0].layout
         vision = base.vision_tower.config
         tower = adapters.tower_of(vision)
-        if config.method not in tower.methods():
+        if config.prune_layer:
+            if [visual.layout for visual in _family(base).visuals] != ["whole"]:
+                raise ValueError(
+                    f"prune_layer={config.prune_layer} is for models whose images are one picture each, which those of "
+                    f"{_family(base).name} are not; use prune_layer=0"
+                )
+            prune.check(base.language_model, config)
+        if config.method not in (*tower.methods(), *PROMPT_METHODS):
             raise ValueError(
                 f"method {config.method!r} needs a vision tower with a [CLS] token, and {tower.name} has none; methods "
                 f"that work with it: {', '.join(map(repr, tower.methods()))}, e.g. "
@@ -178,6 +185,11 @@ def _feature_layers(base: Any, depth: int, given: Any) -> tuple[int, ...]:
 
 def encode(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, Selection]:
     """Encode pictures `[B, 3, height, width]` and select: kept rows `[B, K, D]` before the projector, and which."""
+    if plan.config.method in PROMPT_METHODS:
+        raise ValueError(
+            f"method {plan.config.method!r} chooses inside the language model, by the prompt; to select by the image "
+            'alone use method="vtc-cls"'
+        )
     features, scores = run_tower(base, pixel_values, plan)
     indices, total = scores.select(plan.kept)
     _count(base, plan, scores, len(pixel_values), plan.tokens, plan.kept)
@@ -342,6 +354,17 @@ def share_out(scores: torch.Tensor, layout: torch.Tensor, how: str) -> torch.Ten
     return torch.where(layout < 0, -1.0, mass[tile] / (rank + 0.5))
 
 
+def encode_all(base: Any, pixels: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """For `prune_layer` > 0: projected features `[images, N, D]` of all patches, and the indices `[images, K]` kept.
+
+    The indices are None if the method chooses inside the language model.
+    """
+    features, scores = run_tower(base, pixels, plan)
+    indices = None if plan.config.method in PROMPT_METHODS else scores.select(plan.kept)[0]
+    _count(base, plan, scores, len(pixels), plan.tokens, plan.kept)
+    return base.multi_modal_projector(features), indices
+
+
 # --- one prompt -----------------------------------------------------------------------------------------------------
 
 
@@ -437,6 +460,9 @@ def _get_features(visual: Visual, stock: Callable[..., Any], self: Any, call: di
     """In place of `get_image_features` and `get_video_features`."""
     pixels = call.pop("pixel_values") if visual.pixels not in call else call[visual.pixels]  # transformers 5.17: videos
     call[visual.pixels] = pixels
+    indices = None
+    if not _is_encoded(self, pixels) and settings(self).prune_layer:
+        pixels, indices = encode_all(self, pixels, Batch.of(self, visual, call).plan)
     if _is_encoded(self, pixels):
         kept = _kept_again(self, visual, call, pixels)
     else:
@@ -446,6 +472,7 @@ def _get_features(visual: Visual, stock: Callable[..., Any], self: Any, call: di
     output = BaseModelOutputWithPooling(
         last_hidden_state=pixels, pooler_output=pixels if _family(self).stacked else each
     )
+    output._vtc_indices = indices
     return output.to_tuple() if call.get("return_dict") is False else output
 
 
@@ -462,6 +489,9 @@ def _forward(stock: Callable[..., Any], self: Any, call: dict[str, Any]) -> Any:
     note: _Seen | None = getattr(cache, "_vtc_seen", None)
     ids, mask = call.get("input_ids"), call.get("attention_mask")
     pixels = [call[visual.pixels] for visual in _family(base).visuals if call.get(visual.pixels) is not None]
+    images = bool(pixels) or (call.get("mm_encoder_outputs") or {}).get("image") is not None
+    if prune.note_on(cache) or (images and settings(base).prune_layer):
+        return _forward_pruned(stock, self, call, images)
     if not all(_is_encoded(base, given) for given in pixels):
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError("images on top of past_key_values need the whole conversation; use generate()")
@@ -486,20 +516,108 @@ def _forward(stock: Callable[..., Any], self: Any, call: dict[str, Any]) -> Any:
     return outputs
 
 
+def _forward_pruned(stock: Callable[..., Any], self: Any, call: dict[str, Any], images: bool) -> Any:
+    """As `_forward`, for a prompt that is pruned inside the language model and for what comes after it."""
+    base, cache = self.base_model, call.get("past_key_values")  # type: Any, Any
+    ids: Any = call.get("input_ids")
+    if images and (call.get("labels") is not None or isinstance(call.get("logits_to_keep"), torch.Tensor)):
+        raise ValueError(
+            "labels and positions in logits_to_keep belong to tokens of which prune_layer > 0 drops some on the way; "
+            "use prune_layer=0 for them"
+        )
+    if self is not base:  # the class with the head calls that without
+        return stock(**call)
+    note = prune.note_on(cache)
+    if note and not images:
+        new: Any = call.get("inputs_embeds") if ids is None else ids
+        if new.shape[1] > 1 and not int(cache.get_seq_length()):
+            del cache._vtc_pruned  # the cache was reset
+            return stock(**call)
+        return prune.decode(stock, base.language_model, call, note)
+    if cache is not None and int(cache.get_seq_length()):
+        raise ValueError(
+            "images on top of past_key_values cannot be pruned inside the language model; start without it, with the "
+            "whole conversation and all of its images"
+        )
+    if ids is None or call.get("inputs_embeds") is not None:
+        raise ValueError("VTC finds the places of the images in input_ids; pass input_ids and no inputs_embeds")
+    config, visual = settings(base), _family(base).visuals[0]
+    if call.get(visual.pixels) is not None:
+        plan = Batch.of(base, visual, call).plan
+        tokens = plan.tokens
+        call[visual.pixels], indices = encode_all(base, call[visual.pixels], plan)
+    else:
+        encoded = call["mm_encoder_outputs"]["image"]
+        tokens, indices = len(encoded.pooler_output[0]), getattr(encoded, "_vtc_indices", None)
+        if indices is None and config.method not in PROMPT_METHODS:
+            raise ValueError("got mm_encoder_outputs, but VTC has to encode the images itself; pass pixel_values")
+    kept = kept_count(config, tokens)
+    if kept == tokens:
+        return stock(**call)
+    static = bool(getattr(cache, "is_compileable", False))
+    placeholder = getattr(base.config, visual.token)
+    prompt = prune.Prompt.of(ids, call.get("attention_mask"), static, placeholder, tokens, kept)
+    outputs = prune.prefill(stock, base.language_model, call, config, prompt, indices)
+    if (scope := scope_of(base)) is not None:
+        scope.run.prompt_before, scope.run.prompt_after = ids.shape[1], prompt.length
+        scope.run.saw_cache(getattr(outputs, "past_key_values", None), config.prune_layer if config.kv == "full" else 0)
+    return outputs
+
+
+def _generate_pruned(stock: Callable[..., Any], self: Any, call: dict[str, Any], images: bool, option: Any) -> Any:
+    """As `_generate`; the prompt keeps its length for transformers, so there is nothing to restore afterwards."""
+    cache, config = call.get("past_key_values"), settings(self.base_model)
+    if cache is not None and int(cache.get_seq_length()):
+        note = prune.note_on(cache)
+        if images or note is None or note.compact:
+            raise ValueError(
+                "a further turn cannot go on from past_key_values pruned inside the language model, unless it brings "
+                'no image and kv="full"; start without past_key_values, with the whole conversation and all its images'
+            )
+        return stock(**call)
+    if cache is not None and prune.note_on(cache):
+        del cache._vtc_pruned
+    if not images:
+        return stock(**call)
+    if option("use_cache") is False and (config.kv == "compact" or config.method in PROMPT_METHODS):
+        raise ValueError(
+            f"method={config.method!r} with kv={config.kv!r} and prune_layer={config.prune_layer} drops tokens once, "
+            "when the prompt is read, and needs the cache to remember; use use_cache=True, or "
+            'method="vtc-cls" and kv="full"'
+        )
+    for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):
+        if call.get(name) is not None or option(name):
+            raise ValueError(f"prune_layer > 0 needs the prompt in one piece and one token at a time; unset {name}")
+    ids = call["input_ids"] if call.get("inputs") is None else call["inputs"]
+    copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
+    if copies > 1 and "mm_encoder_outputs" not in inspect.signature(self.forward).parameters:
+        visual = _family(self.base_model).visuals[0]
+        plan = Batch.of(self.base_model, visual, call).plan
+        if int((ids == getattr(self.base_model.config, visual.token)).sum(1).max()) > plan.tokens:
+            raise ValueError(
+                "this transformers mixes up the images of a prompt when it copies the prompt for num_beams or "
+                "num_return_sequences; upgrade it, or use one image per prompt"
+            )
+    return stock(**call)
+
+
 @torch.no_grad()
 def _generate(stock: Callable[..., Any], self: Any, call: dict[str, Any]) -> Any:
     if call.get("mm_encoder_outputs"):
         raise ValueError("got mm_encoder_outputs, but VTC has to encode the images itself; pass pixel_values")
     cache: Any = call.get("past_key_values")
     images = any(call.get(visual.pixels) is not None for visual in _family(self.base_model).visuals)
-    if not images and not (hasattr(cache, "_vtc_seen") and cache.get_seq_length()):
-        return stock(**call)  # no image, none in the cache: nothing to shorten
-    if call.get("inputs") is not None:
-        call["input_ids"] = call.pop("inputs")
 
     def option(name: str) -> Any:
         given = call.get(name)
         return getattr(call.get("generation_config") or self.generation_config, name, None) if given is None else given
+
+    if prune.note_on(cache) or (images and settings(self.base_model).prune_layer):
+        return _generate_pruned(stock, self, call, images, option)
+    if not images and not (hasattr(cache, "_vtc_seen") and cache.get_seq_length()):
+        return stock(**call)  # no image, none in the cache: nothing to shorten
+    if call.get("inputs") is not None:
+        call["input_ids"] = call.pop("inputs")
 
     full: Any = call.get("input_ids")
     if full is not None and call.get("attention_mask") is None:  # inferred as transformers would from the full prompt
