@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as t
 from models import IMAGE, TOKENS, ids
-from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
+from transformers import CompileConfig, DynamicCache, LlavaForConditionalGeneration, StaticCache
 
 import vtc
 from vtc import ops
@@ -238,6 +238,25 @@ def test_static_cache(model, eager, name, method):
     assert torch.equal(again.sequences, expected.sequences)
 
 
+def test_decoding_with_a_static_cache_compiles_once(model):
+    """transformers compiles the decoding step by itself where there is a GPU; here it is told to."""
+    vtc.configure(model, keep=KEEP, method="fastv", prune_layer=2)
+    call, static = (
+        inputs(prompts("left_padded")),
+        dict(max_new_tokens=STEPS, cache_implementation="static", do_sample=False),
+    )
+    expected = model.generate(**call, **static)
+    config = CompileConfig(backend="eager", fullgraph=True, dynamic=False, mode=None)
+    config._compile_all_devices = True
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        out = model.generate(**call, **static, compile_config=config)
+    torch._dynamo.reset()
+    assert torch.equal(out, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_a_static_cache_has_one_length(model):
     vtc.configure(model, keep=KEEP, prune_layer=2, kv="full")
     with pytest.raises(ValueError, match='kv="compact"'):
@@ -326,6 +345,16 @@ def test_forward_without_a_cache_and_right_padding(model, eager):
     for i, path in enumerate(goldens(eager, rows, call["pixel_values"], "fastv", 2, "full")):
         expected = path.logits(path.embeds)
         golden.close(logits[i, -len(expected) :], expected)
+
+
+@some
+def test_hidden_states_shrink_where_the_prompt_does(model, method, layer, kv):
+    vtc.configure(model, keep=KEEP, method=method, prune_layer=layer, kv=kv)
+    call = inputs(prompts("one"))
+    full = call["input_ids"].shape[1]
+    states = model(**call, output_hidden_states=True).hidden_states
+    short = full - TOKENS + KEEP
+    assert [each.shape[1] for each in states] == [full] * (layer + 1) + [short] * (LAYERS - layer)
 
 
 def test_gradients_reach_the_projector(model):
@@ -429,6 +458,7 @@ def test_what_cannot_be_done_says_so(model, stock):
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup"),
         ({"past_key_values": model(**call).past_key_values}, "further turn"),
         ({"past_key_values": stock(**call).past_key_values}, "further turn"),
+        ({"inputs_embeds": torch.zeros(1, length, 64)}, "no inputs_embeds"),
     ]:
         with pytest.raises(ValueError, match=message):
             model.generate(**call, **detailed(**change))

@@ -29,6 +29,8 @@ from vtc.config import PROMPT_METHODS, VTCConfig, kept_count
 from vtc.methods.random import random_scores
 from vtc.prompt import FullPrompt, shorten
 
+NEEDS_IDS = "VTC finds the places of the images in input_ids; pass input_ids and no inputs_embeds"
+
 
 class Selection(NamedTuple):
     """The patches kept of B images: indices `[B, K]` int64 ascending, scores `[B, N]` float32, grid (rows, columns).
@@ -393,7 +395,7 @@ def _compress_prompt(base: Any, call: dict[str, Any]) -> tuple[dict[str, Any], _
     ids: Any = call.get("input_ids")
     mask: Any = call.get("attention_mask")
     if ids is None or call.get("inputs_embeds") is not None:
-        raise ValueError("VTC finds the places of the images in input_ids; pass input_ids and no inputs_embeds")
+        raise ValueError(NEEDS_IDS)
     visuals, config = _family(base).visuals, settings(base)
     batches = {visual: Batch.of(base, visual, call) for visual in visuals if call.get(visual.pixels) is not None}
     budget = f"keep={config.keep}" if config.ratio is None else f"ratio={config.ratio}"
@@ -540,7 +542,7 @@ def _forward_pruned(stock: Callable[..., Any], self: Any, call: dict[str, Any], 
             "whole conversation and all of its images"
         )
     if ids is None or call.get("inputs_embeds") is not None:
-        raise ValueError("VTC finds the places of the images in input_ids; pass input_ids and no inputs_embeds")
+        raise ValueError(NEEDS_IDS)
     config, visual = settings(base), _family(base).visuals[0]
     if call.get(visual.pixels) is not None:
         plan = Batch.of(base, visual, call).plan
@@ -579,6 +581,9 @@ def _generate_pruned(stock: Callable[..., Any], self: Any, call: dict[str, Any],
         del cache._vtc_pruned
     if not images:
         return stock(**call)
+    ids: Any = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
+    if ids is None or call.get("inputs_embeds") is not None:
+        raise ValueError(NEEDS_IDS)
     if option("use_cache") is False and (config.kv == "compact" or config.method in PROMPT_METHODS):
         raise ValueError(
             f"method={config.method!r} with kv={config.kv!r} and prune_layer={config.prune_layer} drops tokens once, "
@@ -588,7 +593,6 @@ def _generate_pruned(stock: Callable[..., Any], self: Any, call: dict[str, Any],
     for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):
         if call.get(name) is not None or option(name):
             raise ValueError(f"prune_layer > 0 needs the prompt in one piece and one token at a time; unset {name}")
-    ids = call["input_ids"] if call.get("inputs") is None else call["inputs"]
     copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
     if copies > 1 and "mm_encoder_outputs" not in inspect.signature(self.forward).parameters:
         visual = _family(self.base_model).visuals[0]
