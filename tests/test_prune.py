@@ -241,10 +241,8 @@ def test_static_cache(model, eager, name, method):
 def test_decoding_with_a_static_cache_compiles_once(model):
     """transformers compiles the decoding step by itself where there is a GPU; here it is told to."""
     vtc.configure(model, keep=KEEP, method="fastv", prune_layer=2)
-    call, static = (
-        inputs(prompts("left_padded")),
-        dict(max_new_tokens=STEPS, cache_implementation="static", do_sample=False),
-    )
+    call = inputs(prompts("left_padded"))
+    static = dict(max_new_tokens=STEPS, do_sample=False, cache_implementation="static")
     expected = model.generate(**call, **static)
     config = CompileConfig(backend="eager", fullgraph=True, dynamic=False, mode=None)
     config._compile_all_devices = True
@@ -432,6 +430,7 @@ def test_run_counts(model, kv):
         cache = model(**call).past_key_values
     length, short = call["input_ids"].shape[1], call["input_ids"].shape[1] - TOKENS + KEEP
     assert (run.tokens_before, run.tokens_after, run.images) == (TOKENS, KEEP, 1)
+    assert list(run.backend) == ["row_scores", "compact", "compact_kv"][: 2 if kv == "full" else 3]
     assert (run.prompt_before, run.prompt_after) == (length, short)
     assert run.kv_bytes_after == sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     assert run.kv_bytes_before == 2 * LAYERS * length * cache.layers[0].keys[:, :, 0].nbytes

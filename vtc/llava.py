@@ -5,6 +5,9 @@ vision tower runs up to the feature layer; the [CLS] rows of the scored layers c
 projector and fill the K placeholders. From there on transformers sees a prompt that simply is shorter: masks,
 positions, caches, beams and decoding need no care. `generate()` finally puts the caller's full prompt back in front.
 
+With `prune_layer` > 0 the route is another one: the prompt keeps all N placeholders, all patches pass the projector,
+and `vtc.prune` drops tokens between two layers of the language model.
+
 The hooks are guards on two classes of each model (`install`, at the end). They hand over to the stock method at once
 unless the model's vision tower says "vtc". Settings live in `model.config.vtc`, a plain dict, so that they follow the
 model through deepcopy and save_pretrained; stock transformers loads and ignores it. How models and towers differ is
@@ -223,7 +226,9 @@ def _count(base: Any, plan: Plan, scores: attention.ClsScores, images: int, befo
         run, device = scope.run, base.vision_tower.device
         run.tokens_before, run.tokens_after = before, after
         run.images += images
-        used = (*scores.ops, "topk", "compact")
+        ranked = ("row_scores",) if plan.config.method in PROMPT_METHODS else (*scores.ops, "topk")
+        shortened = ("compact_kv",) if plan.config.prune_layer and plan.config.kv == "compact" else ()
+        used = (*ranked, "compact", *shortened)
         run.backend = {op: ops.backend_for(op, device, plan.config.backend)[0] for op in used}
 
 

@@ -231,7 +231,9 @@ class _Prefill:
         """Take the last prompt token's query, as `layer` is about to compute it once more among all others."""
         attention = layer.self_attn
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
-        cos, sin = (part.expand(len(hidden), -1, -1) for part in arguments["position_embeddings"])
+        device = layer.input_layernorm.weight.device  # the first layer on a device gets its input from another one
+        hidden = hidden if device.type == "meta" else hidden.to(device)
+        cos, sin = (part.expand(len(hidden), -1, -1).to(hidden.device) for part in arguments["position_embeddings"])
         length = hidden.shape[1]
         last = length - 1 - self.prompt.real.to(hidden.device).flip(1).int().argmax(1, keepdim=True)  # [B, 1]
 
@@ -271,8 +273,8 @@ class _Prefill:
         # for that is where generate() takes the logits from. What fills up shorter rows lies before it, as padding.
         columns = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, length - self.prompt.length :]
         valid = None if self.prompt.even else stays.gather(1, columns)
-        positions = arguments["position_ids"].expand(batch, length)
-        cos, sin = (part.expand(batch, -1, -1) for part in arguments["position_embeddings"])
+        positions = arguments["position_ids"].expand(batch, length).to(hidden.device)
+        cos, sin = (part.expand(batch, -1, -1).to(hidden.device) for part in arguments["position_embeddings"])
         hidden, cos, sin, kept = ops.compact((hidden, cos, sin, positions), columns, backend=self.config.backend)
         mask = create_causal_mask(
             config=self.text,
