@@ -45,6 +45,7 @@ class Pruned:
             )
             hook.remove()
             if number == self.layer - 1 and self.kept is None:
+                self.scores = attentions[0][0, :, -1].mean(0)
                 self.kept = golden_methods.fastv(attentions[0][0].double(), self.is_image, self.keep)
         return self.model.lm_head(text.norm(hidden))[0]
 

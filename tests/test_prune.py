@@ -361,26 +361,41 @@ def test_gradients_reach_the_projector(model):
     assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
 
 
-@some
-def test_one_score_and_one_launch_a_prompt(model, monkeypatch, method, layer, kv):
-    vtc.configure(model, keep=KEEP, method=method, prune_layer=layer, kv=kv)
+def record(monkeypatch, *names):
+    """The calls of these operations from now on: name, positional arguments, result."""
     calls = []
-    for name in ("row_scores", "compact_kv"):
+    for name in names:
         stock = getattr(ops, name)
-        monkeypatch.setattr(
-            ops, name, lambda *a, name=name, stock=stock, **k: calls.append((name, a[0])) or stock(*a, **k)
-        )
-    call = inputs(prompts("left_padded"))
+
+        def recorded(*args, name=name, stock=stock, **kwargs):
+            result = stock(*args, **kwargs)
+            calls.append((name, args, result))
+            return result
+
+        monkeypatch.setattr(ops, name, recorded)
+    return calls
+
+
+def test_one_score_and_one_launch_a_prompt(model, eager, monkeypatch):
+    """FastV's scores are those of eager attention, whatever is padded; both operations run once, in the prefill."""
+    vtc.configure(model, keep=KEEP, method="fastv", prune_layer=2)
+    calls = record(monkeypatch, "row_scores", "compact_kv")
+    rows = prompts("unequal_images")
+    call = inputs(rows)
     model.generate(**call, **detailed())
-    heads = model.config.text_config.num_attention_heads
-    of_prompt = [q.shape for name, q in calls if name == "row_scores" and len(q) == 2 and q.shape[1:] == (heads, 16)]
-    moved = [keys for name, keys in calls if name == "compact_kv"]
-    if method == "fastv":
-        assert [name for name, _ in calls] == ["row_scores", "compact_kv"]
-        assert of_prompt == [(2, heads, 16)]
-        assert len(moved[0]) == layer
-    else:
-        assert not moved
+    (score, _, scores), (move, (keys, values, _), _) = calls
+    assert (score, move, len(keys), len(values)) == ("row_scores", "compact_kv", 2, 2)
+    for i, path in enumerate(goldens(eager, rows, call["pixel_values"], "fastv", 2, "compact")):
+        with torch.no_grad():
+            path.logits(path.embeds)
+        golden.close(scores[i, -len(rows[i]) :], path.scores)
+
+
+def test_full_kv_is_not_moved(model, monkeypatch):
+    vtc.configure(model, keep=KEEP, method="fastv", prune_layer=2, kv="full")
+    calls = record(monkeypatch, "row_scores", "compact_kv")
+    model.generate(**inputs(prompts("left_padded")), **detailed())
+    assert [name for name, *_ in calls] == ["row_scores"]
 
 
 def test_nothing_stays_behind(model, stock):
