@@ -14,7 +14,7 @@ from models import IMAGE, TOKENS, ids
 from transformers import CompileConfig, DynamicCache, LlavaForConditionalGeneration, StaticCache
 
 import vtc
-from vtc import ops
+from vtc import ops, prune
 from vtc.config import VTCConfig
 
 SCORED = (2, 3, 4)  # vision layers, of 6
@@ -198,6 +198,7 @@ def test_keeping_all_is_the_stock_model(model, stock, name, method, layer, kv):
     out, expected = model.generate(**call, **detailed()), stock.generate(**call, **detailed())
     assert torch.equal(out.sequences, expected.sequences)
     assert torch.equal(torch.stack(out.logits), torch.stack(expected.logits))
+    assert prune.note_on(out.past_key_values) is None
 
 
 @some
@@ -253,6 +254,23 @@ def test_decoding_with_a_static_cache_compiles_once(model):
     assert torch.equal(out, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@torch.no_grad()
+def test_a_cache_that_was_reset_forgets(model):
+    vtc.configure(model, keep=KEEP, prune_layer=2)
+    cache = StaticCache(model.config.get_text_config(), max_cache_len=64)
+    text, one = torch.tensor([ids(4, seed=9)]), torch.tensor([[7]])
+    for read in (
+        lambda: model(text, past_key_values=cache).logits,
+        lambda: model.generate(one, past_key_values=cache, max_new_tokens=4),
+    ):
+        expected = read()
+        cache.reset()
+        model(**inputs(prompts("one")), past_key_values=cache)
+        cache.reset()
+        assert torch.equal(read(), expected)
+        cache.reset()
 
 
 def test_a_static_cache_has_one_length(model):
