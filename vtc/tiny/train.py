@@ -15,9 +15,9 @@ caption follows the picture directly and the questions are LLaVA's conversation,
 
 All visual tokens are always present. Pictures grow from phase to phase (70 to 336 pixels), because small ones show more
 objects per token; a small one is a window on the canvas and uses that window's position embeddings. The last phases mix
-sizes, then also shapes: where something is and how much there is must be read from the features, not from how many
-visual tokens there are or how long their lines are. Every batch is drawn from its own seed, so a run can be interrupted
-and resumed, and two runs on one machine agree.
+sizes, then shapes and close-ups: where something is and how much there is must be read from the features, not from how
+many visual tokens there are, how long their lines are, or how many of them show background. Every batch is drawn from
+its own seed, so a run can be interrupted and resumed, and two runs on one machine agree.
 
 Weight matrices between layers learn with Muon (arXiv 2502.16982), everything else with AdamW: after 400 steps at 70
 pixels the share of true phrases found was 0.92, against 0.63 with AdamW alone.
@@ -69,18 +69,21 @@ class Phase:
     batch: int
     lr: float  # the peak
     draws: int = 2  # in the language stages: rounds of questions about each scene
-    mixed: str = ""  # "sizes" | "shapes": batches take turns with smaller, therefore more pictures
+    mixed: str = ""  # "sizes" | "shapes" | "close-ups": batches take turns with other pictures; small ones are more
     cycle: int | None = None  # steps of the learning-rate cycle, for a phase that ends before it
 
-    def shape_of(self, step: int) -> tuple[int, tuple[int, int]]:
-        """How many pictures batch `step` has, and their width and height in pixels."""
+    def shape_of(self, step: int) -> tuple[int, tuple[int, int], float]:
+        """How many pictures batch `step` has, their width and height in pixels, and their zoom."""
         width = height = self.size
+        zoom = 1.0
         if self.mixed == "sizes":
             width = height = MIXED_SIZES[step % len(MIXED_SIZES)]
-        elif self.mixed == "shapes" and step % 3:
+        elif self.mixed == "close-ups" and step % 3 == 1:
+            zoom = (1.5, 2.0)[step % 2]
+        elif self.mixed and step % 3:
             sides = np.random.default_rng(step).integers(70 // PATCH, self.size // PATCH + 1, 2)
             width, height = (int(side) * PATCH for side in sides)
-        return int(self.batch * self.size / (width * height) ** 0.5), (width, height)
+        return int(self.batch * self.size / (width * height) ** 0.5), (width, height), zoom
 
 
 MIXED_SIZES = (112, 168, 224, 280, CANVAS)
@@ -93,7 +96,8 @@ RECIPE = (
     Phase("projector", 112, 60, 32, 1e-3),
     Phase("language", 112, 700, 32, 1e-3),
     Phase("language", 336, 400, 10, 1e-3, draws=3, mixed="sizes", cycle=1000),
-    Phase("language", 336, 1100, 10, 1e-3, draws=3, mixed="shapes"),
+    Phase("language", 336, 600, 10, 1e-3, draws=3, mixed="shapes", cycle=1100),
+    Phase("language", 336, 450, 10, 7e-4, draws=3, mixed="close-ups"),
 )
 QUICK = tuple(replace(phase, steps=2, batch=2) for phase in RECIPE)  # exercises every line, learns nothing
 
@@ -268,8 +272,8 @@ class Scenes(Dataset):
         return self.phase.steps
 
     def __getitem__(self, step: int) -> Batch:
-        start, (count, size) = self.first + step * self.phase.batch, self.phase.shape_of(step)
-        scenes = [Scene("train", start + i, size) for i in range(count)]
+        start, (count, size, zoom) = self.first + step * self.phase.batch, self.phase.shape_of(step)
+        scenes = [Scene("train", start + i, size, zoom) for i in range(count)]
         pixels = torch.zeros(0)
         if self.phase.stage != "text":
             stacked = np.stack([np.asarray(scene.image, np.float32) for scene in scenes])
