@@ -230,6 +230,12 @@ def compress(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[methods
     counts, after = [plan.rows] * len(pixel_values), plan.rows
     if tokens.counts is not None:
         counts = tokens.counts.tolist()
+        if max(counts) > plan.tokens:
+            raise ValueError(
+                f"{plan.config.method} made {max(counts)} tokens of image {counts.index(max(counts))}, which kept all "
+                f"its {plan.tokens} patches and has one more; a prompt has {plan.tokens} places for an image: use "
+                "another method, or a smaller keep and no adaptive_count"
+            )
         after = round(sum(counts) / len(counts))
     _count(base, plan, used, len(pixel_values), plan.tokens, after)
     return tokens, counts

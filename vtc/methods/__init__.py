@@ -7,7 +7,6 @@ and gives the rows for the projector. Nothing here knows a model, waits for a GP
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from vtc.methods.base import Method, Needs, Tokens, Tower, keep_patches, prompt_indices
@@ -45,5 +44,7 @@ def build(name: str, **options: Any) -> Method:
     """
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    fields = {field.name for field in dataclasses.fields(METHODS[name])}
+    fields = METHODS[
+        name
+    ].__match_args__  # its fields; compilers trace through this, and not through dataclasses.fields
     return METHODS[name](**{option: value for option, value in options.items() if option in fields})
