@@ -381,13 +381,14 @@ def test_tiles_and_frames_take_one_layer_of_fastervlm(built, family):
 def test_none_is_the_stock_model_with_tiles_and_frames(built, family):
     model, _ = built(family)
     visual = adapters.MODELS[family].visuals[-1]
-    pixels = {visual.pixels: models.images(2)[None]}
+    pixels, sizes = models.images(2)[None], {}
     if visual.layout == "tiles":
-        pixels = {visual.pixels: models.images(3)[None], "image_sizes": torch.tensor([[84, 160]])}
+        pixels, sizes = models.images(3)[None], {"image_sizes": torch.tensor([[84, 160]])}
+    encode = getattr(model.model, visual.get)
     with torch.no_grad():
-        stock = getattr(model.model, visual.get)(**pixels).pooler_output[0]
+        stock = encode(pixels, **sizes).pooler_output[0]
         with vtc.compress(model, method="none", keep=5000) as run:
-            assert torch.equal(getattr(model.model, visual.get)(**pixels).pooler_output[0], stock)
+            assert torch.equal(encode(pixels, **sizes).pooler_output[0], stock)
     assert run.images == 1
 
 

@@ -34,6 +34,23 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+PLACES = {"tower": "before the projector", "language": "in the language model"}
+
+
+def table(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Of each method: its name, what it scores, whether it needs [CLS], where it prunes, its paper or "-"."""
+    return [
+        (
+            name,
+            METHODS[name].scores,
+            "yes" if METHODS[name].needs_cls() else "no",
+            ", ".join(PLACES[place] for place in METHODS[name].prunes) or "nowhere",
+            METHODS[name].paper or "-",
+        )
+        for name in names
+    ]
+
+
 def build(name: str, **options: Any) -> Method:
     """The method `name` with those of `options` that are parameters of it, such as the fields of a `VTCConfig`.
 
