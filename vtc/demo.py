@@ -205,8 +205,9 @@ def draw(demo: Demo) -> Image.Image:
         FAINT,
         _font(19),
     )
+    size = 19 if len(demo.rows) < 7 else 15  # all methods are a long line
     shares = "     ".join(f"{_label(demo, row)}: {100 * row.accuracy:.0f} %" for row in demo.rows)
-    pen.text((MARGIN, 114), f"Right answers to {len(demo.asked)} held-out questions:     {shares}", INK, _font(19))
+    pen.text((MARGIN, 114), f"Right answers to {len(demo.asked)} held-out questions:     {shares}", INK, _font(size))
     for place, number in enumerate(demo.overlays):
         x = MARGIN + place % ACROSS * (CARD[0] + MARGIN)
         y = HEAD + place // ACROSS * (CARD[1] + MARGIN)
