@@ -15,6 +15,7 @@ from bench import checkout, compare, e2e, gpu, kernels, micro, plots, quality, r
 from bench.workloads import WORKLOADS, WrongResult
 from vtc import ops
 from vtc.llava import is_on, settings
+from vtc.methods.vtc_cls import VTCCLS
 
 CPU = torch.device("cpu")
 MODEL = workloads.SMALL_MODELS[1]
@@ -232,8 +233,8 @@ def test_e2e_times_every_stage(tmp_path):
 
 
 def test_e2e_gives_no_number_for_the_wrong_patches(tmp_path, monkeypatch):
-    select = e2e.ClsScores.select
-    monkeypatch.setattr(e2e.ClsScores, "select", lambda self, count: (select(self, count)[0], -select(self, count)[1]))
+    select = VTCCLS.select
+    monkeypatch.setattr(VTCCLS, "select", lambda *args: (select(*args)[0], -select(*args)[1]))
     said = []
     assert e2e.run(CPU, (1,), tmp_path / "e2e.jsonl", rep_ms=1.0, say=said.append) == 1
     assert {r.backend for r in record.read(tmp_path / "e2e.jsonl")} == {"sdpa"}
