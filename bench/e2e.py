@@ -15,8 +15,8 @@ from bench import record, table, timing
 from bench.record import Record
 from bench.workloads import WrongResult
 from vtc import ops, reference
-from vtc.attention import ClsScores
 from vtc.llava import Plan, encode, settings
+from vtc.methods import Tower
 
 TEXT_TOKENS = 40
 KEEPS = (None, 128, 64)  # None: the stock model, every visual token
@@ -95,11 +95,12 @@ class Stages:
     def select(self) -> Tensor:
         """What VTC adds to the tower, alone: scores of the scored layers, topk, compact."""
         config = settings(self.base)
-        scores = ClsScores(config)
-        for _ in self.plan.scored:
-            rows = ops.row_scores(self.query[:, :, 0], self.key, skip=1, backend=config.backend)
-            scores.add("row_scores", rows.unsqueeze(1))
-        return ops.compact(self.hidden[:, 1:], scores.select(self.plan.kept)[0], backend=config.backend)
+        rows = [
+            ops.row_scores(self.query[:, :, 0], self.key, skip=1, backend=config.backend).unsqueeze(1)
+            for _ in self.plan.scored
+        ]
+        tower = Tower(self.hidden, self.plan.grid, torch.stack(rows))
+        return self.plan.method.compress(tower, self.plan.kept).rows
 
     def projector(self) -> Tensor:
         return self.base.multi_modal_projector(self.features)

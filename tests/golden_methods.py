@@ -76,7 +76,7 @@ def outlier_fraction(scores):
     return len([score for score in scores if score > bound]) / len(scores)
 
 
-def merged(hidden, keys, scores, kept):
+def merged(hidden, keys, scores, kept, neighbors=32):
     """PruMerge's second half: rows of the kept patches, and the one more."""
     patches, keys = hidden[1:], keys[1:]
     unit = [key / math.sqrt(torch.dot(key, key).item()) for key in keys]
@@ -85,7 +85,7 @@ def merged(hidden, keys, scores, kept):
         others = [j for j in range(len(patches)) if j != i]
         cosines = [torch.dot(unit[i], unit[j]).item() for j in others]
         row = patches[i].clone()
-        for place in by_score(cosines, 32):
+        for place in by_score(cosines, neighbors):
             row += patches[others[place]] * scores[others[place]]
         rows.append(row)
     extra = torch.zeros_like(patches[0])
@@ -95,12 +95,12 @@ def merged(hidden, keys, scores, kept):
     return torch.stack([*rows, extra])
 
 
-def prumerge(hidden, queries, keys, keep=None):
+def prumerge(hidden, queries, keys, keep=None, neighbors=32):
     """`keep`: of the best instead of the outliers."""
     scores = undivided_scores(queries, keys)
     count = int(len(scores) * outlier_fraction(scores)) if keep is None else keep
     kept = by_score(scores, count)
-    return kept, merged(hidden, keys, scores, kept)
+    return kept, merged(hidden, keys, scores, kept, neighbors)
 
 
 def prumerge_plus(hidden, queries, keys, best=None, stride=None):

@@ -122,7 +122,7 @@ MUTANTS = [
             "last feature left out": ("(d < num_features[t])", "(d < num_features[t] - 1)"),
             "writes one feature too many": ("(d < num_features[t])", "(d <= num_features[t])"),
             "reads outside": ("read = write & ((n >= 0) & (n < num_tokens))[:, None]\n            x_offsets", "read = write & (n < num_tokens + 1)[:, None]\n            x_offsets"),
-            "copied as floats": ("8: torch.int64}", "8: torch.float64}"),
+            "values, not bytes": ("return x.view(_INTEGER[x.element_size()])", "return x.to(_INTEGER[x.element_size()])"),
             "conjugate bit dropped": ("x = x.resolve_conj().resolve_neg()", "pass"),
             "first tensor for all": ("tl.load(x_ptrs[t] + x_offsets", "tl.load(x_ptrs[0] + x_offsets"),
             "blocks of the first tensor's width": ("triton.cdiv(max(num_features), block_d), len(tensors)", "triton.cdiv(num_features[-1], block_d), len(tensors)"),

@@ -14,6 +14,8 @@ from bench import __main__ as command
 from bench import checkout, compare, e2e, gpu, kernels, micro, plots, quality, record, table, timing, workloads
 from bench.workloads import WORKLOADS, WrongResult
 from vtc import ops
+from vtc.llava import is_on, settings
+from vtc.methods.vtc_cls import VTCCLS
 
 CPU = torch.device("cpu")
 MODEL = workloads.SMALL_MODELS[1]
@@ -47,7 +49,7 @@ def test_every_provider_passes_its_gate(op, dtype):
     _, inputs = inputs_of(op, dtype)
     providers = WORKLOADS[op].providers()
     assert {"triton", "reference", "compiled"} <= set(providers)
-    if op not in ("topk", "compact", "compact_kv"):
+    if op in ("cls_attention", "row_scores", "select"):
         assert {"sdpa+row", "full-weights"} <= set(providers)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for provider in providers.values():
@@ -75,6 +77,11 @@ WRONG = {
     "topk": [((), lambda x: x.flip(1)), ((), lambda x: x + 1), ((), lambda x: x.int())],
     "compact": [((), first_row(0)), ((), lambda x: x.flip(1)), ((), lambda x: x[:, :-1])],
     "compact_kv": [((0, 1), first_row(0)), ((1, 0), lambda x: x.flip(2)), ((1, 1), lambda x: x.half())],
+    "merge": [
+        ((0,), first_row(0)),
+        ((1,), lambda x: x * (torch.arange(x.shape[2]) > 3)),
+        ((1,), lambda x: x.roll(1, dims=2)),
+    ],
     "select": [
         ((0,), first_row(0)),
         ((1,), lambda x: x * 1.001),
@@ -226,8 +233,8 @@ def test_e2e_times_every_stage(tmp_path):
 
 
 def test_e2e_gives_no_number_for_the_wrong_patches(tmp_path, monkeypatch):
-    select = e2e.ClsScores.select
-    monkeypatch.setattr(e2e.ClsScores, "select", lambda self, count: (select(self, count)[0], -select(self, count)[1]))
+    select = VTCCLS.select
+    monkeypatch.setattr(VTCCLS, "select", lambda *args: (select(*args)[0], -select(*args)[1]))
     said = []
     assert e2e.run(CPU, (1,), tmp_path / "e2e.jsonl", rep_ms=1.0, say=said.append) == 1
     assert {r.backend for r in record.read(tmp_path / "e2e.jsonl")} == {"sdpa"}
@@ -366,9 +373,9 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     """The model's part is played: it is right wherever enough tokens are kept, and random does worse."""
 
     def play(model, processor, asked):
-        config = model.config.__dict__.get("vtc")
-        share = 1.0 if config is None else {"vtc-cls": 0.8, "random": 0.2}[config["method"]]
-        known = round(share * len(asked) * (0.5 if config and config["ensemble"] == "min" else 1))
+        config = settings(model.model) if is_on(model) else None
+        share = {"vtc-cls": 0.8, "random": 0.2}[config.method] if config else 1.0
+        known = round(share * len(asked) * (0.5 if config and config.ensemble == "min" else 1))
         return [question.answer if i < known else "?" for i, (_, question) in enumerate(asked)]
 
     monkeypatch.setattr(quality, "answer", play)

@@ -12,7 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtc
-from vtc import ask, cli, demo, tiny
+from vtc import ask, cli, config, demo, tiny
+from vtc.methods import METHODS
 from vtc.tiny import evaluate
 from vtc.tiny.scenes import Question, Scene, balanced_questions
 
@@ -99,13 +100,26 @@ import sys
 from vtc.cli import app
 app(["--help"], standalone_mode=False)
 app(["run", "--help"], standalone_mode=False)
+app(["methods", "--help"], standalone_mode=False)
+app(["demo", "--help"], standalone_mode=False)
 heavy = {"torch", "transformers", "triton", "numpy", "PIL", "rich"} & set(sys.modules)
 print(sorted(heavy), file=sys.stderr)
 """
     done = python(code)
     assert done.returncode == 0
     assert done.stderr.strip() == "[]"
-    for word in ("run", "demo", "env", "--version", "--overlay", "--compare", "--max-new-tokens", "--ratio"):
+    for word in (
+        "run",
+        "demo",
+        "methods",
+        "env",
+        "--method",
+        "--version",
+        "--overlay",
+        "--compare",
+        "--max-new-tokens",
+        "--ratio",
+    ):
         assert word in done.stdout
 
 
@@ -135,6 +149,41 @@ def test_run_prints_the_answer_of_the_compressed_model(model_dir, picture, optio
     assert out.tolist() != full.tolist()  # or the test would not notice a model that is not compressed
     assert result.stdout == want.strip() + "\n"
     assert f"{setting['keep']} visual tokens" in result.stderr
+
+
+@pytest.mark.parametrize("method", [name for name in config.METHODS if name != "vtc-cls"])
+def test_run_with_each_method(model_dir, picture, method):
+    arguments = ("run", picture, QUESTION, "--model", model_dir, "--max-new-tokens", 3, "--method", method, "--json")
+    found = json.loads(succeed(*arguments).stdout)
+    model, processor = ask.load(model_dir, torch.device("cpu"), torch.float32)
+    inputs = processor(images=Image.open(picture), text=tiny.prompt(QUESTION), return_tensors="pt")
+    with vtc.compress(model, method=method, keep=64) as run:
+        out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert found["method"] == method
+    assert (found["compressed"]["answer"], found["compressed"]["visual_tokens"]) == (answer, run.tokens_after)
+    if not METHODS[method].adaptive:
+        assert run.tokens_after == (576 if method == "none" else 64)
+
+
+def test_methods_is_the_registry():
+    found = json.loads(succeed("methods", "--json").stdout)["methods"]
+    assert [row["name"] for row in found] == list(config.METHODS)
+    for row in found:
+        about = METHODS[row["name"]]
+        assert row == {
+            "name": about.name,
+            "scores": about.scores,
+            "needs_cls": about.needs_cls(),
+            "prunes": list(about.prunes),
+            "adaptive": about.adaptive,
+            "paper": about.paper or None,
+        }
+    table = succeed("methods").stdout
+    assert "\x1b" not in table
+    assert re.search(r"^name +scores +needs \[CLS\] +prunes +paper$", table, re.MULTILINE)
+    assert re.search(r"^prumerge +.* yes +before the projector +arXiv 2403.15388$", table, re.MULTILINE)
+    assert re.search(r"^none +nothing: all stay +no +nowhere +-$", table, re.MULTILINE)
 
 
 def test_compare_json_holds_real_figures(model_dir, picture, few_runs):
@@ -207,6 +256,12 @@ def test_unknown_words_are_named(model_dir, picture):
         (("{picture}", QUESTION, "--keep", 577), ["577", "576"]),
         (("{picture}", QUESTION, "--ratio", 1.5), ["ratio", "1.5"]),
         (("{picture}", QUESTION, "--keep", 64, "--ratio", 0.5), ["keep=64", "ratio=0.5"]),
+        (("{picture}", QUESTION, "--method", "tome"), ["method", "'prumerge+'", "got 'tome'"]),
+        (("{picture}", QUESTION, "--method", "visionzip", "--keep", 1), ["visionzip", "keep=1", "keep=2 or more"]),
+        (
+            ("{picture}", QUESTION, "--method", "pool", "--overlay", "out.png"),
+            ["'pool' chooses no patches", "'vtc-cls'"],
+        ),
         (("{picture}", QUESTION, "--overlay", "out.xyz"), ["out.xyz", ".png"]),
         (("{picture}", QUESTION, "--overlay", "no/such/dir/out.png"), ["directory no/such/dir", "create it"]),
         (("{picture}", QUESTION, "--device", "toaster"), ["toaster", "cpu"]),
@@ -365,6 +420,52 @@ def test_demo_measures_each_setting(model_dir, tmp_path, monkeypatch, few_runs):
     assert found["picture"] == str(out)
 
 
+def test_demo_of_all_methods(model_dir, tmp_path, monkeypatch, few_runs):
+    """At 64 tokens each; those that keep another number say which."""
+    monkeypatch.setattr(tiny, "CHECKPOINT", Path(model_dir))
+    out = tmp_path / "demo.png"
+    rows = json.loads(succeed("demo", "--questions", 5, "--method", "all", "--out", out, "--json").stdout)["rows"]
+    assert [row["selection"] for row in rows] == ["all tokens", *(name for name in config.METHODS if name != "none")]
+    tokens = {row["selection"]: row["visual_tokens"] for row in rows}
+    assert tokens.pop("all tokens") == 576
+    assert 0 < tokens.pop("prumerge") <= 145
+    assert 33 < tokens.pop("prumerge+") <= 66
+    assert set(tokens.values()) == {64}
+    assert Image.open(out).format == "PNG"
+
+
+def test_demo_of_a_method_that_chooses_no_patches(model_dir, tmp_path, monkeypatch, few_runs):
+    monkeypatch.setattr(tiny, "CHECKPOINT", Path(model_dir))
+    monkeypatch.setattr(demo, "FEWER", (30,))
+    out = tmp_path / "demo.png"
+    rows = json.loads(succeed("demo", "--questions", 5, "--method", "pool", "--out", out, "--json").stdout)["rows"]
+    expected = [("all tokens", 576), ("pool", 25), ("random", 64)]
+    assert [(row["selection"], row["visual_tokens"]) for row in rows] == expected
+    assert Image.open(out).format == "PNG"
+
+
+def test_what_demo_measures():
+    assert demo.settings("vtc-cls") == demo.SETTINGS
+    assert [row[:2] for row in demo.settings("random")] == [("all tokens", 576), ("random", 64)]
+    assert [row[:2] for row in demo.settings("none")] == [("all tokens", 576), ("none", 576)]
+    assert [row[:2] for row in demo.settings("visionzip")] == [
+        ("all tokens", 576),
+        *(("visionzip", tokens) for tokens in (192, 128, 64, 32)),
+        ("random", 64),
+    ]
+
+
+def test_demo_labels_its_answers():
+    rows = [demo.Row(name, tokens, [], [], 0.1, 0.1, 1) for name, tokens, _ in demo.SETTINGS]
+    assert [demo._label(demo.Demo([], rows, {}, "cpu", 1), row) for row in rows] == [
+        *("576", "192", "128", "64", "32"),
+        "random 64",
+    ]
+    rows = [demo.Row(name, tokens, [], [], 0.1, 0.1, 1) for name, tokens, _ in demo.settings("all")]
+    labels = [demo._label(demo.Demo([], rows, {}, "cpu", 1), row) for row in rows]
+    assert labels[:3] == ["576", "vtc-cls 64", "fastervlm 64"]
+
+
 def test_demo_prints_a_plain_table(model_dir, tmp_path, monkeypatch, few_runs):
     monkeypatch.setattr(tiny, "CHECKPOINT", Path(model_dir))
     monkeypatch.chdir(tmp_path)
@@ -384,6 +485,7 @@ def test_demo_prints_a_plain_table(model_dir, tmp_path, monkeypatch, few_runs):
 def test_demo_refuses_before_it_works(tmp_path):
     assert "create it" in refused("demo", "--out", tmp_path / "no" / "demo.png")
     assert call("demo", "--questions", 1).exit_code == 2
+    assert "got 'tome'" in refused("demo", "--method", "tome")
 
 
 def made_up_demo(right):

@@ -31,7 +31,7 @@ def test_defaults():
         ({"ratio": float("nan")}, "0 < ratio <= 1, got nan"),
         ({"ratio": "0.5"}, "0 < ratio <= 1, got '0.5'"),
         ({"ratio": True}, "0 < ratio <= 1, got True"),
-        ({"method": "lottery"}, "'vtc-cls', 'random', 'fastv', got 'lottery'"),
+        ({"method": "tome"}, "'vtc-cls', 'fastervlm', .*'random', 'pool', 'none', 'fastv', got 'tome'"),
         ({"ensemble": "median"}, "'sum', 'mean', 'max', 'min', got 'median'"),
         ({"fused": 1}, "True, False or None .*got 1"),
         ({"ensemble_layers": 0}, "ensemble_layers.*at least 1, got 0"),
@@ -39,6 +39,10 @@ def test_defaults():
         ({"start_layer": 2.0}, "start_layer.*integer.*got 2.0"),
         ({"backend": "cuda"}, "'auto', 'triton', 'torch', got 'cuda'"),
         ({"seed": -1}, "seed.*at least 0, got -1"),
+        ({"contextual": -1}, "contextual.*at least 0, got -1"),
+        ({"contextual": 0.5}, "contextual.*integer.*got 0.5"),
+        ({"adaptive_count": 1}, "adaptive_count must be True, False or None .*got 1"),
+        ({"neighbors": 0}, "neighbors.*at least 1, got 0"),
     ],
 )
 def test_bad_values(options, says):

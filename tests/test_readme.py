@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import golden
+import golden_methods
+import models
 import pytest
+import test_methods_model as through_the_model
 import torch
 from PIL import Image
 
-from vtc import tiny
+import vtc
+from vtc import config, methods, tiny
 from vtc.tiny.scenes import Scene
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +27,7 @@ HUB_ID = '"llava-hf/llava-1.5-7b-hf"'
 
 
 def blocks(language: str) -> list[str]:
+    """Those of the text; the ones inside a list are the example of a new method."""
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -49,8 +56,9 @@ def test_first_snippet_comes_early() -> None:
 def test_command(command: str, tmp_path: Path) -> None:
     Scene("test", 0).image.save(tmp_path / "photo.jpg")
     words = shlex.split(command)
+    short = ["--questions", "5"] if "all" in words else []  # many settings
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("vtc")), *words[1:]], cwd=tmp_path, capture_output=True, text=True
+        [str(Path(sys.executable).with_name("vtc")), *words[1:], *short], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
@@ -91,6 +99,51 @@ def test_every_command_is_run_somewhere() -> None:
         True,
         True,
     ]
+
+
+def test_methods_are_the_registry_s() -> None:
+    rows = [("method", "what it scores", "needs [CLS]", "prunes", "paper"), ("---",) * 5]
+    for name, *about, paper in methods.table(config.METHODS):
+        link = (
+            f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv ')})" if paper.startswith("arXiv") else paper
+        )
+        rows.append((f"`{name}`", *about, link))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    (shown,) = re.findall(r"<!-- methods -->\n(.*?)<!-- /methods -->", README, re.DOTALL)
+    assert shown.strip() == table, f"put there:\n{table}"
+
+
+def test_every_setting_is_in_the_table() -> None:
+    (table,) = re.findall(r"^\| setting \|.*?\n\n", README, re.MULTILINE | re.DOTALL)
+    for field in dataclasses.fields(config.VTCConfig):
+        assert f"{field.name}=" in table, field.name
+
+
+def test_adding_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The section's three snippets as they stand: the file, its transcription, and the test's line, through a model."""
+    section = README[README.index("### Adding a method") : README.index("## With your own model")]
+    assert re.findall(r"^(\d)\. ", section, re.MULTILINE) == list("123456")
+    found = re.findall(r"^   ```python\n(.*?)^   ```", section, re.MULTILINE | re.DOTALL)
+    file, transcription, line = ("\n".join(row[3:] for row in block.splitlines()) for block in found)
+    namespace = {"__name__": "vtc.methods.longest"}
+    exec(compile(file, "longest.py", "exec"), namespace)
+    monkeypatch.setitem(methods.METHODS, "longest", namespace["Longest"])
+    assert "`Longest.name: Longest`" in section
+    monkeypatch.setattr(config, "METHODS", (*config.METHODS, "longest"))
+    own = dict(vars(golden_methods))
+    exec(transcription, own)
+    monkeypatch.setattr(golden_methods, "longest", own["longest"], raising=False)
+    monkeypatch.setattr(through_the_model, "CASES", dict(through_the_model.CASES))
+    exec(line, vars(through_the_model))
+
+    model = models.build()
+    eager, pixels = golden.eager(model), models.images(4)
+    seen = [through_the_model.Seen(eager, image) for image in pixels]
+    rows = [models.ids(*row, seed=i) for i, row in enumerate(through_the_model.ROWS)]
+    call = {**models.batch(rows), "pixel_values": pixels}
+    through_the_model.test_generate(model, eager, call, seen, "longest")
+    vtc.configure(model, method="longest")
+    through_the_model.test_select(model, call, seen, "longest")
 
 
 def test_table_is_the_cards() -> None:

@@ -23,6 +23,7 @@ from vtc.tiny.scenes import (
 
 SIDES = (70, 112, 224, 336, (224, 84), (112, 336))
 SCENES = [Scene("train", index, size) for size in SIDES for index in range(40)]
+CLOSE_UPS = [Scene("train", index, 336, zoom) for zoom in (1.5, 2.0) for index in range(40)]
 
 
 def true_answer(scene: Scene, text: str) -> str:
@@ -110,6 +111,25 @@ def test_a_window_lies_on_the_canvas() -> None:
     assert len({s.origin[0] for s in windows}) > 5
     assert all(s.origin[0] % PATCH == 0 and s.origin[0] + s.width <= 336 for s in windows)
     assert max(len(s.objects) for s in windows) == MAX_OBJECTS
+
+
+def test_a_close_up_shows_the_same_things_larger() -> None:
+    for scene in CLOSE_UPS[::4]:
+        pixels = np.asarray(scene.image, float)
+        assert scene.image.size == (336, 336)
+        for thing in scene.objects:
+            x, y, box = (int(scene.zoom * v) for v in (thing.x, thing.y, 0.3 * thing.radius))
+            distance = np.abs(pixels[y - box : y + box, x - box : x + box].reshape(-1, 3) - COLOURS[thing.colour]).max(
+                1
+            )
+            assert (distance < 45).mean() > (0.95 if thing.digit is None else 0.1), thing
+    shares = [sum((s.zoom * o.radius / 168) ** 2 for o in s.objects) for s in CLOSE_UPS]
+    assert max(shares) > 0.4
+    assert {len(s.objects) for s in CLOSE_UPS} == {1, 2, 3, 4, 5}
+    for scene in CLOSE_UPS:
+        first = scene.objects[0]
+        column = ("left", "centre", "right")[int(3 * scene.zoom * first.x / 336)]
+        assert any(p.startswith(("a", "an")) and p.endswith(column) and first.colour in p for p in scene.phrases)
 
 
 def test_deterministic_and_disjoint() -> None:

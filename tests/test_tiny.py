@@ -93,22 +93,27 @@ def test_window_uses_its_own_positions() -> None:
 def test_mixed_phases_take_turns_and_keep_the_tokens_in_a_batch_alike() -> None:
     sizes = recipe.Phase("language", 336, 10, 10, 1e-3, mixed="sizes")
     assert [sizes.shape_of(step) for step in range(5)] == [
-        (30, (112, 112)), (20, (168, 168)), (15, (224, 224)), (12, (280, 280)), (10, (336, 336))
+        (30, (112, 112), 1), (20, (168, 168), 1), (15, (224, 224), 1), (12, (280, 280), 1), (10, (336, 336), 1)
     ]  # fmt: skip
     shapes = recipe.Phase("language", 336, 10, 10, 1e-3, mixed="shapes")
     drawn = [shapes.shape_of(step) for step in range(300)]
     assert drawn == [shapes.shape_of(step) for step in range(300)]
-    assert {drawn[step] for step in range(0, 300, 3)} == {(10, (336, 336))}
+    assert {drawn[step] for step in range(0, 300, 3)} == {(10, (336, 336), 1)}
     assert len(set(drawn)) > 150
-    for count, (width, height) in drawn:
+    for count, (width, height), zoom in drawn:
+        assert zoom == 1
         assert width % 14 == height % 14 == 0
         assert 70 <= min(width, height) <= max(width, height) <= 336
         assert 10 <= count <= 48
     scenes = recipe.Scenes(shapes, 0)
-    count, (width, height) = drawn[1]
+    count, (width, height), _ = drawn[1]
     batch = scenes[1]
     assert batch.pixels.shape == (count, 3, height, width)
     assert (batch.tokens == 4).sum() == count * width * height // 14**2
+    close = recipe.Phase("language", 336, 10, 10, 1e-3, mixed="close-ups")
+    assert [close.shape_of(step) for step in range(0, 300, 3)] == [(10, (336, 336), 1)] * 100
+    assert [close.shape_of(step) for step in (1, 4, 7)] == [(10, (336, 336), z) for z in (2, 1.5, 2)]
+    assert [close.shape_of(step) for step in range(2, 300, 3)] == drawn[2::3]
 
 
 def test_packed_questions_are_as_if_asked_alone() -> None:

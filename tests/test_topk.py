@@ -226,6 +226,15 @@ def test_nan_in_one_layer_or_head(ensemble, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mean_that_underflows_to_minus_zero_ties_with_zero(backend):
+    tiny = torch.finfo(torch.float32).smallest_normal * 2**-23  # half of it is no number
+    layers = torch.zeros(2, 1, 4, device=DEVICE)
+    layers[0, 0, :2] = -tiny
+    assert str(layers.mean(0)[0, 0].item()) == "-0.0"
+    assert ops.topk(layers, 1, ensemble="mean", backend=backend).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_total_of_one_layer_is_a_copy(backend):
     scores = randn(2, 49, dtype=torch.bfloat16)
     total = torch.empty(2, 49, device=DEVICE)

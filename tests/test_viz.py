@@ -14,7 +14,7 @@ RED = (200, 40, 30)
 
 
 def selection(*rows, grid=(24, 24)):
-    return SimpleNamespace(indices=torch.tensor(rows), scores=None, grid=grid)
+    return SimpleNamespace(indices=torch.tensor(rows), scores=None, grid=grid, counts=None)
 
 
 def patches(picture, grid=(24, 24)):

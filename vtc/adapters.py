@@ -16,8 +16,6 @@ from vtc.config import METHODS
 if TYPE_CHECKING:
     from torch import Tensor
 
-CLS_METHODS = ("vtc-cls",)  # need a tower with a [CLS] token
-
 
 class Visual(NamedTuple):
     """One kind of visual input of a model: the names that transformers gives to what belongs to it."""
@@ -42,6 +40,19 @@ class Model(NamedTuple):
     visuals: tuple[Visual, ...]
     budget: str  # what `keep` counts, for README
     stacked: bool = False  # its pooler_output is one tensor [images, K, D], elsewhere a list
+
+    def refusal(self, method: str) -> str | None:
+        """Why `method` does not work with this model, as a clause, or None if it does."""
+        about = _registry()[method]
+        if any(visual.layout != "whole" for visual in self.visuals) and not about.copies() and method != "none":
+            return f"makes new tokens of an image's patches, and a {self.name} image or video is several pictures"
+        if self.stacked and about.adaptive:
+            return f"gives images different numbers of tokens, and {self.name} takes as many from each"
+        return None
+
+    def methods(self) -> tuple[str, ...]:
+        """The methods that work with this model."""
+        return tuple(method for method in METHODS if self.refusal(method) is None)
 
 
 MODELS = {
@@ -87,6 +98,7 @@ class Tower(NamedTuple):
 
     name: str
     layers: str  # path to its list of layers
+    layer_norm: str  # of a layer: the norm before its attention
     norm: str = ""  # the norm between embeddings and layers
     cls: bool = True  # whether a [CLS] token comes first
     registers: str = ""  # the config's name for the number of register tokens that follow it
@@ -105,20 +117,44 @@ class Tower(NamedTuple):
         hidden = tower.embeddings(pixel_values.to(tower.dtype))
         return getattr(tower, self.norm)(hidden) if self.norm else hidden
 
+    def projections(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of the first token `[B, C]` and keys `[B, cls + N, C]` of a layer that does not run, of its input."""
+        normed = getattr(layer, self.layer_norm)(hidden)
+        parts = {name.rpartition(".")[2]: part for name, part in layer.named_modules()}
+        # transformers 5.17 has DINOv2's projections as query and key
+        query, key = (next(parts[n] for n in names if n in parts) for names in (("q_proj", "query"), ("k_proj", "key")))
+        return query(normed[:, 0]), key(normed)
+
+    def refusal(self, method: str) -> str | None:
+        """Why `method` does not work with this tower, as a clause, or None if it does."""
+        about = _registry()[method]
+        if about.needs_cls() and not self.cls:
+            return f"needs a vision tower with a [CLS] token, and {self.name} has none"
+        if about.needs.grid and self.registers:
+            return f"needs patches alone, and {self.name} puts register tokens among them"
+        return None
+
     def methods(self) -> tuple[str, ...]:
         """The methods that work with this tower."""
-        return tuple(method for method in METHODS if self.cls or method not in CLS_METHODS)
+        return tuple(method for method in METHODS if self.refusal(method) is None)
 
 
 TOWERS = {
-    "clip_vision_model": Tower("CLIP", "encoder.layers", norm="pre_layrnorm"),
-    "dinov2": Tower("DINOv2", "encoder.layer", run_layer=_run_dinov2_layer),
+    "clip_vision_model": Tower("CLIP", "encoder.layers", "layer_norm1", norm="pre_layrnorm"),
+    "dinov2": Tower("DINOv2", "encoder.layer", "norm1", run_layer=_run_dinov2_layer),
     "dinov2_with_registers": Tower(
-        "DINOv2 with registers", "encoder.layer", registers="num_register_tokens", run_layer=_run_dinov2_layer
+        "DINOv2 with registers", "encoder.layer", "norm1", registers="num_register_tokens", run_layer=_run_dinov2_layer
     ),
-    "vit": Tower("ViT", "layers"),
-    "siglip_vision_model": Tower("SigLIP", "encoder.layers", cls=False),
+    "vit": Tower("ViT", "layers", "layernorm_before"),
+    "siglip_vision_model": Tower("SigLIP", "encoder.layers", "layer_norm1", cls=False),
 }
+
+
+def _registry() -> dict[str, Any]:
+    """`vtc.methods.METHODS`, imported on first need, for it needs torch."""
+    from vtc.methods import METHODS as registry
+
+    return dict(registry)
 
 
 def classes(model: Model) -> tuple[str, str]:
@@ -153,11 +189,13 @@ def tower_of(config: Any) -> Tower:
 
 def table() -> str:
     """README's tables of models and towers, in Markdown."""
-    lines = ["| model | class in transformers | what `keep` counts |", "|---|---|---|"]
-    lines += [f"| {model.name} | `{classes(model)[1]}` | {model.budget} |" for model in MODELS.values()]
+    lines = ["| model | class in transformers | what `keep` counts | methods |", "|---|---|---|---|"]
+    for model in MODELS.values():
+        works = "all" if model.methods() == METHODS else ", ".join(f"`{method}`" for method in model.methods())
+        lines += [f"| {model.name} | `{classes(model)[1]}` | {model.budget} | {works} |"]
     lines += ["", "| vision tower | " + " | ".join(f"`{method}`" for method in METHODS) + " |"]
     lines += ["|---|" + "---|" * len(METHODS)]
     for tower in TOWERS.values():
-        marks = ["yes" if method in tower.methods() else "no: it has no [CLS] token" for method in METHODS]
+        marks = ["yes" if method in tower.methods() else "no" for method in METHODS]
         lines += [f"| {tower.name} | {' | '.join(marks)} |"]
     return "\n".join(lines)

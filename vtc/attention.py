@@ -24,9 +24,9 @@ _log = logging.getLogger("vtc")
 
 
 class ClsScores:
-    """The [CLS] scores of one batch of images, layer after layer.
+    """The [CLS] token's probabilities for the patches of one batch of images, layer after layer.
 
-        s[n] = ensemble over the scored layers l of  1/H * sum_h softmax_j(q_lh[CLS] . k_lh[j] / sqrt(d))[n]
+        rows[l, h, n] = softmax_j(q_lh[CLS] . k_lh[j] / sqrt(d))[n]
 
     with j over all 1+N keys. One object belongs to one pass through the vision tower.
 
@@ -34,13 +34,16 @@ class ClsScores:
     ----------
     layers : list of Tensor [B, H, N] or [B, 1, N], float32
         Of each scored layer, every head's row or their mean.
+    keys : Tensor [B, H, 1 + N, D] or None
+        The latest scored layer's, if `keeps_keys`.
     ops : list of str
-        The operations that made them.
+        The operations that made the rows.
     """
 
-    def __init__(self, config: VTCConfig) -> None:
-        self.config = config
+    def __init__(self, config: VTCConfig, keeps_keys: bool = False) -> None:
+        self.config, self.keeps_keys = config, keeps_keys
         self.layers: list[torch.Tensor] = []
+        self.keys: torch.Tensor | None = None
         self.ops: list[str] = []
 
     def add(self, op: str, rows: torch.Tensor) -> None:
@@ -62,14 +65,11 @@ class ClsScores:
         pictures = [rows.mean(1, keepdim=True).unflatten(2, (side, side)) for rows in self.layers]
         self.layers = [torch.nn.functional.avg_pool2d(rows, size).flatten(2) for rows in pictures]
 
-    def select(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the indices `[B, count]` of the patches kept and the combined scores `[B, N]` float32."""
+    def rows(self) -> torch.Tensor:
+        """Return all layers' rows, `[L, B, H, N]` or `[L, B, 1, N]` float32."""
         if not self.layers:
             raise RuntimeError('no scored layer ran: is the vision tower\'s attention implementation still "vtc"?')
-        layers = torch.stack(self.layers)
-        total = torch.empty_like(layers[0, :, 0])
-        indices = ops.topk(layers, count, ensemble=self.config.ensemble, total=total, backend=self.config.backend)
-        return indices, total
+        return torch.stack(self.layers)
 
 
 def plain_attention(
@@ -164,6 +164,8 @@ def vtc_attention(
     if vtc_scores is None:
         return _attend(module, query, key, value, attention_mask, scaling, **kwargs)
     backend = vtc_scores.config.backend
+    if vtc_scores.keeps_keys:
+        vtc_scores.keys = key
     if vtc_scores.fuses(query, kwargs.get("dropout", 0.0)):
         out, rows = ops.cls_attention(query, key, value, scale=scaling, backend=backend)
         vtc_scores.add("cls_attention", rows[:, :, 1:])

@@ -53,6 +53,7 @@ def run(
     ] = None,
     keep: Annotated[int | None, typer.Option(help="Visual tokens to keep.", show_default=f"{DEFAULT_KEEP}")] = None,
     ratio: Annotated[float | None, typer.Option(help="Share of the visual tokens to keep, instead of --keep.")] = None,
+    method: Annotated[str, typer.Option(help="What chooses them; `vtc methods` lists the names.")] = "vtc-cls",
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
@@ -70,17 +71,20 @@ def run(
 
         # Everything that can be wrong with the input is looked at before the slow part.
         picture = load_image(image)
-        config = VTCConfig(keep=DEFAULT_KEEP if keep is None and ratio is None else keep, ratio=ratio)
+        config = VTCConfig(method=method, keep=DEFAULT_KEEP if keep is None and ratio is None else keep, ratio=ratio)
         out = _writable(overlay) if overlay else None
         _progress("loading …")
         _quieten(model)
 
         from vtc import ask
+        from vtc.control import must_choose
 
+        if out:
+            must_choose(method)
         where = ask.pick_device(device)
         net, processor = ask.load(model, where, ask.pick_dtype(dtype, where))
         inputs = ask.prepare(net, processor, picture, question)
-        setting = {"keep": config.keep, "ratio": config.ratio}
+        setting = {"method": method, "keep": config.keep, "ratio": config.ratio}
         result = {
             "image": image,
             "question": question,
@@ -130,19 +134,26 @@ def _print_comparison(result: dict[str, Any], runs: int) -> None:
 def demo(
     questions: Annotated[int, typer.Option(min=5, max=5000, help="How many held-out questions to ask.")] = 80,
     out: Annotated[str, typer.Option(help="Where the picture goes.")] = "demo.png",
+    method: Annotated[
+        str, typer.Option(help="With fewer and fewer tokens of this method; all: every method at 64 tokens.")
+    ] = "vtc-cls",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the bundled model with fewer and fewer visual tokens, and draw what it kept."""
     start = time.perf_counter()
     with _errors():
+        from vtc.config import VTCConfig
+
+        if method != "all":
+            VTCConfig(method=method)
         file = _writable(out)
         _progress("loading …")
         _quieten(None)
 
         from vtc.demo import COLUMNS, draw, measure
 
-        found = measure(questions, device, _progress)
+        found = measure(questions, device, _progress, method)
         draw(found).save(file)
         seconds = time.perf_counter() - start
         if as_json:
@@ -152,6 +163,35 @@ def demo(
         _print_table(title, COLUMNS, [row.cells() for row in found.rows])
         typer.echo(found.footnote())
         typer.echo(f"Picture: {file} ({seconds:.0f} s in all)")
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods of compression: what each scores and needs, where it drops tokens, its paper."""
+    with _errors():
+        from vtc.config import METHODS
+        from vtc.methods import METHODS as REGISTRY
+        from vtc.methods import table
+
+        about = [REGISTRY[name] for name in METHODS]
+        if as_json:
+            _print_json(
+                {
+                    "methods": [
+                        {
+                            "name": method.name,
+                            "scores": method.scores,
+                            "needs_cls": method.needs_cls(),
+                            "prunes": list(method.prunes),
+                            "adaptive": method.adaptive,
+                            "paper": method.paper or None,
+                        }
+                        for method in about
+                    ]
+                }
+            )
+            return
+        _print_table("methods", ("name", "scores", "needs [CLS]", "prunes", "paper"), table(METHODS))
 
 
 @app.command()

@@ -4,7 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-METHODS = ("vtc-cls", "random")
+# The names in `vtc.methods.METHODS`; that registry needs torch, and this module does without.
+METHODS = ("vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "random", "pool", "none")
 PROMPT_METHODS = ("fastv",)  # score inside the language model
 LANGUAGE_METHODS = ("vtc-cls", *PROMPT_METHODS)  # can prune inside it
 KV = ("compact", "full")
@@ -22,11 +23,12 @@ class VTCConfig:
     Parameters
     ----------
     method : str
-        "vtc-cls": the attention of the vision tower's [CLS] token (arXiv 2412.05819).
-        "random": uniform scores, a function of the image's pixels and `seed`; the control for every comparison.
-        "fastv": the attention of the last prompt token in the language model (arXiv 2403.06764); needs `prune_layer`.
+        A name of `METHODS`: "vtc-cls", the attention of the vision tower's [CLS] token (arXiv 2412.05819), or another
+        published method, or a control: "random", "pool", "none". `vtc methods` lists them, the classes in `vtc.methods`
+        are their definitions. "fastv" scores by the prompt (arXiv 2403.06764), and needs `prune_layer`.
     keep : int, optional
-        Visual tokens kept per image, 1 <= keep <= N. Default 128 when `ratio` is not given either.
+        Visual tokens kept per image, 1 <= keep <= N. Default 128 when `ratio` is not given either. Some methods cannot
+        keep exactly as many: "pool" makes a square, "prumerge+" about as many, "prumerge" and "none" go without it.
     ratio : float, optional
         Share of the visual tokens kept, 0 < ratio <= 1; see `kept_count`. Exclusive with `keep`.
     ensemble_layers : int
@@ -53,6 +55,13 @@ class VTCConfig:
         "auto", "triton" or "torch"; see `vtc.ops`.
     seed : int
         Seed of "random".
+    contextual : int, optional
+        How many of its `keep` tokens "visionzip" makes by merging; None: a share of 10 / 64.
+    adaptive_count : bool, optional
+        Whether "prumerge" and "prumerge+" count the patches they keep by the outliers among an image's scores, instead
+        of by `keep`. None: "prumerge" does, "prumerge+" does not.
+    neighbors : int, optional
+        How many patches each one kept takes up in "prumerge" and "prumerge+"; None: 32.
 
     Raises
     ------
@@ -74,6 +83,9 @@ class VTCConfig:
     positions: str | None = None
     backend: str = "auto"
     seed: int = 0
+    contextual: int | None = None
+    adaptive_count: bool | None = None
+    neighbors: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, (*METHODS, *PROMPT_METHODS))
@@ -113,6 +125,19 @@ class VTCConfig:
         if self.fused is not None and not isinstance(self.fused, bool):
             raise ValueError(f"fused must be True, False or None (whatever is faster), got {self.fused!r}")
         _integer("seed", self.seed, 0)
+        if self.contextual is not None:
+            _integer("contextual", self.contextual, 0)
+        if self.adaptive_count is not None and not isinstance(self.adaptive_count, bool):
+            raise ValueError(
+                f"adaptive_count must be True, False or None (the method's own), got {self.adaptive_count!r}"
+            )
+        if self.neighbors is not None:
+            _integer("neighbors", self.neighbors, 1)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether anything is dropped: not with "none", which is the stock model."""
+        return self.method != "none"
 
     def updated(self, **changes: Any) -> "VTCConfig":
         """Return a copy with `changes`; a new `keep` replaces an old `ratio` and the other way round.

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from vtc.attention import NAME
+from vtc.config import METHODS as NAMES
 from vtc.config import VTCConfig
-from vtc.llava import Plan, Scope, Selection, encode, find_llava, is_on, scope_of, settings
+from vtc.llava import Plan, Scope, Selection, check, encode, find_llava, is_on, scope_of, settings
+from vtc.methods import METHODS
 
 _LOCK = threading.Lock()  # two threads may open or close scopes of one model
 CONFIGS = ("", "vision_config", "text_config")  # the keys of transformers' attn_implementation dict; "" is the model
@@ -18,7 +20,10 @@ CONFIGS = ("", "vision_config", "text_config")  # the keys of transformers' attn
 
 @dataclasses.dataclass
 class Run:
-    """What happened inside one `vtc.compress` block. Cache bytes are those of the latest prompt, after its prefill."""
+    """What happened inside one `vtc.compress` block. Cache bytes are those of the latest prompt, after its prefill.
+
+    Tokens are those of one image; where images keep different numbers, their rounded mean over the latest call.
+    """
 
     tokens_before: int | None = None
     tokens_after: int | None = None
@@ -38,7 +43,8 @@ class Run:
             lines.append(f"{self.prompt_before} -> {self.prompt_after} tokens in the latest prompt")
         if self.kv_bytes_before and self.kv_bytes_after:
             lines.append(f"{self.kv_bytes_before / 2**20:.2f} -> {self.kv_bytes_after / 2**20:.2f} MiB of KV cache")
-        lines.append("backend: " + ", ".join(f"{op} {choice}" for op, choice in self.backend.items()))
+        if self.backend:
+            lines.append("backend: " + ", ".join(f"{op} {choice}" for op, choice in self.backend.items()))
         return "\n".join(lines)
 
     def saw_cache(self, cache: Any, full: int = 0) -> None:
@@ -65,7 +71,7 @@ def configure(model: torch.nn.Module, **options: Any) -> VTCConfig:
     """
     base = find_llava(model)
     config = settings(base).updated(**options)
-    Plan.of(base, config=config)  # an impossible request fails here rather than at the first image
+    check(base, config)  # an impossible request fails here rather than at the first image
     if scope := scope_of(base):
         scope.config = config
     else:
@@ -113,7 +119,7 @@ def compress(model: torch.nn.Module, **options: Any) -> Iterator[Run]:
     base = find_llava(model)
     own = base.__dict__  # plain attributes: modules and parameters are elsewhere
     config = settings(base).updated(**options)
-    Plan.of(base, config=config)
+    check(base, config)
     scope = Scope(config, Run())
     with _LOCK:
         if not own.get("_vtc_scopes"):
@@ -154,11 +160,26 @@ def select(model: torch.nn.Module, pixel_values: torch.Tensor, **options: Any) -
     Raises
     ------
     ValueError
-        As `configure`.
+        As `configure`, and for a method that chooses no patches: "pool" averages them, "none" keeps all.
     """
     with compress(model, **options):
         base = find_llava(model)
-        return encode(base, pixel_values, Plan.of(base, pixel_values, layout="whole"))[1]
+        must_choose(settings(base).method)
+        plan = Plan.of(base, pixel_values, layout="whole")
+        selection = encode(base, pixel_values, plan)[1]
+    if selection is None:
+        raise ValueError(f"{type(plan.method).__name__} has chooses = True, but gave no indices or no scores")
+    return selection
+
+
+def must_choose(method: str) -> None:
+    """Raise ValueError if `method` does not choose patches, so that there is nothing to select or to draw."""
+    if not METHODS[method].chooses:
+        choosing = [name for name in NAMES if METHODS[name].chooses]
+        raise ValueError(
+            f"method {method!r} chooses no patches, so none can be shown ({METHODS[method].scores}); methods that do: "
+            f"{', '.join(map(repr, choosing))}"
+        )
 
 
 def _implementations(base: Any) -> dict[str, str]:

@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import vtc
 from vtc import ask, tiny
+from vtc.config import METHODS
+from vtc.methods import METHODS as REGISTRY
 from vtc.tiny.evaluate import prepare
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 
@@ -27,6 +29,7 @@ SETTINGS: tuple[tuple[str, int, str | None], ...] = (
     ("random", 64, "random"),
 )
 BATCH = 8
+FEWER = (192, 128, 64, 32)
 COLUMNS = ("selection", "visual tokens", "right", "accuracy", "time to first token", "per question", "KV cache")
 
 
@@ -83,6 +86,7 @@ class Demo:
     overlays: dict[int, Image.Image]  # by number of the question, for those in the picture
     device: str
     threads: int
+    shown: str = "vtc-cls"  # the method whose kept patches are in the picture
 
     def record(self) -> dict[str, Any]:
         """The JSON document."""
@@ -103,7 +107,17 @@ class Demo:
         return max(196 * math.sqrt(row.accuracy * (1 - row.accuracy) / len(self.asked)) for row in self.rows)
 
 
-def measure(count: int, device: str | None = None, note: Callable[[str], None] = lambda line: None) -> Demo:
+def settings(method: str) -> tuple[tuple[str, int, str | None], ...]:
+    """What is measured, as (selection, tokens, method): `SETTINGS` with another method, or "all" of them at `SHOWN`."""
+    if method == "all":
+        return (SETTINGS[0], *((name, SHOWN, name) for name in METHODS if name != "none"))
+    fewer = () if method == "random" else tuple((method, tokens, method) for tokens in FEWER)
+    return (SETTINGS[0], *fewer, SETTINGS[-1]) if method != "none" else (SETTINGS[0], ("none", FULL, "none"))
+
+
+def measure(
+    count: int, device: str | None = None, note: Callable[[str], None] = lambda line: None, method: str = "vtc-cls"
+) -> Demo:
     """Ask the bundled model `count` held-out questions at every setting.
 
     Parameters
@@ -114,6 +128,8 @@ def measure(count: int, device: str | None = None, note: Callable[[str], None] =
         By default the first GPU, else the CPU. The model runs in float32.
     note : callable
         Gets a line of progress before each setting.
+    method : str
+        A method's name or "all"; see `settings`.
     """
     import torch
 
@@ -124,21 +140,30 @@ def measure(count: int, device: str | None = None, note: Callable[[str], None] =
     batches = [prepare(model, processor, asked[i : i + BATCH]) for i in range(0, count, BATCH)]
     single = prepare(model, processor, asked[:1])
     rows = []
-    for selection, tokens, method in SETTINGS:
+    for selection, tokens, name in settings(method):
         note(f"{count} questions with {tokens} visual tokens ({selection}) …")
-        with vtc.compress(model, keep=tokens, method=method) if method else contextlib.nullcontext():
+        with vtc.compress(model, keep=tokens, method=name) if name else contextlib.nullcontext() as run:
             first_token, kv_bytes = ask.first_token(model, single)
+            answers, left = [], 0
             start = time.perf_counter()
-            answers = [text for batch in batches for text in ask.answer(model, processor, batch, max_new_tokens=3)]
+            for batch in batches:
+                answers += ask.answer(model, processor, batch, max_new_tokens=3)
+                left += (run.tokens_after or 0 if run else tokens) * len(batch["input_ids"])
             seconds = time.perf_counter() - start
+        tokens = round(left / count)  # not every method keeps as many as it is asked for
         right = [given == question.answer for given, (_, question) in zip(answers, asked, strict=True)]
         rows.append(Row(selection, tokens, answers, right, first_token, seconds / count, kv_bytes))
+    shown = "vtc-cls" if method == "all" else method
     overlays = {}
     for number in _cards(asked, rows):
         scene = asked[number][0]
         pixels = prepare(model, processor, asked[number : number + 1])["pixel_values"]
-        overlays[number] = vtc.overlay(scene.image, vtc.select(model, pixels, keep=SHOWN), side=PICTURE)
-    return Demo(asked, rows, overlays, str(where), torch.get_num_threads())
+        if REGISTRY[shown].chooses:
+            kept = vtc.select(model, pixels, keep=SHOWN, method=shown)
+            overlays[number] = vtc.overlay(scene.image, kept, side=PICTURE)
+        else:  # nothing is dropped that could be dimmed
+            overlays[number] = scene.image.resize((PICTURE, PICTURE))
+    return Demo(asked, rows, overlays, str(where), torch.get_num_threads(), shown)
 
 
 def _cards(asked: list[tuple[Scene, Question]], rows: list[Row]) -> list[int]:
@@ -166,16 +191,23 @@ def draw(demo: Demo) -> Image.Image:
     width = 2 * MARGIN + ACROSS * CARD[0] + (ACROSS - 1) * MARGIN
     sheet = Image.new("RGB", (width, HEAD + down * (CARD[1] + MARGIN) + FOOT), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, 28), f"{SHOWN} of {FULL} visual tokens, chosen by the [CLS] token", INK, _font(36))
+    by = "the [CLS] token" if demo.shown == "vtc-cls" else demo.shown
+    title = f"{SHOWN} of {FULL} visual tokens, chosen by {by}"
+    right = f"what {demo.shown} keeps of it; the language model never sees the dark patches."
+    if not REGISTRY[demo.shown].chooses:
+        title, right = f"{demo.shown}: {REGISTRY[demo.shown].scores}", "the same, for no patch is chosen."
+    elif "merge" in REGISTRY[demo.shown].operations:
+        right = f"the patches that {demo.shown} keeps; the dark ones go into merged tokens."
+    pen.text((MARGIN, 28), title, INK, _font(36))
     pen.text(
         (MARGIN, 80),
-        "Left: the scene. Right: what vtc-cls keeps of it; the language model never sees the dark patches. "
-        "Below: answers by number of visual tokens.",
+        f"Left: the scene. Right: {right} Below: answers by number of visual tokens.",
         FAINT,
         _font(19),
     )
-    shares = "     ".join(f"{_label(row)}: {100 * row.accuracy:.0f} %" for row in demo.rows)
-    pen.text((MARGIN, 114), f"Right answers to {len(demo.asked)} held-out questions:     {shares}", INK, _font(19))
+    size = 19 if len(demo.rows) < 7 else 15  # all methods are a long line
+    shares = "     ".join(f"{_label(demo, row)}: {100 * row.accuracy:.0f} %" for row in demo.rows)
+    pen.text((MARGIN, 114), f"Right answers to {len(demo.asked)} held-out questions:     {shares}", INK, _font(size))
     for place, number in enumerate(demo.overlays):
         x = MARGIN + place % ACROSS * (CARD[0] + MARGIN)
         y = HEAD + place // ACROSS * (CARD[1] + MARGIN)
@@ -201,15 +233,16 @@ def _draw_card(sheet: Image.Image, demo: Demo, number: int, x: int, y: int) -> N
         middle = (box[0] + box[2]) // 2
         answer = _shortened(row.answers[number] or "(none)", box[2] - box[0] - 16)
         pen.rounded_rectangle(box, 8, fill=RIGHT if right else WRONG)
-        pen.text((middle, y + 15), _label(row), PAPER, _font(14), anchor="mm")
+        pen.text((middle, y + 15), _label(demo, row), PAPER, _font(14 if len(demo.rows) < 7 else 11), anchor="mm")
         pen.text((middle, y + 39), answer, PAPER, _font(20), anchor="mm")
         if not right:  # crossed out as well, for those who do not tell red from green
             half = _font(20).getlength(answer) / 2 + 4
             pen.line((middle - half, y + 40, middle + half, y + 40), PAPER, 2)
 
 
-def _label(row: Row) -> str:
-    return f"random {row.tokens}" if row.selection == "random" else str(row.tokens)
+def _label(demo: Demo, row: Row) -> str:
+    once = sum(other.selection == row.selection for other in demo.rows) == 1
+    return f"{row.selection} {row.tokens}" if once and row.tokens != FULL else str(row.tokens)
 
 
 def _shortened(text: str, width: int) -> str:

@@ -1,9 +1,13 @@
 """LLaVA with fewer visual tokens: what happens to a model whose vision tower says `attn_implementation="vtc"`.
 
 The route of a prompt. Of each image's N placeholders K stay, before anything has read the prompt (`vtc.prompt`). The
-vision tower runs up to the feature layer; the [CLS] rows of the scored layers choose K patches; only these pass the
-projector and fill the K placeholders. From there on transformers sees a prompt that simply is shorter: masks,
-positions, caches, beams and decoding need no care. `generate()` finally puts the caller's full prompt back in front.
+vision tower runs up to the feature layer; a method (`vtc.methods`), with the [CLS] rows of the scored layers for
+instance, leaves K tokens of its patches; only these pass the projector and fill the K placeholders. From there on
+transformers sees a prompt that simply is shorter: masks, positions, caches, beams and decoding need no care.
+`generate()` finally puts the caller's full prompt back in front.
+
+An adaptive method says only then how many tokens each image has; its images are encoded before their prompt is
+shortened.
 
 With `prune_layer` > 0 the route is another one: the prompt keeps all N placeholders, all patches pass the projector,
 and `vtc.prune` drops tokens between two layers of the language model.
@@ -26,10 +30,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vtc import adapters, attention, ops, prune
+from vtc import adapters, attention, methods, ops, prune
 from vtc.adapters import Model, Tower, Visual
 from vtc.config import PROMPT_METHODS, VTCConfig, kept_count
-from vtc.methods.random import random_scores
 from vtc.prompt import FullPrompt, shorten
 
 NEEDS_IDS = "VTC finds the places of the images in input_ids; pass input_ids and no inputs_embeds"
@@ -38,12 +41,15 @@ NEEDS_IDS = "VTC finds the places of the images in input_ids; pass input_ids and
 class Selection(NamedTuple):
     """The patches kept of B images: indices `[B, K]` int64 ascending, scores `[B, N]` float32, grid (rows, columns).
 
-    A tower's register tokens come before the patches and count: patch p is token N - rows * columns + p.
+    A tower's register tokens come before the patches and count: patch p is token N - rows * columns + p. Where images
+    keep different numbers of patches, counts `[B]` int64 says how many, and the rest of an image's indices is -1. What
+    a method makes by merging is no patch and not counted.
     """
 
     indices: torch.Tensor
     scores: torch.Tensor
     grid: tuple[int, int]
+    counts: torch.Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -93,10 +99,12 @@ class Plan(NamedTuple):
     """The settings applied to one model and size of pictures: the images, tiles or frames that its tower sees."""
 
     config: VTCConfig
+    method: methods.Method
     tower: Tower
     grid: tuple[int, int]
     tokens: int  # N, visual tokens per picture
     kept: int  # K; 0 for tiles, whose budget is the image's
+    rows: int  # what the method makes of K: the tokens that are left, the most there can be if it is adaptive
     features: tuple[int, ...]  # number of vision layers before each feature layer
     stop: int  # number of vision layers that run
     scored: range  # those whose [CLS] row counts
@@ -113,22 +121,26 @@ class Plan(NamedTuple):
         layout: str | None = None,
     ) -> "Plan":
         config = config or settings(base)
-        layout = layout or _family(base).visuals[0].layout
+        family = _family(base)
+        layout = layout or family.visuals[0].layout
         vision = base.vision_tower.config
         tower = adapters.tower_of(vision)
         if config.prune_layer:
-            if [visual.layout for visual in _family(base).visuals] != ["whole"]:
+            if [visual.layout for visual in family.visuals] != ["whole"]:
                 raise ValueError(
                     f"prune_layer={config.prune_layer} is for models whose images are one picture each, which those of "
-                    f"{_family(base).name} are not; use prune_layer=0"
+                    f"{family.name} are not; use prune_layer=0"
                 )
             prune.check(base.language_model, config)
-        if config.method not in (*tower.methods(), *PROMPT_METHODS):
+        if refusal := tower.refusal(config.method) or family.refusal(config.method):
+            work = [method for method in family.methods() if method in tower.methods()]
             raise ValueError(
-                f"method {config.method!r} needs a vision tower with a [CLS] token, and {tower.name} has none; methods "
-                f"that work with it: {', '.join(map(repr, tower.methods()))}, e.g. "
-                f"vtc.configure(model, method={tower.methods()[0]!r})"
+                f"method {config.method!r} {refusal}; methods that work with it: {', '.join(map(repr, work))}, e.g. "
+                f"vtc.configure(model, method={work[0]!r})"
             )
+        # None stands for the method's own default.
+        options = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+        method = methods.build(config.method, **options)
         features = _feature_layers(base, vision.num_hidden_layers, feature_layer)
         strategy = strategy or getattr(base.config, "vision_feature_select_strategy", "default")
         wanted = "default" if tower.cls else "full"
@@ -139,9 +151,13 @@ class Plan(NamedTuple):
             )
         stop, last = max(features), vision.num_hidden_layers - 1
         end = min(stop, last)  # the last layer is never scored
+        if method.needs.keys == "last":
+            stop = max(stop, last)  # that layer does not run, but those before it do
         first = end - config.ensemble_layers if config.start_layer is None else config.start_layer
-        if config.method not in adapters.CLS_METHODS:
+        if method.needs.rows is None and method.needs.keys != "feature":
             first = end = 0
+        elif method.needs.rows != "ensemble":
+            first = end - 1
         elif not 0 <= first < end:
             raise ValueError(
                 f"cannot score vision layers {first} to {end - 1}: scored layers end at the feature layer, here "
@@ -157,7 +173,15 @@ class Plan(NamedTuple):
         if layout != "whole" and tokens != rows * columns:
             raise ValueError(f"{tower.name} puts register tokens among the patches, which tiles and frames cannot have")
         kept = 0 if layout == "tiles" else kept_count(config, tokens)
-        return cls(config, tower, (rows, columns), tokens, kept, features, stop, range(first, end), pool)
+        left = 0 if layout == "tiles" else method.capacity(tokens, kept)
+        scored = range(first, end)
+        return cls(config, method, tower, (rows, columns), tokens, kept, left, features, stop, scored, pool)
+
+
+def check(base: Any, config: VTCConfig) -> None:
+    """Raise ValueError if `config` asks for what this model cannot do."""
+    if config.compresses:
+        Plan.of(base, config=config)
 
 
 def _family(base: Any) -> Model:
@@ -188,48 +212,93 @@ def _feature_layers(base: Any, depth: int, given: Any) -> tuple[int, ...]:
     return stops
 
 
-def encode(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, Selection]:
-    """Encode pictures `[B, 3, height, width]` and select: kept rows `[B, K, D]` before the projector, and which."""
+def encode(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, Selection | None]:
+    """Encode pictures `[B, 3, height, width]`: the rows `[B, R, D]` that are left before the projector, and which.
+
+    The selection is None if the method chooses no patches.
+    """
     if plan.config.method in PROMPT_METHODS:
         raise ValueError(
             f"method {plan.config.method!r} chooses inside the language model, by the prompt; to select by the image "
             'alone use method="vtc-cls"'
         )
-    features, scores = run_tower(base, pixel_values, plan)
-    indices, total = scores.select(plan.kept)
-    _count(base, plan, scores, len(pixel_values), plan.tokens, plan.kept)
-    return ops.compact(features, indices, backend=plan.config.backend), Selection(indices, total, plan.grid)
+    tokens, _ = compress(base, pixel_values, plan)
+    if tokens.indices is None or tokens.scores is None:
+        return tokens.rows, None
+    indices, counts = tokens.indices, tokens.counts
+    if plan.method.copies():  # ascending, and as many of each
+        return tokens.rows, Selection(indices, tokens.scores, plan.grid)
+    places = torch.arange(indices.shape[1], device=indices.device)
+    if counts is not None:
+        counts = counts - (tokens.rows.shape[1] - indices.shape[1])  # less what was merged
+        indices = indices.masked_fill(places >= counts[:, None], plan.tokens)
+    indices = indices.sort(1).values
+    return tokens.rows, Selection(indices.masked_fill(indices == plan.tokens, -1), tokens.scores, plan.grid, counts)
 
 
-def run_tower(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, attention.ClsScores]:
-    """Run the vision tower up to its feature layer: visual features `[B, N, D]`, and what they are ranked by."""
-    tower, about, config = base.vision_tower, plan.tower, plan.config
-    scores = attention.ClsScores(config)
-    states: list[Any] = []
+def compress(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[methods.Tokens, list[int]]:
+    """Encode pictures `[B, 3, height, width]`: the tokens that are left, and how many of each picture.
+
+    Where pictures differ in that, the host has to know before it can shorten a prompt: reading the counts back is the
+    one wait for the device that an adaptive method costs.
+    """
+    tower, used = run_tower(base, pixel_values, plan)
+    tokens = plan.method.compress(tower, plan.kept)
+    counts, after = [plan.rows] * len(pixel_values), plan.rows
+    if tokens.counts is not None:
+        counts = tokens.counts.tolist()
+        if max(counts) > plan.tokens:
+            raise ValueError(
+                f"{plan.config.method} made {max(counts)} tokens of image {counts.index(max(counts))}, which kept all "
+                f"its {plan.tokens} patches and has one more; a prompt has {plan.tokens} places for an image: use "
+                "another method, or a smaller keep and no adaptive_count"
+            )
+        after = round(sum(counts) / len(counts))
+    _count(base, plan, used, len(pixel_values), plan.tokens, after)
+    return tokens, counts
+
+
+def run_tower(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[methods.Tower, list[str]]:
+    """Run the vision tower as far as the method needs: what it leaves, and the operations that the scores took."""
+    tower, about, needs = base.vision_tower, plan.tower, plan.method.needs
+    layers = about.layers_of(tower)
+    scores = attention.ClsScores(plan.config, keeps_keys=needs.keys == "feature")
+    kept = {*plan.features, len(layers) - 1} if needs.keys == "last" else set(plan.features)
     hidden = about.embed(tower, pixel_values)  # [B, 1 + N, D], without the 1 if there is no [CLS]
-    for number, layer in zip(range(plan.stop), about.layers_of(tower), strict=False):
+    states = {0: hidden} if 0 in kept else {}  # by the number of layers before them
+    for number, layer in zip(range(plan.stop), layers, strict=False):
         hidden = about.run_layer(layer, hidden, scores if number in plan.scored else None)
-        states.append(hidden if number + 1 in plan.features else None)
-    features = torch.cat([states[stop - 1] for stop in plan.features], -1) if len(plan.features) > 1 else hidden
-    features = features[:, int(about.cls) :]
+        if number + 1 in kept:
+            states[number + 1] = hidden
+    if len(plan.features) > 1:
+        features = torch.cat([states[stop] for stop in plan.features], -1)
+    else:
+        features = states[plan.features[0]]
+    has_cls, query, keys = about.cls, None, scores.keys
+    if needs.keys == "last":
+        flat_query, flat_keys = about.projections(layers[-1], states[len(layers) - 1])
+        heads = tower.config.num_attention_heads
+        query, keys = flat_query.unflatten(1, (heads, -1)), flat_keys.unflatten(2, (heads, -1)).transpose(1, 2)
     if plan.pool > 1:
+        features, has_cls = features[:, int(has_cls) :], False
         scores.pool(math.isqrt(features.shape[1]), plan.pool)
         features = base.vision_resampler(features)  # takes pictures for square, too
-    if config.method == "random":
-        scores.layers.append(random_scores(pixel_values, plan.tokens, config.seed).unsqueeze(1))
-    return features, scores
+    rows = None if needs.rows is None else scores.rows()
+    pixels = pixel_values if needs.pixels else None
+    return methods.Tower(features, plan.grid, rows, keys, query, pixels, has_cls), scores.ops
 
 
-def _count(base: Any, plan: Plan, scores: attention.ClsScores, images: int, before: int, after: int) -> None:
+def _count(base: Any, plan: Plan, used: list[str], images: int, before: int, after: int) -> None:
     """Tell the open scope. Not in a compiled graph: a counter there would mean a new graph for each of its values."""
     if (scope := scope_of(base)) is not None and not torch.compiler.is_compiling():
         run, device = scope.run, base.vision_tower.device
         run.tokens_before, run.tokens_after = before, after
         run.images += images
-        ranked = ("row_scores",) if plan.config.method in PROMPT_METHODS else (*scores.ops, "topk")
-        shortened = ("compact_kv",) if plan.config.prune_layer and plan.config.kv == "compact" else ()
-        used = (*ranked, "compact", *shortened)
-        run.backend = {op: ops.backend_for(op, device, plan.config.backend)[0] for op in used}
+        ranked = () if plan.config.method in PROMPT_METHODS else used
+        operations = dict.fromkeys((*ranked, *plan.method.operations))
+        if plan.config.prune_layer and plan.config.kv == "compact":
+            operations |= {"compact_kv": None}
+        run.backend = {op: ops.backend_for(op, device, plan.config.backend)[0] for op in operations}
 
 
 # --- the images of one call ------------------------------------------------------------------------------------------
@@ -257,7 +326,7 @@ class Batch(NamedTuple):
             if call.get("image_sizes") is not None:
                 raise ValueError("image_sizes is for towers that take images of any size, which VTC does not support")
             plan = Plan.of(base, pixels, layer, strategy)
-            return cls(plan, pixels, [(plan.tokens, plan.kept)] * len(pixels), [])
+            return cls(plan, pixels, [(plan.tokens, plan.rows)] * len(pixels), [])
         if visual.layout == "frames":
             if pixels.ndim != 5:
                 raise ValueError(
@@ -265,7 +334,7 @@ class Batch(NamedTuple):
                 )
             plan = Plan.of(base, pixels[0], layer, strategy, layout="frames")
             frames = pixels.shape[1]
-            return cls(plan, pixels.flatten(0, 1), [(frames * plan.tokens, frames * plan.kept)] * len(pixels), [])
+            return cls(plan, pixels.flatten(0, 1), [(frames * plan.tokens, frames * plan.rows)] * len(pixels), [])
         sizes = call.get("image_sizes")
         if sizes is None:
             raise ValueError("image_sizes is needed to know an image's tiles; pass on what the processor returned")
@@ -282,12 +351,18 @@ class Batch(NamedTuple):
         counts = [(len(layout), kept_count(plan.config, len(layout))) for _, layout in tiles]
         return cls(plan, pixels, counts, tiles)
 
-    def encode(self, base: Any) -> torch.Tensor:
-        """Projected features `[images, K, D]` of the kept tokens; rows of images with a smaller K end in zeros."""
+    def encode(self, base: Any) -> tuple[torch.Tensor, "Batch"]:
+        """Projected features `[images, K, D]` of the kept tokens; what follows the tokens of images with fewer counts
+        for nothing. And the batch with the `counts` that an adaptive method has found; until then they are the most.
+        """
         if self.tiles:
-            return torch.nn.utils.rnn.pad_sequence(_encode_tiles(base, self), batch_first=True)
-        kept = base.multi_modal_projector(encode(base, self.pictures, self.plan)[0])
-        return kept.reshape(len(self.counts), -1, kept.shape[-1])
+            return torch.nn.utils.rnn.pad_sequence(_encode_tiles(base, self), batch_first=True), self
+        tokens, counts = compress(base, self.pictures, self.plan)
+        if tokens.counts is not None:
+            counted = self._replace(counts=[(self.plan.tokens, count) for count in counts])
+            return base.multi_modal_projector(tokens.rows[:, : max(counts)]), counted
+        kept = base.multi_modal_projector(tokens.rows)
+        return kept.reshape(len(self.counts), -1, kept.shape[-1]), self
 
 
 def _tiles(base: Any, sizes: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
@@ -310,8 +385,8 @@ def _tiles(base: Any, sizes: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
 def _encode_tiles(base: Any, batch: Batch) -> list[torch.Tensor]:
     """Of each image the projected features `[K, D]` of its kept tokens, newlines among them."""
     plan = batch.plan
-    features, scores = run_tower(base, batch.pictures, plan)
-    total = scores.select(1)[1]  # [T, N]
+    tower, used = run_tower(base, batch.pictures, plan)
+    features, total = tower.patches, plan.method.select(tower, 1)[1]  # [T, N, D], [T, N]
     chosen, first = [], 0
     for (tiles, layout), (tokens, kept) in zip(batch.tiles, batch.counts, strict=True):
         ranking = share_out(total[first : first + tiles], layout, plan.config.tiles)
@@ -319,7 +394,7 @@ def _encode_tiles(base: Any, batch: Batch) -> list[torch.Tensor]:
         rows = layout[ops.topk(ranking[None], kept, backend=plan.config.backend)[0]]
         chosen.append(torch.where(rows < 0, rows, rows + first * plan.tokens))
         first += tiles
-        _count(base, plan, scores, 1, tokens, kept)
+        _count(base, plan, used, 1, tokens, kept)
     rows = torch.cat(chosen)
     if all(tokens == kept for tokens, kept in batch.counts):  # exactly what the stock model computes
         features = base.multi_modal_projector(features)
@@ -366,10 +441,10 @@ def encode_all(base: Any, pixels: torch.Tensor, plan: Plan) -> tuple[torch.Tenso
 
     The indices are None if the method chooses inside the language model.
     """
-    features, scores = run_tower(base, pixels, plan)
-    indices = None if plan.config.method in PROMPT_METHODS else scores.select(plan.kept)[0]
-    _count(base, plan, scores, len(pixels), plan.tokens, plan.kept)
-    return base.multi_modal_projector(features), indices
+    tower, used = run_tower(base, pixels, plan)
+    indices = None if plan.config.method in PROMPT_METHODS else plan.method.select(tower, plan.kept)[0]
+    _count(base, plan, used, len(pixels), plan.tokens, plan.kept)
+    return base.multi_modal_projector(tower.patches), indices
 
 
 # --- one prompt -----------------------------------------------------------------------------------------------------
@@ -379,7 +454,7 @@ class _Seen(NamedTuple):
     """A note left on a cache (`_vtc_seen`), for a further turn has to know what the cache's columns are.
 
     The conversation's first `length` tokens went in as `input_ids` and `attention_mask` `[B, L']`, its images with
-    `budget` tokens ("keep=64"). Whatever was generated after them is in the cache unchanged.
+    the settings `budget` ("method='vtc-cls', keep=64"). Whatever was generated after them is in the cache unchanged.
     """
 
     length: int
@@ -396,6 +471,7 @@ def _compress_prompt(base: Any, call: dict[str, Any]) -> tuple[dict[str, Any], _
     The new `pixel_values` are the projected features `[images, K, D]`. Some versions of transformers encode images in
     `generate()` before the prefill, others in the model's forward, and both do it by calling `get_image_features` on
     `pixel_values`; ours returns such features as they are. So three dimensions mean: encoded, and the prompt is short.
+    Where images have different numbers of rows, `image_sizes` says how many, `[images]` int64 on the CPU.
     """
     ids: Any = call.get("input_ids")
     mask: Any = call.get("attention_mask")
@@ -403,8 +479,13 @@ def _compress_prompt(base: Any, call: dict[str, Any]) -> tuple[dict[str, Any], _
         raise ValueError(NEEDS_IDS)
     visuals, config = _family(base).visuals, settings(base)
     batches = {visual: Batch.of(base, visual, call) for visual in visuals if call.get(visual.pixels) is not None}
-    budget = f"keep={config.keep}" if config.ratio is None else f"ratio={config.ratio}"
+    size = f"keep={config.keep}" if config.ratio is None else f"ratio={config.ratio}"
+    budget = f"method={config.method!r}, {size}"
     seen, start = _seen_before(base, ids, mask, call.get("past_key_values"), budget if batches else None)
+    encoded = {}
+    for visual, batch in batches.items():
+        if batch.plan.method.adaptive:  # how long the prompt becomes is known only when its images are encoded
+            encoded[visual], batches[visual] = batch.encode(base)
     positions, labels = call.get("position_ids"), call.get("labels")
     if seen and positions is not None:
         raise ValueError("position_ids cannot be given for a further turn; leave them to generate()")
@@ -427,7 +508,9 @@ def _compress_prompt(base: Any, call: dict[str, Any]) -> tuple[dict[str, Any], _
     if (scope := scope_of(base)) is not None:
         scope.run.prompt_before, scope.run.prompt_after = ids.shape[1], arguments["input_ids"].shape[1]
     for visual, batch in batches.items():
-        arguments[visual.pixels] = batch.encode(base)
+        arguments[visual.pixels] = encoded[visual] if visual in encoded else batch.encode(base)[0]
+        if visual in encoded:
+            arguments["image_sizes"] = torch.tensor([count for _, count in batch.counts], device="cpu")
     budget = budget if batches else seen.budget if seen else None  # type: ignore[assignment]
     return arguments, _Seen(ids.shape[1], arguments["input_ids"], arguments.get("attention_mask"), budget), images
 
@@ -465,6 +548,8 @@ def _is_encoded(base: Any, pixels: torch.Tensor) -> bool:
 
 def _get_features(visual: Visual, stock: Callable[..., Any], self: Any, call: dict[str, Any]) -> Any:
     """In place of `get_image_features` and `get_video_features`."""
+    if not settings(self).compresses:
+        return _count_stock(self, visual, stock(**call))
     pixels = call.pop("pixel_values") if visual.pixels not in call else call[visual.pixels]  # transformers 5.17: videos
     call[visual.pixels] = pixels
     indices = None
@@ -474,7 +559,8 @@ def _get_features(visual: Visual, stock: Callable[..., Any], self: Any, call: di
         kept = _kept_again(self, visual, call, pixels)
     else:
         batch = Batch.of(self, visual, call)
-        pixels, kept = batch.encode(self), [count for _, count in batch.counts]
+        pixels, batch = batch.encode(self)
+        kept = [count for _, count in batch.counts]
     each: Any = [own[:count] for own, count in zip(pixels, kept, strict=True)]
     output = BaseModelOutputWithPooling(
         last_hidden_state=pixels, pooler_output=pixels if _family(self).stacked else each
@@ -483,9 +569,22 @@ def _get_features(visual: Visual, stock: Callable[..., Any], self: Any, call: di
     return output.to_tuple() if call.get("return_dict") is False else output
 
 
+def _count_stock(base: Any, visual: Visual, output: Any) -> Any:
+    """Tell the open scope what the stock model encoded, and return it."""
+    if (scope := scope_of(base)) is not None and not torch.compiler.is_compiling():
+        features = output[1] if isinstance(output, tuple) else output.pooler_output
+        scope.run.images += len(features)
+        scope.run.tokens_before = scope.run.tokens_after = len(features[-1])
+    return output
+
+
 def _kept_again(base: Any, visual: Visual, call: dict[str, Any], pixels: torch.Tensor) -> list[int]:
-    """How many rows of encoded `[images, K, D]` belong to each image: all, but for tiles with a ratio."""
+    """How many rows of encoded `[images, K, D]` belong to each image: all, but for tiles with a ratio and where
+    `image_sizes` says so.
+    """
     config = settings(base)
+    if visual.layout == "whole" and call.get("image_sizes") is not None:
+        return call["image_sizes"].tolist()
     if visual.layout != "tiles" or config.ratio is None:
         return [pixels.shape[1]] * len(pixels)
     return [kept_count(config, len(layout)) for _, layout in _tiles(base, call["image_sizes"])]
@@ -496,10 +595,14 @@ def _forward(stock: Callable[..., Any], self: Any, call: dict[str, Any]) -> Any:
     note: _Seen | None = getattr(cache, "_vtc_seen", None)
     ids, mask = call.get("input_ids"), call.get("attention_mask")
     pixels = [call[visual.pixels] for visual in _family(base).visuals if call.get(visual.pixels) is not None]
+    scope = scope_of(base)
     images = bool(pixels) or (call.get("mm_encoder_outputs") or {}).get("image") is not None
     if prune.note_on(cache) or (images and settings(base).prune_layer):
         return _forward_pruned(stock, self, call, images)
-    if not all(_is_encoded(base, given) for given in pixels):
+    if not note and not settings(base).compresses:
+        if scope is not None and ids is not None and (pixels or call.get("mm_encoder_outputs")):
+            scope.run.prompt_before = scope.run.prompt_after = ids.shape[1]
+    elif not all(_is_encoded(base, given) for given in pixels):
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError("images on top of past_key_values need the whole conversation; use generate()")
         if isinstance(call.get("logits_to_keep"), torch.Tensor):
@@ -517,7 +620,6 @@ def _forward(stock: Callable[..., Any], self: Any, call: dict[str, Any]) -> Any:
     cache = getattr(outputs, "past_key_values", None)
     if cache is not None and note:
         cache._vtc_seen = note
-    scope = scope_of(base)
     if scope is not None and cache is not None and (pixels or call.get("mm_encoder_outputs")):
         scope.run.saw_cache(cache)
     return outputs
@@ -623,8 +725,10 @@ def _generate(stock: Callable[..., Any], self: Any, call: dict[str, Any]) -> Any
 
     if prune.note_on(cache) or (images and settings(self.base_model).prune_layer):
         return _generate_pruned(stock, self, call, images, option)
-    if not images and not (hasattr(cache, "_vtc_seen") and cache.get_seq_length()):
-        return stock(**call)  # no image, none in the cache: nothing to shorten
+    if not (images and settings(self.base_model).compresses) and not (
+        hasattr(cache, "_vtc_seen") and cache.get_seq_length()
+    ):
+        return stock(**call)  # nothing to shorten, and nothing short in the cache
     if call.get("inputs") is not None:
         call["input_ids"] = call.pop("inputs")
 

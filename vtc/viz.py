@@ -22,8 +22,9 @@ def overlay(image: Image.Image, selection: Any, index: int = 0, side: int = SIDE
     image : PIL.Image.Image
         The picture that was given to the processor, of any size and mode.
     selection : Selection
-        What `vtc.select` returned: `indices` [B, K] int64, row-major patch numbers; `grid` (rows, columns). Register
-        tokens, which come before the patches, are not drawn.
+        What `vtc.select` returned: `indices` [B, K] int64, row-major patch numbers; `grid` (rows, columns); `counts`
+        [B], how many of an image's indices count, or None. Register tokens, which come before the patches, are not
+        drawn.
     index : int
         Which image of the batch.
     side : int
@@ -53,7 +54,8 @@ def overlay(image: Image.Image, selection: Any, index: int = 0, side: int = SIDE
     if patch < 1:
         raise ValueError(f"side is {side}; a grid of {rows} x {columns} patches needs at least {max(rows, columns)}")
     registers = 0 if selection.scores is None else selection.scores.shape[-1] - rows * columns
-    indices = [int(i) - registers for i in selection.indices[index] if not 0 <= i < registers]
+    count = len(selection.indices[index]) if selection.counts is None else int(selection.counts[index])
+    indices = [int(i) - registers for i in selection.indices[index][:count] if not 0 <= i < registers]
     if indices and not 0 <= min(indices) <= max(indices) < rows * columns:
         raise ValueError(
             f"indices span {min(indices)}..{max(indices)}; a grid of {rows} x {columns} has patches "

@@ -7,7 +7,6 @@ and gives the rows for the projector. Nothing here knows a model, waits for a GP
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from vtc.methods.base import Method, Needs, Tokens, Tower, keep_patches, prompt_indices
@@ -35,6 +34,23 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+PLACES = {"tower": "before the projector", "language": "in the language model"}
+
+
+def table(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Of each method: its name, what it scores, whether it needs [CLS], where it prunes, its paper or "-"."""
+    return [
+        (
+            name,
+            METHODS[name].scores,
+            "yes" if METHODS[name].needs_cls() else "no",
+            ", ".join(PLACES[place] for place in METHODS[name].prunes) or "nowhere",
+            METHODS[name].paper or "-",
+        )
+        for name in names
+    ]
+
+
 def build(name: str, **options: Any) -> Method:
     """The method `name` with those of `options` that are parameters of it, such as the fields of a `VTCConfig`.
 
@@ -45,5 +61,7 @@ def build(name: str, **options: Any) -> Method:
     """
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    fields = {field.name for field in dataclasses.fields(METHODS[name])}
+    fields = METHODS[
+        name
+    ].__match_args__  # its fields; compilers trace through this, and not through dataclasses.fields
     return METHODS[name](**{option: value for option, value in options.items() if option in fields})

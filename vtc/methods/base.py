@@ -28,6 +28,8 @@ class Needs(NamedTuple):
         The pixels themselves.
     prompt : bool
         The attention of the last prompt token in the language-model layer before the one where tokens are dropped.
+    grid : bool
+        That all visual tokens are patches, in rows and columns: no register tokens among them.
     """
 
     rows: str | None = None
@@ -35,6 +37,7 @@ class Needs(NamedTuple):
     query: bool = False
     pixels: bool = False
     prompt: bool = False
+    grid: bool = False
 
 
 class Tower(NamedTuple):
@@ -43,9 +46,9 @@ class Tower(NamedTuple):
     Attributes
     ----------
     hidden : Tensor[B, 1 + N, C]
-        Output of the feature layer, [CLS] first.
+        Output of the feature layer, [CLS] first; [B, N, C] if not `cls`.
     grid : tuple of int
-        Rows and columns of patches, N in all.
+        Rows and columns of patches, N in all if there are no register tokens.
     rows : Tensor[L, B, H, N], float32
         The [CLS] token's probabilities for the patches in the scored layers, head by head; or their mean, H = 1.
     keys : Tensor[B, H, 1 + N, D]
@@ -53,6 +56,8 @@ class Tower(NamedTuple):
     query : Tensor[B, H, D]
         The [CLS] token's query in that layer.
     pixel_values : Tensor[B, 3, height, width]
+    cls : bool
+        Whether `hidden` begins with a [CLS] token.
     """
 
     hidden: Tensor
@@ -61,6 +66,12 @@ class Tower(NamedTuple):
     keys: Tensor | None = None
     query: Tensor | None = None
     pixel_values: Tensor | None = None
+    cls: bool = True
+
+    @property
+    def patches(self) -> Tensor:
+        """`hidden` without the [CLS] token, `[B, N, C]`."""
+        return self.hidden[:, 1:] if self.cls else self.hidden
 
 
 class Tokens(NamedTuple):
@@ -91,7 +102,8 @@ class Method:
 
     Class attributes: `name` is the registry's, `scores` says in a few words what it ranks by, `paper` where it is from,
     `needs` what it asks of the models, `prunes` the places where it can drop tokens ("tower": before the projector,
-    "language": after a layer of the language model), `adaptive` whether images can end up with different counts.
+    "language": after a layer of the language model), `adaptive` whether images can end up with different counts,
+    `operations` those of `vtc.ops` that it runs, `chooses` whether its tokens stand for patches that it has chosen.
     """
 
     name: ClassVar[str]
@@ -100,6 +112,8 @@ class Method:
     needs: ClassVar[Needs] = Needs()
     prunes: ClassVar[tuple[str, ...]] = ("tower",)
     adaptive: ClassVar[bool] = False
+    operations: ClassVar[tuple[str, ...]] = ("topk", "compact")
+    chooses: ClassVar[bool] = True
 
     backend: str = "auto"
 
@@ -108,8 +122,19 @@ class Method:
         """Whether the vision tower must have a [CLS] token."""
         return cls.needs.rows is not None or cls.needs.query
 
+    @classmethod
+    def copies(cls) -> bool:
+        """Whether its tokens are the patches of the largest scores, unchanged: it works across tiles and frames."""
+        return cls.select is not Method.select and cls.compress is Method.compress
+
     def capacity(self, num_tokens: int, keep: int) -> int:
-        """R of `compress`: the rows of an image of `num_tokens` patches, the most there can be if it is adaptive."""
+        """R of `compress`: the rows of an image of `num_tokens` patches, the most there can be if it is adaptive.
+
+        Raises
+        ------
+        ValueError
+            If `keep` is too small for the method.
+        """
         return keep
 
     def select(self, tower: Tower, keep: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +150,7 @@ class Method:
             If `tower` lacks what the method needs, or `keep` is too small for it.
         """
         indices, scores = self.select(tower, keep)
-        return Tokens(ops.compact(tower.hidden[:, 1:], indices, backend=self.backend), None, indices, scores)
+        return Tokens(ops.compact(tower.patches, indices, backend=self.backend), None, indices, scores)
 
     def needed(self, tower: Tower, what: str) -> Tensor:
         """A field of `tower`, or a ValueError that says who needs it."""

@@ -29,6 +29,8 @@ class FastV(Method):
     paper: ClassVar[str] = "arXiv 2403.06764"
     needs: ClassVar[Needs] = Needs(prompt=True)
     prunes: ClassVar[tuple[str, ...]] = ("language",)
+    operations: ClassVar[tuple[str, ...]] = ("row_scores", "compact")
+    chooses: ClassVar[bool] = False
 
     def keep_prompt(self, scores: Tensor, is_image: Tensor, keep: int | Tensor) -> Tensor:
         """Which tokens of the prompts stay.

@@ -16,9 +16,11 @@ class Nothing(Method):
     scores: ClassVar[str] = "nothing: all stay"
     paper: ClassVar[str] = ""
     prunes: ClassVar[tuple[str, ...]] = ()
+    operations: ClassVar[tuple[str, ...]] = ()
+    chooses: ClassVar[bool] = False
 
     def capacity(self, num_tokens: int, keep: int) -> int:
         return num_tokens
 
     def compress(self, tower: Tower, keep: int) -> Tokens:
-        return Tokens(tower.hidden[:, 1:])
+        return Tokens(tower.patches)

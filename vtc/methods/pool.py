@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from vtc.methods.base import Method, Tokens, Tower
+from vtc.methods.base import Method, Needs, Tokens, Tower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +21,15 @@ class Pool(Method):
     name: ClassVar[str] = "pool"
     scores: ClassVar[str] = "nothing: the grid is averaged"
     paper: ClassVar[str] = ""
+    needs: ClassVar[Needs] = Needs(grid=True)
+    operations: ClassVar[tuple[str, ...]] = ()
+    chooses: ClassVar[bool] = False
 
     def capacity(self, num_tokens: int, keep: int) -> int:
         return math.isqrt(keep) ** 2
 
     def compress(self, tower: Tower, keep: int) -> Tokens:
-        grid = tower.hidden[:, 1:].mT.unflatten(2, tower.grid)  # [B, C, rows, columns]
+        grid = tower.patches.mT.unflatten(2, tower.grid)  # [B, C, rows, columns]
         side = math.isqrt(keep)
         # Contiguous, or PyTorch's choice of a memory format, and with it the order of sums, would depend on B.
         pooled = torch.nn.functional.adaptive_avg_pool2d(grid.float().contiguous(), side).to(grid.dtype)

@@ -39,6 +39,7 @@ class PruMerge(Method):
     paper: ClassVar[str] = "arXiv 2403.15388"
     needs: ClassVar[Needs] = Needs(keys="last", query=True)
     adaptive: ClassVar[bool] = True
+    operations: ClassVar[tuple[str, ...]] = ("row_scores", "topk", "merge")
 
     adaptive_count: bool = True
     neighbors: int = 32

@@ -30,7 +30,7 @@ class Random(Method):
     seed: int = 0
 
     def select(self, tower: Tower, keep: int) -> tuple[Tensor, Tensor]:
-        scores = random_scores(self.needed(tower, "pixel_values"), tower.hidden.shape[1] - 1, self.seed)
+        scores = random_scores(self.needed(tower, "pixel_values"), tower.patches.shape[1], self.seed)
         return ops.topk(scores, keep, backend=self.backend), scores
 
 

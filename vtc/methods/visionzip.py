@@ -36,11 +36,15 @@ class VisionZip(Method):
     scores: ClassVar[str] = "[CLS] attention, the feature layer; similar keys merge"
     paper: ClassVar[str] = "arXiv 2412.04467"
     needs: ClassVar[Needs] = Needs(rows="feature", keys="feature")
+    operations: ClassVar[tuple[str, ...]] = ("topk", "compact", "merge")
 
     contextual: int | None = None
 
-    def compress(self, tower: Tower, keep: int) -> Tokens:
-        rows, keys = self.needed(tower, "rows"), self.needed(tower, "keys")
+    def capacity(self, num_tokens: int, keep: int) -> int:
+        return sum(self._split(keep))
+
+    def _split(self, keep: int) -> tuple[int, int]:
+        """D and C."""
         contextual = 10 * keep // 64 if self.contextual is None else self.contextual
         dominant = keep - contextual
         if dominant < 2 or contextual < 0:
@@ -48,6 +52,11 @@ class VisionZip(Method):
                 f"visionzip keeps [CLS], a patch at least, and {contextual} contextual tokens, got keep={keep}; use "
                 "keep=2 or more, and contextual from 0 to keep - 2"
             )
+        return dominant, contextual
+
+    def compress(self, tower: Tower, keep: int) -> Tokens:
+        rows, keys = self.needed(tower, "rows"), self.needed(tower, "keys")
+        dominant, contextual = self._split(keep)
         scores = torch.empty(rows[0, :, 0].shape, dtype=torch.float32, device=rows.device)
         patches = ops.topk(rows, dominant - 1, total=scores, backend=self.backend)
         kept = torch.nn.functional.pad(patches + 1, (1, 0))  # [B, D], [CLS] is 0

@@ -102,17 +102,13 @@ Stock transformers loads it:
 
 The 95 % confidence half-width is at most {half:.1f} points for an "all" figure and {half_family:.1f} for a family's.
 
-**This checkpoint is undertrained.** The vision tower learnt its part; the language stage was stopped long before it had
-learnt to answer. It is below what it is meant to reach (90 % with all tokens), and with few tokens it often runs on
-after its answer ("circle , a"), which counts as wrong. Until it is trained further
-(`python -m vtc.tiny.train --start vtc/tiny/checkpoint --out DIR`, with phases added to the recipe), its figures say
-nothing about how good a selection method is.
-
 ## Recipe
 
-`python -m vtc.tiny.train --out DIR`, seed {seed}, {minutes:.0f} minutes on 2 CPU cores, torch {torch}. AdamW, one
-learning-rate cycle a phase; every batch is new scenes of the split "train". The vision tower learns by image-caption
-contrast and is frozen afterwards; all visual tokens are present throughout.
+`python -m vtc.tiny.train --out DIR`, seed {seed}, {minutes:.0f} minutes on a CPU, torch {torch}. Muon for weight
+matrices and AdamW, at half the learning rate, for the rest; one learning-rate cycle a phase; every batch is new scenes
+of the split "train". The vision tower learns by image-caption contrast and is frozen afterwards. All visual tokens of a
+picture are present throughout. Where pictures differ in size, smaller ones come in larger batches; where they differ in
+shape, too, every third batch is whole canvases.
 
 | stage | pixels | steps | batch | peak learning rate |
 |---|---|---|---|---|
@@ -132,8 +128,9 @@ def markdown(table: dict[str, dict[str, float]]) -> str:
 
 def recipe_row(phase: dict[str, Any]) -> str:
     """One phase of `training.json` as a row of the card."""
-    stage = phase["stage"] + " + captions" * phase["captions"]
-    return f"| {stage} | {phase['size']} | {phase['steps']} | {phase['batch']} | {phase['lr']} |"
+    pixels = {"": "", "sizes": "112 to ", "shapes": "70 x 70 to "}[phase["mixed"]] + str(phase["size"])
+    steps = f"{phase['steps']}, of a cycle of {phase['cycle']}" if phase["cycle"] else phase["steps"]
+    return f"| {phase['stage']} | {pixels} | {steps} | {phase['batch']} | {phase['lr']} |"
 
 
 def card(table: dict[str, dict[str, float]], count: int, split: str, training: dict[str, Any], parameters: int) -> str:

@@ -94,6 +94,9 @@ class Scene:
         Which scene of the split; any non-negative number.
     size : int or (int, int)
         Side of the picture in pixels, or its width and height, 70 to 336; smaller pictures show fewer objects.
+    zoom : float
+        How much larger than usual everything appears, at least 1: a close-up has less background. Objects keep the
+        coordinates and sizes they have without it.
 
     Raises
     ------
@@ -101,7 +104,7 @@ class Scene:
         For an unknown split, a negative index, or a size out of range.
     """
 
-    def __init__(self, split: str, index: int, size: int | tuple[int, int] = CANVAS) -> None:
+    def __init__(self, split: str, index: int, size: int | tuple[int, int] = CANVAS, zoom: float = 1.0) -> None:
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
         if index < 0:
@@ -110,27 +113,33 @@ class Scene:
         self.width, self.height = (size, size) if isinstance(size, int) else size
         if not 70 <= min(self.width, self.height) <= max(self.width, self.height) <= CANVAS:
             raise ValueError(f"size is {size}; it must be from 70 to {CANVAS} pixels")
+        self.zoom = zoom
+        self._shown = round(self.width / zoom), round(self.height / zoom)  # pixels before the zoom
+        if zoom < 1 or min(self._shown) < 70:
+            raise ValueError(f"zoom is {zoom}; it must be at least 1 and leave 70 of {size} pixels")
         rng = self._rng(0)
-        if self.width == self.height:
+        if self.width == self.height and zoom == 1:
             most = min(self.width // 56, MAX_OBJECTS)
         else:
-            most = min(max(1, self.width * self.height // 56**2), MAX_OBJECTS)
-        self.objects = _place(rng, int(rng.integers(1, most + 1)), self.width, self.height)
+            most = min(max(1, self._shown[0] * self._shown[1] // 56**2), MAX_OBJECTS)
+        self.objects = _place(rng, int(rng.integers(1, most + 1)), *self._shown)
         rooms = ((CANVAS - side) // PATCH for side in (self.width, self.height))
         self.origin = tuple(int(rng.integers(room + 1)) * PATCH for room in rooms)  # x, y
 
     def _rng(self, purpose: int) -> np.random.Generator:
         """Independent randomness for layout, picture and questions."""
-        sides = [self.width] if self.width == self.height else [self.width, self.height]
-        return np.random.default_rng([SPLITS.index(self.split), self.index, *sides, purpose])
+        form = [self.width] if self.width == self.height else [self.width, self.height]
+        form += [] if self.zoom == 1 else [round(1000 * self.zoom)]
+        return np.random.default_rng([SPLITS.index(self.split), self.index, *form, purpose])
 
     @cached_property
     def image(self) -> Image.Image:
         """The picture, RGB, `width` x `height`."""
         rng = self._rng(1)
-        image = _background(rng, max(self.width, self.height)).crop((0, 0, self.width, self.height))
+        image = _background(rng, max(self._shown)).crop((0, 0, *self._shown))
         for thing in self.objects:
             _draw(image, thing, rng)
+        image = image.resize((self.width, self.height), Image.Resampling.BICUBIC)
         grain = rng.normal(0, rng.uniform(2, 7), (self.height, self.width, 1)).astype(np.float32)
         return Image.fromarray((np.asarray(image, np.float32) + grain).clip(0, 255).astype(np.uint8))
 
@@ -139,7 +148,8 @@ class Scene:
         """Everything true of the scene that `PHRASES` can say; the caption is these phrases."""
         said = [f"{NUMBERS[len(self.objects) - 1]} object" + "s" * (len(self.objects) > 1)]
         for thing in self.objects:
-            row, column = int(3 * (self.origin[1] + thing.y) / CANVAS), int(3 * (self.origin[0] + thing.x) / CANVAS)
+            at = (start + self.zoom * place for start, place in zip(self.origin, (thing.x, thing.y), strict=True))
+            column, row = (int(3 * place / CANVAS) for place in at)
             said += [
                 f"a {thing.shape}",
                 f"{_a(thing.colour)} {thing.shape}",

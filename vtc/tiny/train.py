@@ -15,9 +15,9 @@ caption follows the picture directly and the questions are LLaVA's conversation,
 
 All visual tokens are always present. Pictures grow from phase to phase (70 to 336 pixels), because small ones show more
 objects per token; a small one is a window on the canvas and uses that window's position embeddings. The last phases mix
-sizes, then also shapes: where something is and how much there is must be read from the features, not from how many
-visual tokens there are or how long their lines are. Every batch is drawn from its own seed, so a run can be interrupted
-and resumed, and two runs on one machine agree.
+sizes, then shapes and close-ups: where something is and how much there is must be read from the features, not from how
+many visual tokens there are, how long their lines are, or how many of them show background. Every batch is drawn from
+its own seed, so a run can be interrupted and resumed, and two runs on one machine agree.
 
 Weight matrices between layers learn with Muon (arXiv 2502.16982), everything else with AdamW: after 400 steps at 70
 pixels the share of true phrases found was 0.92, against 0.63 with AdamW alone.
@@ -69,18 +69,22 @@ class Phase:
     batch: int
     lr: float  # the peak
     draws: int = 2  # in the language stages: rounds of questions about each scene
-    mixed: str = ""  # "sizes" | "shapes": batches take turns with smaller, therefore more pictures
+    mixed: str = ""  # "sizes" | "shapes" | "close-ups": batches take turns with other pictures; small ones are more
     cycle: int | None = None  # steps of the learning-rate cycle, for a phase that ends before it
+    counting: float = 1.0  # weight of the answer to "how many": it is asked once a picture, other things many times
 
-    def shape_of(self, step: int) -> tuple[int, tuple[int, int]]:
-        """How many pictures batch `step` has, and their width and height in pixels."""
+    def shape_of(self, step: int) -> tuple[int, tuple[int, int], float]:
+        """How many pictures batch `step` has, their width and height in pixels, and their zoom."""
         width = height = self.size
+        zoom = 1.0
         if self.mixed == "sizes":
             width = height = MIXED_SIZES[step % len(MIXED_SIZES)]
-        elif self.mixed == "shapes" and step % 3:
+        elif self.mixed == "close-ups" and step % 3 == 1:
+            zoom = (1.5, 2.0)[step % 2]
+        elif self.mixed and step % 3:
             sides = np.random.default_rng(step).integers(70 // PATCH, self.size // PATCH + 1, 2)
             width, height = (int(side) * PATCH for side in sides)
-        return int(self.batch * self.size / (width * height) ** 0.5), (width, height)
+        return int(self.batch * self.size / (width * height) ** 0.5), (width, height), zoom
 
 
 MIXED_SIZES = (112, 168, 224, 280, CANVAS)
@@ -93,7 +97,9 @@ RECIPE = (
     Phase("projector", 112, 60, 32, 1e-3),
     Phase("language", 112, 700, 32, 1e-3),
     Phase("language", 336, 400, 10, 1e-3, draws=3, mixed="sizes", cycle=1000),
-    Phase("language", 336, 1100, 10, 1e-3, draws=3, mixed="shapes"),
+    Phase("language", 336, 600, 10, 1e-3, draws=3, mixed="shapes", cycle=1100),
+    Phase("language", 336, 200, 10, 7e-4, draws=3, mixed="close-ups", cycle=450),
+    Phase("language", 336, 300, 10, 6e-4, draws=3, mixed="close-ups", counting=5.0),
 )
 QUICK = tuple(replace(phase, steps=2, batch=2) for phase in RECIPE)  # exercises every line, learns nothing
 
@@ -268,8 +274,8 @@ class Scenes(Dataset):
         return self.phase.steps
 
     def __getitem__(self, step: int) -> Batch:
-        start, (count, size) = self.first + step * self.phase.batch, self.phase.shape_of(step)
-        scenes = [Scene("train", start + i, size) for i in range(count)]
+        start, (count, size, zoom) = self.first + step * self.phase.batch, self.phase.shape_of(step)
+        scenes = [Scene("train", start + i, size, zoom) for i in range(count)]
         pixels = torch.zeros(0)
         if self.phase.stage != "text":
             stacked = np.stack([np.asarray(scene.image, np.float32) for scene in scenes])
@@ -302,18 +308,19 @@ class Scenes(Dataset):
         tokens = [SPECIAL.index("<s>"), *ids("USER:"), *shown]
         segments, targets, weights = [0] * len(tokens), [0] * len(tokens), [0.0] * len(tokens)
         asked = [question for draw in range(self.phase.draws) for question in scene.ask(draw)]
-        said = [(f"{q.text} ASSISTANT:", q.answer) for q in dict.fromkeys(asked)]
+        weight = {"counting": self.phase.counting}
+        said = [(f"{q.text} ASSISTANT:", q.answer, weight.get(q.family, 1.0)) for q in dict.fromkeys(asked)]
         if self.phase.stage == "projector":
             said = []
         if self.phase.stage != "text":
-            said.append((scene.caption, ""))
-        for number, (before, answer) in enumerate(said, start=1):
+            said.append((scene.caption, "", 1.0))
+        for number, (before, answer, counts) in enumerate(said, start=1):
             asking, reply = ids(before), [*ids(answer), SPECIAL.index("</s>")]
             tokens += asking + reply
             segments += [number] * (len(asking) + len(reply))
             # A position's target is the token after it.
             targets += [*asking[1:], *reply, 0]
-            weights += [WORD_WEIGHT] * (len(asking) - 1) + [1.0] * len(reply) + [0.0]
+            weights += [WORD_WEIGHT] * (len(asking) - 1) + [counts] * len(reply) + [0.0]
         return torch.tensor(tokens), torch.tensor(segments), torch.tensor(targets), torch.tensor(weights)
 
 
@@ -356,7 +363,7 @@ def language_loss(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[T
     targets, weights = batch.targets[learnt], batch.weights[learnt]
     logits = model.lm_head(hidden[learnt]).float()
     loss = (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / weights.sum()
-    right = (logits.argmax(-1) == targets)[weights == 1].float().mean().item()
+    right = (logits.argmax(-1) == targets)[weights >= 1].float().mean().item()
     return loss, right
 
 
