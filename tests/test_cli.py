@@ -168,7 +168,7 @@ def test_run_with_each_method(model_dir, picture, method):
 
 def test_methods_is_the_registry():
     found = json.loads(succeed("methods", "--json").stdout)["methods"]
-    assert [row["name"] for row in found] == list(config.METHODS)
+    assert [row["name"] for row in found] == [*config.METHODS, *config.PROMPT_METHODS]
     for row in found:
         about = METHODS[row["name"]]
         assert row == {

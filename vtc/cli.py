@@ -169,11 +169,12 @@ def demo(
 def methods(as_json: AsJson = False) -> None:
     """List the methods of compression: what each scores and needs, where it drops tokens, its paper."""
     with _errors():
-        from vtc.config import METHODS
+        from vtc.config import METHODS, PROMPT_METHODS
         from vtc.methods import METHODS as REGISTRY
         from vtc.methods import table
 
-        about = [REGISTRY[name] for name in METHODS]
+        names = (*METHODS, *PROMPT_METHODS)
+        about = [REGISTRY[name] for name in names]
         if as_json:
             _print_json(
                 {
@@ -191,7 +192,7 @@ def methods(as_json: AsJson = False) -> None:
                 }
             )
             return
-        _print_table("methods", ("name", "scores", "needs [CLS]", "prunes", "paper"), table(METHODS))
+        _print_table("methods", ("name", "scores", "needs [CLS]", "prunes", "paper"), table(names))
 
 
 @app.command()
