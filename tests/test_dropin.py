@@ -115,7 +115,9 @@ def test_chat_template(question):
     with torch.no_grad():
         features = model.get_image_features(call["pixel_values"]).pooler_output[0][kept]
         embeds = golden.splice_features(model, call["input_ids"][0].tolist(), [(before, features)])
-    assert out[0, call["input_ids"].shape[1] :].tolist() == golden.decode(model, embeds, 3)[0]
+    answer = out[0, call["input_ids"].shape[1] :].tolist()  # ends after </s>, the golden one goes on
+    assert answer == golden.decode(model, embeds, 3)[0][: len(answer)]
+    assert len(answer) == 3 or answer[-1] == model.generation_config.eos_token_id
 
 
 def test_pipeline(question):

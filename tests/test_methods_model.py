@@ -432,7 +432,7 @@ def test_merging_across_tiles_and_frames_is_explained(built, family, method):
         ({}, {"method": "prumerge+", "keep": 1}, "got keep=1; use 2 or more"),
         ({}, {"method": "prumerge", "adaptive_count": False, "keep": 1}, "got keep=1; use 2 or more"),
         ({}, {"method": "pool", "keep": TOKENS + 1}, f"only {TOKENS} visual tokens"),
-        ({}, {"method": "tome"}, "method must be one of 'vtc-cls', .*'none', got 'tome'"),
+        ({}, {"method": "tome"}, "method must be one of 'vtc-cls', .*'none', 'fastv', got 'tome'"),
     ],
 )
 def test_configure_refuses(built, build, settings, says):

@@ -435,6 +435,18 @@ def test_text_alone_is_the_stock_model(model, stock):
     assert torch.equal(torch.stack(out.logits), torch.stack(expected.logits))
 
 
+@torch.no_grad()
+def test_a_hook_half_put_there_leaves_other_calls_alone(model):
+    """Torch notes that a hook takes keyword arguments after the hook itself; another thread may run in between."""
+    language_model = model.model.language_model
+    embeds = torch.randn(1, 5, language_model.config.hidden_size)
+    expected = language_model(inputs_embeds=embeds).last_hidden_state
+    with prune._hooked(language_model.layers, object()):
+        for layer in language_model.layers:
+            layer._forward_pre_hooks_with_kwargs.clear()
+        assert torch.equal(language_model(inputs_embeds=embeds).last_hidden_state, expected)
+
+
 def test_threads_prune_one_model_in_their_own_ways(model):
     call = inputs(prompts("left_padded"))
     alone, together = {}, {}

@@ -187,8 +187,9 @@ def _hooked(layers: Any, owner: _Prefill | _Decode) -> Iterator[None]:
     """While the block runs, `owner.before` is asked for each layer's input in the call that carries `owner`."""
 
     def make(number: int) -> Callable[..., Any]:
-        def hook(layer: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
-            if arguments.get(ARGUMENT) is not owner:
+        def hook(layer: Any, args: tuple[Any, ...], arguments: dict[str, Any] | None = None) -> Any:
+            # None: another thread's call has met this hook while it was being put there or removed.
+            if arguments is None or arguments.get(ARGUMENT) is not owner:
                 return None
             arguments = {name: value for name, value in arguments.items() if name != ARGUMENT}
             hidden, *rest = args
