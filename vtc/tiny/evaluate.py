@@ -113,6 +113,8 @@ matrices and AdamW, at half the learning rate, for the rest; one learning-rate c
 of the split "train". The vision tower learns by image-caption contrast and is frozen afterwards. All visual tokens of a
 picture are present throughout. Where pictures differ in size, smaller ones come in larger batches; where they differ in
 shape, too, every third batch is whole canvases; of those with close-ups, another third is zoomed by 1.5 or 2.
+The last three phases were added while training went on, after looking at validation questions with all tokens and with
+64, by [CLS] attention and at random.
 
 | stage | pixels | steps | batch | peak learning rate |
 |---|---|---|---|---|
