@@ -114,7 +114,7 @@ of the split "train". The vision tower learns by image-caption contrast and is f
 picture are present throughout. Where pictures differ in size, smaller ones come in larger batches; where they differ in
 shape, too, every third batch is whole canvases; of those with close-ups, another third is zoomed by 1.5 or 2.
 The last three phases were added while training went on, after looking at validation questions with all tokens and with
-64, by [CLS] attention and at random.
+64, by [CLS] attention and at random; in the last one the answer to "how many" weighs five times as much as others.
 
 | stage | pixels | steps | batch | peak learning rate |
 |---|---|---|---|---|

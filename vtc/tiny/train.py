@@ -19,8 +19,8 @@ sizes, then shapes and close-ups: where something is and how much there is must 
 many visual tokens there are, how long their lines are, or how many of them show background. Every batch is drawn from
 its own seed, so a run can be interrupted and resumed, and two runs on one machine agree.
 
-Weight matrices between layers learn with Muon (arXiv 2502.16982), everything else with AdamW: after 400 steps at 70
-pixels the share of true phrases found was 0.92, against 0.63 with AdamW alone.
+Weight matrices between layers learn with Muon (arXiv 2502.16982), which takes far fewer steps here; everything else
+with AdamW.
 """
 
 from __future__ import annotations
