@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from bench import checkout, compare, e2e, gpu, kernels, micro, plots, quality, record
-from vtc.config import METHODS
+from bench import checkout, compare, e2e, gpu, kernels, micro, plots, record
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,8 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("revision", help="compared with the working tree")
     add = commands.add_parser("quality", help="accuracy of the bundled model, method by method, token by token")
     add.add_argument("--questions", type=int, default=1000)
-    add.add_argument("--method", nargs="+", default=METHODS, metavar="NAME", help="default: all")
-    add.add_argument("--keep", type=int, nargs="+", default=quality.KEEPS, metavar="K", help="default: 288 to 16")
+    add.add_argument("--method", nargs="+", metavar="NAME", help="default: all")
+    add.add_argument("--keep", type=int, nargs="+", metavar="K", help="default: 288 to 16")
     add.add_argument("--split", choices=("val", "test"), default="test")
     add.add_argument("--sweep", action="store_true", help="also every number of layers and every ensemble of vtc-cls")
     add.add_argument("--out", type=Path, help="folder for the records, JSON lines, and the plot")
@@ -124,12 +123,14 @@ def _put(made: str, page: Path, name: str) -> None:
 
 
 def _quality(chosen: Any, rest: list[str]) -> int:
+    from bench import quality  # not above: `compare` runs this file with a vtc that may lack what quality needs
+
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
     records = quality.run(
         chosen.questions,
-        chosen.keep,
-        chosen.method,
+        chosen.keep or quality.KEEPS,
+        chosen.method or quality.METHODS,
         chosen.out and chosen.out / "quality.jsonl",
         sweep=chosen.sweep,
         split=chosen.split,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench.quality import Quality
 from bench.record import Record
+
+if TYPE_CHECKING:
+    from bench.quality import Quality
 
 THEMES = {"light": "default", "dark": "dark_background"}
 
@@ -42,7 +44,7 @@ def draw(records: list[Record], stem: Path) -> list[Path]:
 
 
 def draw_quality(records: list[Quality], stem: Path) -> list[Path]:
-    """Write `<stem>-light.svg` and `<stem>-dark.svg`: accuracy over visual tokens, a line per method, 95 % intervals.
+    """Write `<stem>-light.svg` and `<stem>-dark.svg`: accuracy over the tokens left, a line per method, 95 % intervals.
 
     The first record is that of all tokens, a line across.
 
@@ -51,23 +53,23 @@ def draw_quality(records: list[Quality], stem: Path) -> list[Path]:
     ValueError
         If matplotlib is missing.
     """
-    full, plain = records[0], [r for r in records[1:] if not r.options]
-    keeps = sorted({r.keep for r in plain})
+    full, compared = records[0], [r for r in records[1:] if not r.swept]
+    keeps = sorted({r.keep for r in compared})
 
     def paint(pyplot: Any) -> None:
         figure, panel = pyplot.subplots(figsize=(6.4, 4.2))
         panel.axhline(100 * full.accuracy[0], color="gray", linestyle="--", linewidth=1, label=full.name)
-        for number, method in enumerate(dict.fromkeys(r.method for r in plain)):
-            mine = sorted((r for r in plain if r.method == method), key=lambda r: r.keep)
+        for number, name in enumerate(dict.fromkeys(r.name for r in compared)):
+            mine = sorted((r for r in compared if r.name == name), key=lambda r: r.tokens)
             shares, lows, highs = zip(*(r.accuracy for r in mine), strict=True)
             errors = [
                 [100 * (s - low) for s, low in zip(shares, lows, strict=True)],
                 [100 * (high - s) for s, high in zip(shares, highs, strict=True)],
             ]
-            x = [r.keep for r in mine]
+            x = [r.tokens for r in mine]
             panel.errorbar(
                 x, [100 * s for s in shares], yerr=errors, marker="o", markersize=4, capsize=2, color=f"C{number}",
-                label=method,
+                label=name,
             )  # fmt: skip
         panel.set(xlabel="visual tokens", ylabel="right answers, %", xscale="log", xticks=keeps, xticklabels=keeps)
         panel.set_title(f"Bundled model, {full.questions} held-out questions")

@@ -5,22 +5,23 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import vtc
 from bench import record, table
 from vtc import tiny
-from vtc.config import METHODS
-from vtc.tiny.evaluate import answer
+from vtc.config import METHODS, PRUNE_LAYER
+from vtc.tiny.evaluate import Answers, answer, batches
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 
+FULL = 576
 KEEPS = (288, 192, 128, 64, 32, 16)
 BASELINE = "vtc-cls"  # what every other method is compared with, on the same questions
+INSIDE = {"prune_layer": PRUNE_LAYER}  # the baseline runs a second time inside the language model, where fastv does
+ITS_OWN = ("prumerge",)  # keeps as many as it finds, whatever is asked, and so runs once
 SWEEP_KEEP = 64
 Share = tuple[float, float, float]  # a share and its 95 % interval
 
@@ -35,7 +36,8 @@ class Quality:
 
     method: str  # "all tokens" for the model without compression
     options: dict[str, Any]  # of `VTCConfig`, besides the method and keep
-    keep: int
+    keep: int  # asked for
+    tokens: float  # left of an image, on average
     questions: int
     split: str
     accuracy: Share
@@ -58,6 +60,11 @@ class Quality:
     def name(self) -> str:
         """The method with its options."""
         return " ".join([self.method, *(f"{name}={value}" for name, value in self.options.items())])
+
+    @property
+    def swept(self) -> bool:
+        """Whether it belongs to the sweep of the baseline's settings, and not to the comparison of methods."""
+        return bool(self.options) and self.options != INSIDE
 
 
 def wilson(count: int, total: int) -> Share:
@@ -97,7 +104,8 @@ def run(
     keeps : sequence of int
         Visual tokens per image.
     methods : sequence of str
-        Of `vtc.config.METHODS`. `BASELINE` is always run, for the paired differences.
+        Of `vtc.config.METHODS`. `BASELINE` is always run, for the paired differences; if it is named, inside the
+        language model, too.
     out : Path, optional
         The records go there, JSON lines; a file of that name is overwritten.
     sweep : bool
@@ -112,23 +120,27 @@ def run(
         raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     model, processor = tiny.load(attn_implementation="sdpa")
     asked = balanced_questions(split, count)
+    prepared = batches(model, processor, asked)
     told = provenance(count, split)
-    begun = time.perf_counter()
-    full = answer(model, processor, asked)
-    records = [_record(asked, full, None, None, told, begun, method="all tokens", options={}, keep=576)]
-    baseline: dict[int, list[str]] = {}
-    for name, options, keep in _settings(keeps, methods, sweep, model.config.vision_config.num_hidden_layers):
-        begun = time.perf_counter()
-        with vtc.compress(model, method=name, keep=keep, **options):
-            answers = answer(model, processor, asked)
-        if name == BASELINE and not options:
-            baseline[keep] = answers
-        against = None if baseline[keep] is answers else baseline[keep]
-        records.append(_record(asked, answers, full, against, told, begun, method=name, options=options, keep=keep))
-        say(f"{records[-1].name} {keep}: {percent(records[-1].accuracy)}")
+    records: list[Quality] = []
+
+    def keep_record(made: Quality) -> None:
+        records.append(made)
+        say(f"{made.name} {made.keep}: {percent(made.accuracy)}")
+        if out:  # one by one: what has been measured stays if the rest is cut short
+            record.append(out, [made])
+
     if out:
         out.unlink(missing_ok=True)
-        record.append(out, records)
+    full = answer(model, processor, prepared)
+    keep_record(_record(asked, full, None, None, told, method="all tokens", options={}, keep=FULL))
+    baseline: dict[int, Answers] = {}
+    for name, options, keep in _settings(keeps, methods, sweep, model.config.vision_config.num_hidden_layers):
+        said = answer(model, processor, prepared, method=name, keep=keep, **options)
+        against = baseline.get(keep)
+        if name == BASELINE and not options:
+            baseline[keep] = said
+        keep_record(_record(asked, said, full, against, told, method=name, options=options, keep=keep))
     return records
 
 
@@ -137,7 +149,12 @@ def _settings(
 ) -> list[tuple[str, dict[str, Any], int]]:
     """Method, options and tokens of every run after the one with all tokens; the baseline's come first."""
     names = [BASELINE, *(name for name in methods if name not in (BASELINE, "none"))]
-    settings: list[tuple[str, dict[str, Any], int]] = [(name, {}, keep) for name in names for keep in keeps]
+    once = [SWEEP_KEEP] if SWEEP_KEEP in keeps else keeps[:1]
+    settings: list[tuple[str, dict[str, Any], int]] = [
+        (name, {}, keep) for name in names for keep in (once if name in ITS_OWN else keeps)
+    ]
+    if BASELINE in methods:
+        settings += [(BASELINE, INSIDE, keep) for keep in keeps]
     if sweep:
         if SWEEP_KEEP not in keeps:
             settings.insert(0, (BASELINE, {}, SWEEP_KEEP))
@@ -149,25 +166,25 @@ def _settings(
 
 def _record(
     asked: list[tuple[Scene, Question]],
-    answers: list[str],
-    full: list[str] | None,
-    against: list[str] | None,
+    said: Answers,
+    full: Answers | None,
+    against: Answers | None,
     told: dict[str, Any],
-    begun: float,
     **rest: Any,
 ) -> Quality:
-    def right(given: list[str]) -> list[bool]:
-        return [question.answer == text for (_, question), text in zip(asked, given, strict=True)]
+    def right(answers: Answers) -> list[bool]:
+        return [question.answer == text for (_, question), text in zip(asked, answers.texts, strict=True)]
 
-    mine = right(answers)
+    mine = right(said)
     by_family = {f: [ok for ok, (_, q) in zip(mine, asked, strict=True) if q.family == f] for f in FAMILIES}
-    agreed = None if full is None else sum(a == b for a, b in zip(answers, full, strict=True))
+    agreed = None if full is None else sum(a == b for a, b in zip(said.texts, full.texts, strict=True))
     return Quality(
+        tokens=round(FULL if said.tokens is None else said.tokens, 1),
         accuracy=wilson(sum(mine), len(mine)),
         families={family: wilson(sum(oks), len(oks)) for family, oks in by_family.items() if oks},
         agreement=None if agreed is None else wilson(agreed, len(asked)),
         difference=None if against is None else paired(mine, right(against)),
-        seconds=round(time.perf_counter() - begun, 1),
+        seconds=round(said.seconds, 1),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **told,
         **rest,
@@ -195,32 +212,46 @@ def percent(share: Share) -> str:
 def tables(records: list[Quality]) -> str:
     """Accuracy by method and tokens; families and paired differences at `SWEEP_KEEP` tokens; the sweep. Markdown."""
     full, rest = records[0], records[1:]
-    plain = [r for r in rest if not r.options]
-    keeps = list(dict.fromkeys(r.keep for r in plain))
-    names = list(dict.fromkeys(r.name for r in plain))
-    cells = {(r.name, r.keep): percent(r.accuracy) for r in plain}
+    compared = [r for r in rest if not r.swept]
+    keeps = list(dict.fromkeys(r.keep for r in compared))
+    names = list(dict.fromkeys(r.name for r in compared))
+    cells = {(r.name, r.keep): percent(r.accuracy) + _tokens(r) for r in compared}
     rows = [[full.name, *[percent(full.accuracy)] * len(keeps)]]
     rows += [[name, *(cells.get((name, keep), "") for keep in keeps)] for name in names]
     parts = [table.markdown(["method", *(f"{keep} tokens" for keep in keeps)], rows)]
-    close = [full, *(r for r in rest if r.keep == SWEEP_KEEP)]
+    close = [full, *(r for r in compared if r.keep == SWEEP_KEEP)]
     if len(close) > 1:
-        columns = ["method", "all", *FAMILIES, "agreement with all tokens", f"less {BASELINE}, paired"]
-        shares = [(r.accuracy, *map(r.families.get, FAMILIES), r.agreement, r.difference) for r in close]
-        rows = [
-            [r.name, *(percent(share) if share else "" for share in row)] for r, row in zip(close, shares, strict=True)
-        ]
-        parts += [f"At {SWEEP_KEEP} tokens:", table.markdown(columns, rows), verdict(records)]
+        parts += [f"At {SWEEP_KEEP} tokens:", _families(close), verdict(close)]
+    if swept := [r for r in rest if r.swept]:
+        ours = [r for r in compared if r.name == BASELINE and r.keep == SWEEP_KEEP]
+        parts += [f"Settings of {BASELINE}, at {SWEEP_KEEP} tokens:", _families(ours + swept), verdict(swept)]
     return "\n\n".join(parts)
 
 
+def _tokens(r: Quality) -> str:
+    """How many tokens were left, if not as many as asked for."""
+    return "" if abs(r.tokens - r.keep) < 0.5 else f" ({r.tokens:.0f} tokens)"
+
+
+def _families(records: list[Quality]) -> str:
+    columns = ["method", "all", *FAMILIES, "agreement with all tokens", f"less {BASELINE}, paired"]
+    shares = [(r.accuracy, *map(r.families.get, FAMILIES), r.agreement, r.difference) for r in records]
+    rows = [
+        [r.name + _tokens(r), *(percent(share) if share else "" for share in row)]
+        for r, row in zip(records, shares, strict=True)
+    ]
+    return table.markdown(columns, rows)
+
+
 def verdict(records: list[Quality]) -> str:
-    """Which methods these questions can tell from the baseline at `SWEEP_KEEP` tokens, in a sentence."""
-    compared = [r for r in records if r.keep == SWEEP_KEEP and r.difference is not None]
+    """Which of the records these questions can tell from the baseline, in a sentence."""
     groups: dict[str, list[str]] = {"worse": [], "better": [], "not told apart": []}
-    for r in compared:
-        _, low, high = r.difference or (0.0, 0.0, 0.0)
+    for r in records:
+        if r.difference is None:
+            continue
+        _, low, high = r.difference
         groups["worse" if high < 0 else "better" if low > 0 else "not told apart"].append(r.name)
-    said = [f"{', '.join(names)}: {group}" for group, names in groups.items() if names]
+    said = [f"{group}: {', '.join(names)}" for group, names in groups.items() if names]
     return (
         f"Against {BASELINE} on the same questions (95 %, paired, each comparison on its own): " + "; ".join(said) + "."
     )

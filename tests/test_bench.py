@@ -14,8 +14,9 @@ from bench import __main__ as command
 from bench import checkout, compare, e2e, gpu, kernels, micro, plots, quality, record, table, timing, workloads
 from bench.workloads import WORKLOADS, WrongResult
 from vtc import ops
-from vtc.llava import is_on, settings
 from vtc.methods.vtc_cls import VTCCLS
+from vtc.tiny.evaluate import Answers
+from vtc.tiny.scenes import balanced_questions
 
 CPU = torch.device("cpu")
 MODEL = workloads.SMALL_MODELS[1]
@@ -372,32 +373,44 @@ def test_intervals_are_those_of_the_textbook():
 def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     """The model's part is played: it is right wherever enough tokens are kept, and random does worse."""
 
-    def play(model, processor, asked):
-        config = settings(model.model) if is_on(model) else None
-        share = {"vtc-cls": 0.8, "random": 0.2}[config.method] if config else 1.0
-        known = round(share * len(asked) * (0.5 if config and config.ensemble == "min" else 1))
-        return [question.answer if i < known else "?" for i, (_, question) in enumerate(asked)]
+    asked = balanced_questions("val", 50)
 
+    def play(model, processor, batches, method="", keep=0, ensemble="sum", **options):
+        share = {"vtc-cls": 0.8, "random": 0.2, "prumerge": 0.6, "": 1.0}[method]
+        known = round(share * 50 * (0.5 if ensemble == "min" else 1))
+        texts = [question.answer if i < known else "?" for i, (_, question) in enumerate(asked)]
+        return Answers(texts, {"": None, "prumerge": 29.3}.get(method, float(keep)), 1.0)
+
+    monkeypatch.setattr(quality, "batches", lambda model, processor, asked: [])
     monkeypatch.setattr(quality, "answer", play)
     said = []
     records = quality.run(
-        50, (64, 16), ("random",), tmp_path / "quality.jsonl", sweep=True, split="val", say=said.append
+        50,
+        (64, 16),
+        ("vtc-cls", "prumerge", "random"),
+        tmp_path / "quality.jsonl",
+        sweep=True,
+        split="val",
+        say=said.append,
     )
-    assert [(r.method, r.keep) for r in records[:5]] == [
-        ("all tokens", 576), ("vtc-cls", 64), ("vtc-cls", 16), ("random", 64), ("random", 16)
-    ]  # fmt: skip
-    full, ours, _, random = records[:4]
+    assert [(r.name, r.keep, r.tokens) for r in records[:8]] == [
+        *(("all tokens", 576, 576), ("vtc-cls", 64, 64), ("vtc-cls", 16, 16), ("prumerge", 64, 29.3)),
+        *(("random", 64, 64), ("random", 16, 16), ("vtc-cls prune_layer=2", 64, 64), ("vtc-cls prune_layer=2", 16, 16)),
+    ]
+    full, ours, _, _, random = records[:5]
     assert (full.accuracy[0], ours.accuracy[0], random.accuracy[0]) == (1.0, 0.8, 0.2)
     assert (full.agreement, ours.difference) == (None, None)
     assert random.agreement == quality.wilson(10, 50)
     assert random.difference == quality.paired([True] * 10 + [False] * 40, [True] * 40 + [False] * 10)
     assert {f for r in records for f in r.families} == {"existence", "attribute", "relation", "counting", "digit"}
-    swept = [next(iter(r.options.items())) for r in records[5:]]
+    swept = [next(iter(r.options.items())) for r in records[8:]]
     assert swept == [("ensemble_layers", n) for n in (1, 2, 4, 5)] + [("ensemble", e) for e in ("mean", "max", "min")]
     text = quality.tables(records)
     assert re.search(r"\| random +\| 20\.0 ± ", text)
-    assert "random, vtc-cls ensemble=min: worse" in text
-    assert "vtc-cls ensemble=max: not told apart" in text
+    assert re.search(r"\| prumerge +\| 60\.0 ± \d+\.\d \(29 tokens\) \| +\|", text)
+    methods, settings = re.findall(r"^Against vtc-cls .* own\): (.*)$", text, re.MULTILINE)
+    assert methods == "worse: prumerge, random; not told apart: vtc-cls prune_layer=2."
+    assert settings.startswith("worse: vtc-cls ensemble=min; not told apart: vtc-cls ensemble_layers=1, ")
     read = quality.read(tmp_path / "quality.jsonl")
     assert [(r.name, r.keep, r.accuracy[0]) for r in read] == [(r.name, r.keep, r.accuracy[0]) for r in records]
     light, dark = plots.draw_quality(read, tmp_path / "quality")

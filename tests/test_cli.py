@@ -119,6 +119,8 @@ print(sorted(heavy), file=sys.stderr)
         "--compare",
         "--max-new-tokens",
         "--ratio",
+        "--prune-layer",
+        "--kv",
     ):
         assert word in done.stdout
 
@@ -166,9 +168,29 @@ def test_run_with_each_method(model_dir, picture, method):
         assert run.tokens_after == (576 if method == "none" else 64)
 
 
+@pytest.mark.parametrize(
+    ("method", "layer", "kv"), [("fastv", 1, "compact"), ("vtc-cls", 2, "full"), ("fastv", None, "full")]
+)
+def test_run_inside_the_language_model(model_dir, picture, few_runs, method, layer, kv):
+    arguments = ["--method", method, "--kv", kv, *(("--prune-layer", layer) if layer else ())]
+    asked = ("run", picture, QUESTION, "--model", model_dir, "--max-new-tokens", 3, "--compare", "--json", *arguments)
+    found = json.loads(succeed(*asked).stdout)
+    layer = layer or 2
+    assert (found["method"], found["prune_layer"], found["compressed"]["visual_tokens"]) == (method, layer, 64)
+    model, processor = ask.load(model_dir, torch.device("cpu"), torch.float32)
+    inputs = processor(images=Image.open(picture), text=tiny.prompt(QUESTION), return_tensors="pt")
+    with vtc.compress(model, method=method, keep=64, prune_layer=layer, kv=kv):
+        out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert found["compressed"]["answer"] == answer
+    short = LAYERS if kv == "compact" else LAYERS - layer
+    dropped = found["uncompressed"]["kv_cache_bytes"] - found["compressed"]["kv_cache_bytes"]
+    assert dropped == 2 * short * WIDTH * BYTES * 512
+
+
 def test_methods_is_the_registry():
     found = json.loads(succeed("methods", "--json").stdout)["methods"]
-    assert [row["name"] for row in found] == [*config.METHODS, *config.PROMPT_METHODS]
+    assert [row["name"] for row in found] == list(config.METHODS)
     for row in found:
         about = METHODS[row["name"]]
         assert row == {
@@ -261,6 +283,17 @@ def test_unknown_words_are_named(model_dir, picture):
         (
             ("{picture}", QUESTION, "--method", "pool", "--overlay", "out.png"),
             ["'pool' chooses no patches", "'vtc-cls'"],
+        ),
+        (
+            ("{picture}", QUESTION, "--method", "fastv", "--prune-layer", 0),
+            ["fastv", "prune_layer=0", "use prune_layer=2"],
+        ),
+        (("{picture}", QUESTION, "--method", "random", "--prune-layer", 2), ["random", "prune_layer=2", "'fastv'"]),
+        (("{picture}", QUESTION, "--prune-layer", 4), ["prune_layer=4", "has 4; use 1 to 3"]),
+        (("{picture}", QUESTION, "--kv", "short"), ["kv", "'compact'", "'full'"]),
+        (
+            ("{picture}", QUESTION, "--method", "fastv", "--overlay", "out.png"),
+            ["'fastv' chooses inside the language model", "'vtc-cls'"],
         ),
         (("{picture}", QUESTION, "--overlay", "out.xyz"), ["out.xyz", ".png"]),
         (("{picture}", QUESTION, "--overlay", "no/such/dir/out.png"), ["directory no/such/dir", "create it"]),
@@ -405,9 +438,8 @@ def test_demo_measures_each_setting(model_dir, tmp_path, monkeypatch, few_runs):
     out = tmp_path / "demo.png"
     result = succeed("demo", "--questions", 6, "--out", out, "--json")
     found = json.loads(result.stdout)
-    assert used == [{"keep": keep, "method": "vtc-cls"} for keep in (192, 128, 64, 32)] + [
-        {"keep": 64, "method": "random"}
-    ]
+    expected = [("vtc-cls", 192), ("vtc-cls", 128), ("vtc-cls", 64), ("vtc-cls", 32), ("random", 64)]
+    assert used == [{"keep": keep, "method": name} for name, keep in expected for _ in ("one timed", "all asked")]
     assert [row["visual_tokens"] for row in found["rows"]] == [576, 192, 128, 64, 32, 64]
     assert found["questions"] == 6
     cache = [row["kv_cache_bytes"] for row in found["rows"]]
@@ -522,8 +554,7 @@ def test_demo_shows_one_question_of_each_family_and_a_disagreement():
 def test_bundled_model_answers_as_it_does_in_python(tmp_path):
     asked = balanced_questions("test", 5)
     model, processor = vtc.tiny.load()
-    with vtc.compress(model, keep=64):
-        expected = evaluate.answer(model, processor, asked, batch_size=1)
+    expected = evaluate.answer(model, processor, evaluate.batches(model, processor, asked, 1), keep=64).texts
     assert all(expected)
     for (scene, question), answer in zip(asked, expected, strict=True):
         scene.image.save(tmp_path / "scene.png")

@@ -31,7 +31,7 @@ def test_defaults():
         ({"ratio": float("nan")}, "0 < ratio <= 1, got nan"),
         ({"ratio": "0.5"}, "0 < ratio <= 1, got '0.5'"),
         ({"ratio": True}, "0 < ratio <= 1, got True"),
-        ({"method": "tome"}, "'vtc-cls', 'fastervlm', .*'random', 'pool', 'none', 'fastv', got 'tome'"),
+        ({"method": "tome"}, "'vtc-cls', 'fastervlm', .*'fastv', 'random', 'pool', 'none', got 'tome'"),
         ({"ensemble": "median"}, "'sum', 'mean', 'max', 'min', got 'median'"),
         ({"fused": 1}, "True, False or None .*got 1"),
         ({"ensemble_layers": 0}, "ensemble_layers.*at least 1, got 0"),

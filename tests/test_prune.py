@@ -520,7 +520,7 @@ def test_what_cannot_be_done_says_so(model, stock):
         ({"prune_layer": -1}, "prune_layer must be an integer of at least 0"),
         ({"prune_layer": True}, "prune_layer must be an integer"),
         ({"prune_layer": 2, "method": "random"}, "does not prune inside the language model"),
-        ({"method": "fastv"}, "use prune_layer=2"),
+        ({"method": "fastv", "prune_layer": 0}, "use prune_layer=2"),
         ({"kv": "short"}, "kv must be one of 'compact', 'full'"),
         ({"positions": "original"}, "'packed'"),
         ({"positions": "packed", "prune_layer": 1}, "'original'"),
@@ -530,6 +530,13 @@ def test_what_cannot_be_done_says_so(model, stock):
 def test_settings_that_do_not_go_together(options, message):
     with pytest.raises(ValueError, match=message):
         VTCConfig(**options)
+
+
+def test_where_a_method_prunes_by_default():
+    """A layer that was not asked for does not outlive its method."""
+    fastv = VTCConfig(method="fastv")
+    assert (VTCConfig().prune_after, fastv.prune_after, fastv.updated(method="vtc-cls").prune_after) == (0, 2, 0)
+    assert fastv.updated(prune_layer=3).updated(method="vtc-cls").prune_after == 3
 
 
 @pytest.mark.parametrize("layer", [LAYERS, LAYERS + 1])

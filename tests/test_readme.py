@@ -103,7 +103,7 @@ def test_every_command_is_run_somewhere() -> None:
 
 def test_methods_are_the_registry_s() -> None:
     rows = [("method", "what it scores", "needs [CLS]", "prunes", "paper"), ("---",) * 5]
-    for name, *about, paper in methods.table((*config.METHODS, *config.PROMPT_METHODS)):
+    for name, *about, paper in methods.table():
         link = (
             f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv ')})" if paper.startswith("arXiv") else paper
         )

@@ -132,6 +132,13 @@ def test_a_close_up_shows_the_same_things_larger() -> None:
         assert any(p.startswith(("a", "an")) and p.endswith(column) and first.colour in p for p in scene.phrases)
 
 
+def test_a_close_up_has_room_for_its_objects() -> None:
+    """79 x 79 pixels before the zoom: two objects never fit, and looking for room for them would never end."""
+    assert all(len(Scene("train", index, 112, 1.42).objects) == 1 for index in range(20))
+    crowded = [Scene("train", index, (112, 168), 1.0001) for index in range(40)]
+    assert {len(scene.objects) for scene in crowded} == {1, 2, 3, 4, 5}
+
+
 def test_deterministic_and_disjoint() -> None:
     for split in SPLITS:
         assert Scene(split, 3).image.tobytes() == Scene(split, 3).image.tobytes()

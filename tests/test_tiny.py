@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import vtc
 from vtc import tiny
 from vtc.tiny import train as recipe
-from vtc.tiny.evaluate import accuracy, answer, recipe_row
+from vtc.tiny.evaluate import accuracy, answer, batches, recipe_row
 from vtc.tiny.scenes import FAMILIES, Scene, balanced_questions
 
 CARD = tiny.CHECKPOINT / "README.md"
@@ -186,7 +186,10 @@ def test_accuracy_is_what_the_card_says(row: str, setting: dict | None) -> None:
     asked = balanced_questions("test", 100)
     if setting is not None:
         vtc.enable(model, **setting)
-    measured, claimed = accuracy(asked, answer(model, processor, asked))["all"], card_figure(row)["all"]
+    measured, claimed = (
+        accuracy(asked, answer(model, processor, batches(model, processor, asked)).texts)["all"],
+        card_figure(row)["all"],
+    )
     assert abs(measured - claimed) <= 4 * (claimed * (1 - claimed) / len(asked)) ** 0.5 + 1 / len(asked)
 
 

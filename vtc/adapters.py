@@ -44,7 +44,12 @@ class Model(NamedTuple):
     def refusal(self, method: str) -> str | None:
         """Why `method` does not work with this model, as a clause, or None if it does."""
         about = _registry()[method]
-        if any(visual.layout != "whole" for visual in self.visuals) and not about.copies() and method != "none":
+        tiled = any(visual.layout != "whole" for visual in self.visuals)
+        if tiled and "tower" not in about.prunes and method != "none":
+            return (
+                f"prunes in the language model alone, and there {self.name}'s pictures of an image are not told apart"
+            )
+        if tiled and not about.copies() and method != "none":
             return f"makes new tokens of an image's patches, and a {self.name} image or video is several pictures"
         if self.stacked and about.adaptive:
             return f"gives images different numbers of tokens, and {self.name} takes as many from each"

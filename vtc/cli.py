@@ -54,6 +54,13 @@ def run(
     keep: Annotated[int | None, typer.Option(help="Visual tokens to keep.", show_default=f"{DEFAULT_KEEP}")] = None,
     ratio: Annotated[float | None, typer.Option(help="Share of the visual tokens to keep, instead of --keep.")] = None,
     method: Annotated[str, typer.Option(help="What chooses them; `vtc methods` lists the names.")] = "vtc-cls",
+    prune_layer: Annotated[
+        int | None,
+        typer.Option(help="Drop them after this layer of the language model.", show_default="0: before; fastv: 2"),
+    ] = None,
+    kv: Annotated[
+        str, typer.Option(help="With --prune-layer, the cache of the layers before: compact, or full as in FastV.")
+    ] = "compact",
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
@@ -71,7 +78,9 @@ def run(
 
         # Everything that can be wrong with the input is looked at before the slow part.
         picture = load_image(image)
-        config = VTCConfig(method=method, keep=DEFAULT_KEEP if keep is None and ratio is None else keep, ratio=ratio)
+        setting: dict[str, Any] = {"method": method, "ratio": ratio, "prune_layer": prune_layer, "kv": kv}
+        setting["keep"] = DEFAULT_KEEP if keep is None and ratio is None else keep
+        config = VTCConfig(**setting)
         out = _writable(overlay) if overlay else None
         _progress("loading …")
         _quieten(model)
@@ -84,7 +93,6 @@ def run(
         where = ask.pick_device(device)
         net, processor = ask.load(model, where, ask.pick_dtype(dtype, where))
         inputs = ask.prepare(net, processor, picture, question)
-        setting = {"method": method, "keep": config.keep, "ratio": config.ratio}
         result = {
             "image": image,
             "question": question,
@@ -92,6 +100,7 @@ def run(
             "device": str(where),
             "dtype": str(net.dtype).removeprefix("torch."),
             "method": config.method,
+            "prune_layer": config.prune_after,
             **ask.compare(net, processor, inputs, max_new_tokens, timed=compare, **setting),
             "overlay": str(out) if out else None,
         }
@@ -169,12 +178,8 @@ def demo(
 def methods(as_json: AsJson = False) -> None:
     """List the methods of compression: what each scores and needs, where it drops tokens, its paper."""
     with _errors():
-        from vtc.config import METHODS, PROMPT_METHODS
-        from vtc.methods import METHODS as REGISTRY
-        from vtc.methods import table
+        from vtc.methods import METHODS, table
 
-        names = (*METHODS, *PROMPT_METHODS)
-        about = [REGISTRY[name] for name in names]
         if as_json:
             _print_json(
                 {
@@ -187,12 +192,12 @@ def methods(as_json: AsJson = False) -> None:
                             "adaptive": method.adaptive,
                             "paper": method.paper or None,
                         }
-                        for method in about
+                        for method in METHODS.values()
                     ]
                 }
             )
             return
-        _print_table("methods", ("name", "scores", "needs [CLS]", "prunes", "paper"), table(names))
+        _print_table("methods", ("name", "scores", "needs [CLS]", "prunes", "paper"), table())
 
 
 @app.command()

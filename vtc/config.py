@@ -5,9 +5,10 @@ import math
 from typing import Any
 
 # The names in `vtc.methods.METHODS`; that registry needs torch, and this module does without.
-METHODS = ("vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "random", "pool", "none")
-PROMPT_METHODS = ("fastv",)  # score inside the language model
-LANGUAGE_METHODS = ("vtc-cls", *PROMPT_METHODS)  # can prune inside it
+METHODS = ("vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "fastv", "random", "pool", "none")
+LANGUAGE_METHODS = ("vtc-cls", "fastv")  # can prune inside the language model
+PROMPT_METHODS = ("fastv",)  # and only there, for that is where they score
+PRUNE_LAYER = 2  # of those, as in FastV's paper
 KV = ("compact", "full")
 POSITIONS = (None, "packed", "original")
 ENSEMBLES = ("sum", "mean", "max", "min")
@@ -25,7 +26,7 @@ class VTCConfig:
     method : str
         A name of `METHODS`: "vtc-cls", the attention of the vision tower's [CLS] token (arXiv 2412.05819), or another
         published method, or a control: "random", "pool", "none". `vtc methods` lists them, the classes in `vtc.methods`
-        are their definitions. "fastv" scores by the prompt (arXiv 2403.06764), and needs `prune_layer`.
+        are their definitions. "fastv" scores by the prompt, inside the language model (arXiv 2403.06764).
     keep : int, optional
         Visual tokens kept per image, 1 <= keep <= N. Default 128 when `ratio` is not given either. Some methods cannot
         keep exactly as many: "pool" makes a square, "prumerge+" about as many, "prumerge" and "none" go without it.
@@ -43,8 +44,9 @@ class VTCConfig:
     tiles : str
         How an image of several tiles (LLaVA-NeXT) shares its `keep` out among them. "mass": in proportion to the sum of
         each tile's scores. "equal": as many for each.
-    prune_layer : int
-        0: tokens are dropped before the language model. r > 0: after its r-th layer ("vtc-cls" and "fastv").
+    prune_layer : int, optional
+        0: tokens are dropped before the language model. r > 0: after its r-th layer ("vtc-cls" and "fastv"). None: 2
+        with "fastv", 0 otherwise.
     kv : str
         For `prune_layer` > 0, what the KV cache of the layers before it keeps: "full", everything; "compact", what was
         dropped is removed there too, so that all layers are equally short.
@@ -78,7 +80,7 @@ class VTCConfig:
     start_layer: int | None = None
     fused: bool | None = None
     tiles: str = "mass"
-    prune_layer: int = 0
+    prune_layer: int | None = None
     kv: str = "compact"
     positions: str | None = None
     backend: str = "auto"
@@ -88,27 +90,28 @@ class VTCConfig:
     neighbors: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, (*METHODS, *PROMPT_METHODS))
+        _one_of("method", self.method, METHODS)
         _one_of("ensemble", self.ensemble, ENSEMBLES)
         _one_of("tiles", self.tiles, TILES)
         _one_of("backend", self.backend, BACKENDS)
         _one_of("kv", self.kv, KV)
         _one_of("positions", self.positions, POSITIONS)
-        _integer("prune_layer", self.prune_layer, 0)
+        if self.prune_layer is not None:
+            _integer("prune_layer", self.prune_layer, 0)
         if self.prune_layer and self.method not in LANGUAGE_METHODS:
             raise ValueError(
                 f"method {self.method!r} does not prune inside the language model, got prune_layer={self.prune_layer}; "
                 f"use prune_layer=0, or one of {', '.join(map(repr, LANGUAGE_METHODS))}"
             )
-        if not self.prune_layer and self.method in PROMPT_METHODS:
+        if self.prune_layer == 0 and self.method in PROMPT_METHODS:
             raise ValueError(
-                f"method {self.method!r} scores inside the language model, got prune_layer=0; use prune_layer=2, as "
-                "its paper does, or another layer"
+                f"method {self.method!r} scores inside the language model, got prune_layer=0; use "
+                f"prune_layer={PRUNE_LAYER}, as its paper does, or another layer"
             )
-        held = "original" if self.prune_layer else "packed"
+        held = "original" if self.prune_after else "packed"
         if self.positions not in (None, held):
             raise ValueError(
-                f"positions={self.positions!r} cannot be had with prune_layer={self.prune_layer}, where they are "
+                f"positions={self.positions!r} cannot be had with prune_layer={self.prune_after}, where they are "
                 f"{held!r}; leave positions away"
             )
         if self.keep is not None and self.ratio is not None:
@@ -138,6 +141,13 @@ class VTCConfig:
     def compresses(self) -> bool:
         """Whether anything is dropped: not with "none", which is the stock model."""
         return self.method != "none"
+
+    @property
+    def prune_after(self) -> int:
+        """The language-model layer after which tokens are dropped, from 1; 0: before the first."""
+        if self.prune_layer is not None:
+            return self.prune_layer
+        return PRUNE_LAYER if self.method in PROMPT_METHODS else 0
 
     def updated(self, **changes: Any) -> "VTCConfig":
         """Return a copy with `changes`; a new `keep` replaces an old `ratio` and the other way round.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import vtc
 from vtc import ask, tiny
 from vtc.config import METHODS
 from vtc.methods import METHODS as REGISTRY
-from vtc.tiny.evaluate import prepare
+from vtc.tiny.evaluate import answer, batches, prepare
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 
 FULL = 576
@@ -137,22 +136,18 @@ def measure(
     model, processor = tiny.load()
     model.to(where)
     asked = balanced_questions("test", count)
-    batches = [prepare(model, processor, asked[i : i + BATCH]) for i in range(0, count, BATCH)]
+    prepared = batches(model, processor, asked, BATCH)
     single = prepare(model, processor, asked[:1])
     rows = []
     for selection, tokens, name in settings(method):
         note(f"{count} questions with {tokens} visual tokens ({selection}) …")
-        with vtc.compress(model, keep=tokens, method=name) if name else contextlib.nullcontext() as run:
+        setting = {"keep": tokens, "method": name} if name else {}
+        with vtc.compress(model, **setting) if name else contextlib.nullcontext():
             first_token, kv_bytes = ask.first_token(model, single)
-            answers, left = [], 0
-            start = time.perf_counter()
-            for batch in batches:
-                answers += ask.answer(model, processor, batch, max_new_tokens=3)
-                left += (run.tokens_after or 0 if run else tokens) * len(batch["input_ids"])
-            seconds = time.perf_counter() - start
-        tokens = round(left / count)  # not every method keeps as many as it is asked for
-        right = [given == question.answer for given, (_, question) in zip(answers, asked, strict=True)]
-        rows.append(Row(selection, tokens, answers, right, first_token, seconds / count, kv_bytes))
+        said = answer(model, processor, prepared, **setting)
+        tokens = round(said.tokens or tokens)  # not every method keeps as many as it is asked for
+        right = [given == question.answer for given, (_, question) in zip(said.texts, asked, strict=True)]
+        rows.append(Row(selection, tokens, said.texts, right, first_token, said.seconds / count, kv_bytes))
     shown = "vtc-cls" if method == "all" else method
     overlays = {}
     for number in _cards(asked, rows):
@@ -196,6 +191,8 @@ def draw(demo: Demo) -> Image.Image:
     right = f"what {demo.shown} keeps of it; the language model never sees the dark patches."
     if not REGISTRY[demo.shown].chooses:
         title, right = f"{demo.shown}: {REGISTRY[demo.shown].scores}", "the same, for no patch is chosen."
+        if "tower" not in REGISTRY[demo.shown].prunes:
+            right = "the same, for what is kept depends on the question."
     elif "merge" in REGISTRY[demo.shown].operations:
         right = f"the patches that {demo.shown} keeps; the dark ones go into merged tokens."
     pen.text((MARGIN, 28), title, INK, _font(36))

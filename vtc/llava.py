@@ -125,19 +125,19 @@ class Plan(NamedTuple):
         layout = layout or family.visuals[0].layout
         vision = base.vision_tower.config
         tower = adapters.tower_of(vision)
-        if config.prune_layer:
-            if [visual.layout for visual in family.visuals] != ["whole"]:
-                raise ValueError(
-                    f"prune_layer={config.prune_layer} is for models whose images are one picture each, which those of "
-                    f"{family.name} are not; use prune_layer=0"
-                )
-            prune.check(base.language_model, config)
         if refusal := tower.refusal(config.method) or family.refusal(config.method):
             work = [method for method in family.methods() if method in tower.methods()]
             raise ValueError(
                 f"method {config.method!r} {refusal}; methods that work with it: {', '.join(map(repr, work))}, e.g. "
                 f"vtc.configure(model, method={work[0]!r})"
             )
+        if config.prune_after:
+            if [visual.layout for visual in family.visuals] != ["whole"]:
+                raise ValueError(
+                    f"prune_layer={config.prune_after} is for models whose images are one picture each, which those of "
+                    f"{family.name} are not; use prune_layer=0"
+                )
+            prune.check(base.language_model, config)
         # None stands for the method's own default.
         options = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
         method = methods.build(config.method, **options)
@@ -296,7 +296,7 @@ def _count(base: Any, plan: Plan, used: list[str], images: int, before: int, aft
         run.images += images
         ranked = () if plan.config.method in PROMPT_METHODS else used
         operations = dict.fromkeys((*ranked, *plan.method.operations))
-        if plan.config.prune_layer and plan.config.kv == "compact":
+        if plan.config.prune_after and plan.config.kv == "compact":
             operations |= {"compact_kv": None}
         run.backend = {op: ops.backend_for(op, device, plan.config.backend)[0] for op in operations}
 
@@ -553,7 +553,7 @@ def _get_features(visual: Visual, stock: Callable[..., Any], self: Any, call: di
     pixels = call.pop("pixel_values") if visual.pixels not in call else call[visual.pixels]  # transformers 5.17: videos
     call[visual.pixels] = pixels
     indices = None
-    if not _is_encoded(self, pixels) and settings(self).prune_layer:
+    if not _is_encoded(self, pixels) and settings(self).prune_after:
         pixels, indices = encode_all(self, pixels, Batch.of(self, visual, call).plan)
     if _is_encoded(self, pixels):
         kept = _kept_again(self, visual, call, pixels)
@@ -597,7 +597,7 @@ def _forward(stock: Callable[..., Any], self: Any, call: dict[str, Any]) -> Any:
     pixels = [call[visual.pixels] for visual in _family(base).visuals if call.get(visual.pixels) is not None]
     scope = scope_of(base)
     images = bool(pixels) or (call.get("mm_encoder_outputs") or {}).get("image") is not None
-    if prune.note_on(cache) or (images and settings(base).prune_layer):
+    if prune.note_on(cache) or (images and settings(base).prune_after):
         return _forward_pruned(stock, self, call, images)
     if not note and not settings(base).compresses:
         if scope is not None and ids is not None and (pixels or call.get("mm_encoder_outputs")):
@@ -669,7 +669,7 @@ def _forward_pruned(stock: Callable[..., Any], self: Any, call: dict[str, Any], 
     outputs = prune.prefill(stock, base.language_model, call, config, prompt, indices)
     if (scope := scope_of(base)) is not None:
         scope.run.prompt_before, scope.run.prompt_after = ids.shape[1], prompt.length
-        scope.run.saw_cache(getattr(outputs, "past_key_values", None), config.prune_layer if config.kv == "full" else 0)
+        scope.run.saw_cache(getattr(outputs, "past_key_values", None), config.prune_after if config.kv == "full" else 0)
     return outputs
 
 
@@ -693,7 +693,7 @@ def _generate_pruned(stock: Callable[..., Any], self: Any, call: dict[str, Any],
         raise ValueError(NEEDS_IDS)
     if option("use_cache") is False and (config.kv == "compact" or config.method in PROMPT_METHODS):
         raise ValueError(
-            f"method={config.method!r} with kv={config.kv!r} and prune_layer={config.prune_layer} drops tokens once, "
+            f"method={config.method!r} with kv={config.kv!r} and prune_layer={config.prune_after} drops tokens once, "
             "when the prompt is read, and needs the cache to remember; use use_cache=True, or "
             'method="vtc-cls" and kv="full"'
         )
@@ -723,7 +723,7 @@ def _generate(stock: Callable[..., Any], self: Any, call: dict[str, Any]) -> Any
         given = call.get(name)
         return getattr(call.get("generation_config") or self.generation_config, name, None) if given is None else given
 
-    if prune.note_on(cache) or (images and settings(self.base_model).prune_layer):
+    if prune.note_on(cache) or (images and settings(self.base_model).prune_after):
         return _generate_pruned(stock, self, call, images, option)
     if not (images and settings(self.base_model).compresses) and not (
         hasattr(cache, "_vtc_seen") and cache.get_seq_length()

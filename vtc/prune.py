@@ -34,21 +34,21 @@ ARGUMENT = "vtc_pruning"  # of a layer: the object whose call it is
 
 
 def check(language_model: Any, config: VTCConfig) -> None:
-    """Raise ValueError if `language_model` cannot be pruned after layer `config.prune_layer`."""
+    """Raise ValueError if `language_model` cannot be pruned after layer `config.prune_after`."""
     text = language_model.config
     if text.model_type not in LANGUAGE_MODELS:
         raise ValueError(
-            f"prune_layer={config.prune_layer} needs a language model of type {', '.join(LANGUAGE_MODELS)}, got "
+            f"prune_layer={config.prune_after} needs a language model of type {', '.join(LANGUAGE_MODELS)}, got "
             f"{text.model_type!r}; use prune_layer=0 and a method that prunes before the language model"
         )
     if getattr(text, "sliding_window", None) is not None:
         raise ValueError(
-            f"prune_layer={config.prune_layer} needs layers that attend to everything, but this language model has "
+            f"prune_layer={config.prune_after} needs layers that attend to everything, but this language model has "
             f"sliding_window={text.sliding_window}; use prune_layer=0"
         )
-    if not 0 < config.prune_layer < text.num_hidden_layers:
+    if not 0 < config.prune_after < text.num_hidden_layers:
         raise ValueError(
-            f"prune_layer={config.prune_layer} leaves no layer to prune for: the language model has "
+            f"prune_layer={config.prune_after} leaves no layer to prune for: the language model has "
             f"{text.num_hidden_layers}; use 1 to {text.num_hidden_layers - 1}, or 0 to prune before it"
         )
     if language_model.training and getattr(language_model, "gradient_checkpointing", False):
@@ -220,11 +220,11 @@ class _Prefill:
 
     def before(self, number: int, layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The hidden states that layer `number` gets instead of `hidden`; its `arguments` are changed in place."""
-        if number == self.config.prune_layer - 1 and self.indices is None:
+        if number == self.config.prune_after - 1 and self.indices is None:
             self._look(layer, hidden, arguments)
-        if number == self.config.prune_layer:
+        if number == self.config.prune_after:
             hidden = self._shorten(hidden, arguments)
-        if number >= self.config.prune_layer:
+        if number >= self.config.prune_after:
             arguments |= self.shorter
         return hidden
 
@@ -256,7 +256,7 @@ class _Prefill:
             return methods.keep_patches(is_image, self.indices.to(device), self.prompt.tokens) & real
         keys, query = self.keys, self.query
         if keys is None:
-            keys = self.cache.layers[self.config.prune_layer - 1].keys[:, :, : real.shape[1]]
+            keys = self.cache.layers[self.config.prune_after - 1].keys[:, :, : real.shape[1]]
         if query is None:
             raise RuntimeError("the layer before the one that prunes did not run")
         scores = ops.row_scores(query, keys, scale=self.scale, mask=real.to(keys.device), backend=backend)
@@ -282,12 +282,12 @@ class _Prefill:
             inputs_embeds=hidden,
             attention_mask=valid,
             past_key_values=self.cache,
-            layer_idx=self.config.prune_layer,
+            layer_idx=self.config.prune_after,
         )
         self.shorter = {"position_embeddings": (cos, sin), "position_ids": kept, "attention_mask": mask}
         self.columns = columns
         self.note = Pruned(
-            self.config.prune_layer,
+            self.config.prune_after,
             length,
             self.prompt.length,
             self.config.kv == "compact",
@@ -309,7 +309,7 @@ class _Prefill:
         columns, length, by_device = self.columns, self.prompt.is_image.shape[1], {}  # type: ignore[var-annotated]
         if columns is None:
             raise RuntimeError("the layer that prunes did not run")
-        for layer in self.cache.layers[: self.config.prune_layer]:
+        for layer in self.cache.layers[: self.config.prune_after]:
             by_device.setdefault(layer.keys.device, []).append(layer)
         for device, layers in by_device.items():
             tensors = [[tensor[:, :, :length] for tensor in (layer.keys, layer.values)] for layer in layers]
@@ -333,7 +333,7 @@ def prefill(
     prompt: Prompt,
     indices: Tensor | None,
 ) -> Any:
-    """Run `stock(**call)`, the forward of a model around `language_model`, pruned after layer `config.prune_layer`.
+    """Run `stock(**call)`, the forward of a model around `language_model`, pruned after layer `config.prune_after`.
 
     Parameters
     ----------

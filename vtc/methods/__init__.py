@@ -37,17 +37,17 @@ METHODS: dict[str, type[Method]] = {
 PLACES = {"tower": "before the projector", "language": "in the language model"}
 
 
-def table(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+def table() -> list[tuple[str, ...]]:
     """Of each method: its name, what it scores, whether it needs [CLS], where it prunes, its paper or "-"."""
     return [
         (
             name,
-            METHODS[name].scores,
-            "yes" if METHODS[name].needs_cls() else "no",
-            ", ".join(PLACES[place] for place in METHODS[name].prunes) or "nowhere",
-            METHODS[name].paper or "-",
+            method.scores,
+            "yes" if method.needs_cls() else "no",
+            ", ".join(PLACES[place] for place in method.prunes) or "nowhere",
+            method.paper or "-",
         )
-        for name in names
+        for name, method in METHODS.items()
     ]
 
 

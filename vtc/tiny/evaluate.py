@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import vtc
 from vtc import ask, tiny
@@ -20,25 +22,38 @@ def prepare(model: Any, processor: Any, asked: Sequence[tuple[Scene, Question]])
     return inputs.to(model.device, model.dtype)
 
 
-def answer(model: Any, processor: Any, asked: Sequence[tuple[Scene, Question]], batch_size: int = 16) -> list[str]:
-    """The model's greedy answer to each question, as it is configured now.
+def batches(model: Any, processor: Any, asked: Sequence[tuple[Scene, Question]], size: int = 16) -> list[Any]:
+    """`asked` as batches of `size` from `prepare`, in their order."""
+    return [prepare(model, processor, asked[i : i + size]) for i in range(0, len(asked), size)]
+
+
+class Answers(NamedTuple):
+    """What a model said, and what it took."""
+
+    texts: list[str]  # in the order of the questions
+    tokens: float | None  # visual tokens that were left of an image, on average; None without compression
+    seconds: float
+
+
+def answer(model: Any, processor: Any, asked: Sequence[Any], **setting: Any) -> Answers:
+    """The model's greedy answers.
 
     Parameters
     ----------
     model, processor
         What `vtc.tiny.load` returned.
-    asked : sequence of (Scene, Question)
-        For instance `balanced_questions("test", 1000)`.
-    batch_size : int
-        How many questions go through `generate` together.
-
-    Returns
-    -------
-    list of str
-        In the order of `asked`.
+    asked : sequence
+        From `batches`, for instance of `balanced_questions("test", 1000)`.
+    **setting
+        Fields of `VTCConfig`; without any, the model answers as it is configured now.
     """
-    batches = (prepare(model, processor, asked[i : i + batch_size]) for i in range(0, len(asked), batch_size))
-    return [text for batch in batches for text in ask.answer(model, processor, batch, max_new_tokens=3)]
+    texts: list[str] = []
+    left, begun = 0, time.perf_counter()
+    with vtc.compress(model, **setting) if setting else contextlib.nullcontext() as run:
+        for batch in asked:
+            texts += ask.answer(model, processor, batch, max_new_tokens=3)
+            left += (run.tokens_after or 0) * len(batch["input_ids"]) if run else 0
+    return Answers(texts, left / len(texts) if run else None, time.perf_counter() - begun)
 
 
 def accuracy(asked: Sequence[tuple[Scene, Question]], answers: Sequence[str]) -> dict[str, float]:
@@ -53,8 +68,8 @@ def accuracy(asked: Sequence[tuple[Scene, Question]], answers: Sequence[str]) ->
     return table
 
 
-SETTINGS: tuple[tuple[str, dict[str, Any] | None], ...] = (
-    ("all 576 tokens", None),
+SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("all 576 tokens", {}),
     ("vtc-cls 192", {"keep": 192}),
     ("vtc-cls 128", {"keep": 128}),
     ("vtc-cls 64", {"keep": 64}),
@@ -67,13 +82,10 @@ def measure(count: int, split: str = "test") -> dict[str, dict[str, float]]:
     """Accuracy per family for each of `SETTINGS`, on `count` balanced questions of `split`."""
     model, processor = tiny.load(attn_implementation="sdpa")
     asked = balanced_questions(split, count)
+    prepared = batches(model, processor, asked)
     table = {}
     for name, setting in SETTINGS:
-        if setting is None:
-            table[name] = accuracy(asked, answer(model, processor, asked))
-        else:
-            with vtc.compress(model, **setting):
-                table[name] = accuracy(asked, answer(model, processor, asked))
+        table[name] = accuracy(asked, answer(model, processor, prepared, **setting).texts)
         print(name, {family: round(share, 3) for family, share in table[name].items()}, flush=True)
     return table
 

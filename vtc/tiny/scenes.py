@@ -118,11 +118,14 @@ class Scene:
         if zoom < 1 or min(self._shown) < 70:
             raise ValueError(f"zoom is {zoom}; it must be at least 1 and leave 70 of {size} pixels")
         rng = self._rng(0)
-        if self.width == self.height and zoom == 1:
-            most = min(self.width // 56, MAX_OBJECTS)
+        across, down = self._shown
+        if zoom != 1:
+            most = (across // 56) * (down // 56)  # as many small ones as can always be placed
+        elif across == down:
+            most = across // 56
         else:
-            most = min(max(1, self._shown[0] * self._shown[1] // 56**2), MAX_OBJECTS)
-        self.objects = _place(rng, int(rng.integers(1, most + 1)), *self._shown)
+            most = across * down // 56**2
+        self.objects = _place(rng, int(rng.integers(1, min(max(1, most), MAX_OBJECTS) + 1)), across, down)
         rooms = ((CANVAS - side) // PATCH for side in (self.width, self.height))
         self.origin = tuple(int(rng.integers(room + 1)) * PATCH for room in rooms)  # x, y
 
