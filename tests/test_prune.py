@@ -182,11 +182,25 @@ def test_vipllava():
     assert torch.equal(model(**call).logits, stock(**call).logits)
 
 
+def test_the_prompt_needs_no_cls_token():
+    model = models.build(tower="siglip_vision_model", text_layers=LAYERS, vision_feature_select_strategy="full")
+    eager, rows = golden.eager(model), prompts("one")
+    call, is_image = inputs(rows), [token == IMAGE for token in rows[0]]
+    with torch.no_grad():
+        features = eager.get_image_features(call["pixel_values"]).pooler_output
+    embeds = golden.splice_features(eager, rows[0], [(TOKENS, features[0])])
+    path = golden_prune.Pruned(eager, embeds, is_image, 2, True, keep=KEEP)
+    vtc.enable(model, keep=KEEP, method="fastv")
+    check_generated(model.generate(**call, **detailed()), call, [path])
+
+
 @pytest.mark.parametrize("family", ["llava_next", "llava_next_video"])
 def test_tiles_and_frames_are_refused(family):
     model = models.build(family=family)
     with pytest.raises(ValueError, match="one picture each"):
         vtc.enable(model, prune_layer=1)
+    with pytest.raises(ValueError, match="'fastv' prunes in the language model alone.*work with it: 'vtc-cls'"):
+        vtc.enable(model, method="fastv")
 
 
 @some

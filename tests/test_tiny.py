@@ -16,7 +16,7 @@ import vtc
 from vtc import tiny
 from vtc.tiny import train as recipe
 from vtc.tiny.evaluate import accuracy, answer, batches, recipe_row
-from vtc.tiny.scenes import FAMILIES, Scene, balanced_questions
+from vtc.tiny.scenes import COUNTING, FAMILIES, Scene, balanced_questions
 
 CARD = tiny.CHECKPOINT / "README.md"
 
@@ -114,6 +114,32 @@ def test_mixed_phases_take_turns_and_keep_the_tokens_in_a_batch_alike() -> None:
     assert [close.shape_of(step) for step in range(0, 300, 3)] == [(10, (336, 336), 1)] * 100
     assert [close.shape_of(step) for step in (1, 4, 7)] == [(10, (336, 336), z) for z in (2, 1.5, 2)]
     assert [close.shape_of(step) for step in range(2, 300, 3)] == drawn[2::3]
+    zooms = recipe.Phase("language", 336, 10, 10, 1e-3, mixed="zooms")
+    assert {zooms.shape_of(step) for step in range(0, 300, 4)} == {(10, (336, 336), 1)}
+    seen = [zooms.shape_of(step)[1:] for step in range(300) if step % 4]
+    assert all(112 <= min(size) <= max(size) <= 336 and min(size) / zoom >= 111 for size, zoom in seen)
+    assert {round(zoom) for _, zoom in seen} == {1, 2, 3}
+
+
+def test_pictures_share_a_prompt_and_are_counted_together() -> None:
+    phase = recipe.Phase("language", 168, 40, 6, 1e-3, draws=1, pictures=3, counting=5.0)
+    scenes = recipe.Scenes(phase, 0)
+    ids = scenes.tokenizer(f"{COUNTING} ASSISTANT:", add_special_tokens=False).input_ids
+    pictures = set()
+    for step in range(12):
+        batch, first = scenes[step], 6 * step
+        for tokens, targets, weights in zip(batch.tokens, batch.targets, batch.weights, strict=True):
+            shown = int((tokens == 4).sum()) // 144
+            objects = sum(len(Scene("train", first + i, 168).objects) for i in range(shown))
+            first += shown
+            pictures.add(shown)
+            start = next(i for i in range(len(tokens)) if tokens[i : i + len(ids)].tolist() == ids)
+            answer = start + len(ids) - 1
+            assert (int(targets[answer]), float(weights[answer])) == (scenes.tokenizer.vocab[str(objects)], 5.0)
+            if shown > 1:
+                assert (weights >= 1).sum() == 2  # the answer and the end: nothing else is asked of several pictures
+        assert first == 6 * step + len(batch.pixels) == 6 * step + 6
+    assert pictures == {1, 2, 3}
 
 
 def test_packed_questions_are_as_if_asked_alone() -> None:

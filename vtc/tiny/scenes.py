@@ -46,6 +46,7 @@ SPLITS = ("train", "val", "test")
 CANVAS = 336  # pixels a side
 PATCH = 14
 MAX_OBJECTS = 5
+COUNTING = "how many objects are there ?"
 DIGIT_HEIGHT = 36  # pixels
 _SUPERSAMPLE = 4
 
@@ -273,7 +274,7 @@ def _relation(rng: np.random.Generator, objects: list[Object]) -> list[Question]
 
 
 def _counting(rng: np.random.Generator, objects: list[Object]) -> list[Question]:
-    return [Question("counting", "how many objects are there ?", str(len(objects)))]
+    return [Question("counting", COUNTING, str(len(objects)))]
 
 
 def _digit(rng: np.random.Generator, objects: list[Object]) -> list[Question]:

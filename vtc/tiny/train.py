@@ -16,8 +16,10 @@ caption follows the picture directly and the questions are LLaVA's conversation,
 All visual tokens are always present. Pictures grow from phase to phase (70 to 336 pixels), because small ones show more
 objects per token; a small one is a window on the canvas and uses that window's position embeddings. The last phases mix
 sizes, then shapes and close-ups: where something is and how much there is must be read from the features, not from how
-many visual tokens there are, how long their lines are, or how many of them show background. Every batch is drawn from
-its own seed, so a run can be interrupted and resumed, and two runs on one machine agree.
+many visual tokens there are, how long their lines are, or how many of them show background. In the last one up to three
+pictures share a prompt, and the question is how many objects they show together. The share of visual tokens that show
+objects does not tell that, so the model has to learn to count them. Every batch is drawn from its own seed, so a run
+can be interrupted and resumed, and two runs on one machine agree.
 
 Weight matrices between layers learn with Muon (arXiv 2502.16982), which takes far fewer steps here; everything else
 with AdamW.
@@ -49,7 +51,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vtc.tiny.scenes import CANVAS, PATCH, PHRASES, WORDS, Scene
+from vtc.tiny.scenes import CANVAS, COUNTING, PATCH, PHRASES, WORDS, Scene
 
 GRID = CANVAS // PATCH
 PHRASE_NUMBER = {phrase: number for number, phrase in enumerate(PHRASES)}
@@ -69,10 +71,9 @@ class Phase:
     batch: int
     lr: float  # the peak
     draws: int = 2  # in the language stages: rounds of questions about each scene
-    mixed: str = (
-        ""  # "sizes" | "shapes" | "close-ups" | "zooms": batches take turns with other pictures, see `shape_of`
-    )
+    mixed: str = ""  # "sizes" | "shapes" | "close-ups" | "zooms": pictures vary by batch, see `shape_of`
     cycle: int | None = None  # steps of the learning-rate cycle, for a phase that ends before it
+    pictures: int = 1  # up to so many share a prompt, which then asks how many objects they show together
     counting: float = 1.0  # weight of the answer to "how many": it is asked once a picture, other things many times
 
     def shape_of(self, step: int) -> tuple[int, tuple[int, int], float]:
@@ -106,7 +107,8 @@ RECIPE = (
     Phase("language", 336, 600, 10, 1e-3, draws=3, mixed="shapes", cycle=1100),
     Phase("language", 336, 200, 10, 7e-4, draws=3, mixed="close-ups", cycle=450),
     Phase("language", 336, 300, 10, 6e-4, draws=3, mixed="close-ups", counting=5.0),
-    Phase("language", 336, 1000, 10, 8e-4, draws=1, mixed="zooms", counting=5.0),
+    Phase("language", 336, 300, 10, 8e-4, draws=1, mixed="zooms", cycle=1000, counting=5.0),
+    Phase("language", 336, 700, 12, 8e-4, draws=1, mixed="zooms", pictures=3, counting=5.0),
 )
 QUICK = tuple(replace(phase, steps=2, batch=2) for phase in RECIPE)  # exercises every line, learns nothing
 
@@ -295,15 +297,27 @@ class Scenes(Dataset):
             for row, scene in zip(truth, scenes, strict=True):
                 row[[PHRASE_NUMBER[phrase] for phrase in scene.phrases]] = 1
         else:
-            rows = [self._pack(scene) for scene in scenes]
+            rows = [self._pack(group) for group in self._grouped(scenes, step)]
         packed = (
             nn.utils.rnn.pad_sequence([row[i] for row in rows], batch_first=True, padding_value=value)
             for i, value in enumerate((0, -1, 0, 0))
         )
         return Batch(pixels.contiguous(), origins, truth, *packed)
 
-    def _pack(self, scene: Scene) -> tuple[Tensor, ...]:
-        """Many questions about one picture in one row; each sees the picture and itself, as if asked alone."""
+    def _grouped(self, scenes: list[Scene], step: int) -> list[list[Scene]]:
+        """The scenes of each prompt: as many in all of the batch, fewer where there would be more than nine objects."""
+        most = 1 + int(np.random.default_rng(step).integers(self.phase.pictures))
+        groups: list[list[Scene]] = []
+        for scene in scenes:
+            if groups and len(groups[-1]) < most and sum(len(s.objects) for s in (*groups[-1], scene)) <= 9:
+                groups[-1].append(scene)
+            else:
+                groups.append([scene])
+        return groups
+
+    def _pack(self, scenes: list[Scene]) -> tuple[Tensor, ...]:
+        """Many questions about the same pictures in one row; each sees them and itself, as if asked alone."""
+        scene = scenes[0]
 
         def ids(text: str) -> list[int]:
             return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -311,15 +325,17 @@ class Scenes(Dataset):
         if self.phase.stage == "text":
             shown = ids(scene.caption)
         else:
-            shown = [SPECIAL.index("<image>")] * (scene.width * scene.height // PATCH**2)
+            shown = [SPECIAL.index("<image>")] * (len(scenes) * scene.width * scene.height // PATCH**2)
         tokens = [SPECIAL.index("<s>"), *ids("USER:"), *shown]
         segments, targets, weights = [0] * len(tokens), [0] * len(tokens), [0.0] * len(tokens)
         asked = [question for draw in range(self.phase.draws) for question in scene.ask(draw)]
         weight = {"counting": self.phase.counting}
         said = [(f"{q.text} ASSISTANT:", q.answer, weight.get(q.family, 1.0)) for q in dict.fromkeys(asked)]
+        if len(scenes) > 1:
+            said = [(f"{COUNTING} ASSISTANT:", str(sum(len(s.objects) for s in scenes)), self.phase.counting)]
         if self.phase.stage == "projector":
             said = []
-        if self.phase.stage != "text":
+        if self.phase.stage != "text" and len(scenes) == 1:
             said.append((scene.caption, "", 1.0))
         for number, (before, answer, counts) in enumerate(said, start=1):
             asking, reply = ids(before), [*ids(answer), SPECIAL.index("</s>")]
