@@ -199,7 +199,7 @@ def test_tiles_and_frames_are_refused(family):
     model = models.build(family=family)
     with pytest.raises(ValueError, match="one picture each"):
         vtc.enable(model, prune_layer=1)
-    with pytest.raises(ValueError, match="'fastv' prunes in the language model alone.*work with it: 'vtc-cls'"):
+    with pytest.raises(ValueError, match=r"'fastv' prunes in the language model alone.*work with it: 'vtc-cls'"):
         vtc.enable(model, method="fastv")
 
 
