@@ -8,11 +8,12 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from bench import record, table
-from vtc import tiny
+from vtc import llava, tiny
 from vtc.config import METHODS, PRUNE_LAYER
 from vtc.tiny.evaluate import Answers, answer, batches
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
@@ -44,7 +45,6 @@ class Quality:
     families: dict[str, Share]
     agreement: Share | None  # with the answers of all tokens
     difference: Share | None  # accuracy less that of `BASELINE` at as many tokens
-    seconds: float
     checkpoint: str  # the bundled model's: its weights' SHA-256, first 12 digits
     device: str
     gpu: str | None
@@ -135,32 +135,60 @@ def run(
     full = answer(model, processor, prepared)
     keep_record(_record(asked, full, None, None, told, method="all tokens", options={}, keep=FULL))
     baseline: dict[int, Answers] = {}
-    for name, options, keep in _settings(keeps, methods, sweep, model.config.vision_config.num_hidden_layers):
-        said = answer(model, processor, prepared, method=name, keep=keep, **options)
-        against = baseline.get(keep)
+    for name, options, budgets in _settings(keeps, methods, sweep, model.config.vision_config.num_hidden_layers):
+        said = _answers(model, processor, prepared, budgets, method=name, **options)
+        for keep, answers in said.items():
+            against = baseline.get(keep)
+            keep_record(_record(asked, answers, full, against, told, method=name, options=options, keep=keep))
         if name == BASELINE and not options:
-            baseline[keep] = said
-        keep_record(_record(asked, said, full, against, told, method=name, options=options, keep=keep))
+            baseline |= said
     return records
+
+
+def _answers(
+    model: Any, processor: Any, prepared: Sequence[Any], keeps: Sequence[int], **setting: Any
+) -> dict[int, Answers]:
+    """The answers at each of `keeps`, batch after batch."""
+    parts: dict[int, list[Answers]] = {keep: [] for keep in keeps}
+    with mock.patch.object(llava, "run_tower", _once(llava.run_tower)):
+        for batch in prepared:
+            for keep in keeps:
+                parts[keep].append(answer(model, processor, [batch], keep=keep, **setting))
+    said = {}
+    for keep, of in parts.items():
+        texts = [text for part in of for text in part.texts]
+        left = sum((part.tokens or 0.0) * len(part.texts) for part in of)
+        said[keep] = Answers(texts, left / max(1, len(texts)), sum(part.seconds for part in of))
+    return said
+
+
+def _once(run_tower: Callable[..., Any]) -> Callable[..., Any]:
+    """`run_tower`, which does not run again for the same pixels and settings: it does not depend on `keep`."""
+    last: list[Any] = []
+
+    def remembered(base: Any, pixel_values: torch.Tensor, plan: Any) -> Any:
+        setting = plan.config.updated(keep=1)
+        if not (last and last[0] == setting and torch.equal(last[1], pixel_values)):
+            last[:] = (setting, pixel_values, run_tower(base, pixel_values, plan))
+        return last[2]
+
+    return remembered
 
 
 def _settings(
     keeps: Sequence[int], methods: Sequence[str], sweep: bool, depth: int
-) -> list[tuple[str, dict[str, Any], int]]:
-    """Method, options and tokens of every run after the one with all tokens; the baseline's come first."""
+) -> list[tuple[str, dict[str, Any], Sequence[int]]]:
+    """Method, options and budgets of every run after the one with all tokens; the baseline's come first."""
+    budgets = {BASELINE: [*keeps, *((SWEEP_KEEP,) if sweep and SWEEP_KEEP not in keeps else ())]}
+    budgets |= dict.fromkeys(ITS_OWN, [SWEEP_KEEP] if SWEEP_KEEP in keeps else keeps[:1])
     names = [BASELINE, *(name for name in methods if name not in (BASELINE, "none"))]
-    once = [SWEEP_KEEP] if SWEEP_KEEP in keeps else keeps[:1]
-    settings: list[tuple[str, dict[str, Any], int]] = [
-        (name, {}, keep) for name in names for keep in (once if name in ITS_OWN else keeps)
-    ]
+    settings: list[tuple[str, dict[str, Any], Sequence[int]]] = [(name, {}, budgets.get(name, keeps)) for name in names]
     if BASELINE in methods:
-        settings += [(BASELINE, INSIDE, keep) for keep in keeps]
+        settings.append((BASELINE, INSIDE, keeps))
     if sweep:
-        if SWEEP_KEEP not in keeps:
-            settings.insert(0, (BASELINE, {}, SWEEP_KEEP))
         layers: list[dict[str, Any]] = [{"ensemble_layers": n} for n in range(1, depth) if n != 3]
         ensembles: list[dict[str, Any]] = [{"ensemble": name} for name in ("mean", "max", "min")]
-        settings += [(BASELINE, options, SWEEP_KEEP) for options in layers + ensembles]
+        settings += [(BASELINE, options, [SWEEP_KEEP]) for options in layers + ensembles]
     return settings
 
 
@@ -184,7 +212,6 @@ def _record(
         families={family: wilson(sum(oks), len(oks)) for family, oks in by_family.items() if oks},
         agreement=None if agreed is None else wilson(agreed, len(asked)),
         difference=None if against is None else paired(mine, right(against)),
-        seconds=round(said.seconds, 1),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **told,
         **rest,

@@ -13,9 +13,9 @@ import torch
 from bench import __main__ as command
 from bench import checkout, compare, e2e, gpu, kernels, micro, plots, quality, record, table, timing, workloads
 from bench.workloads import WORKLOADS, WrongResult
-from vtc import ops
+from vtc import ops, tiny
 from vtc.methods.vtc_cls import VTCCLS
-from vtc.tiny.evaluate import Answers
+from vtc.tiny.evaluate import Answers, answer, batches
 from vtc.tiny.scenes import balanced_questions
 
 CPU = torch.device("cpu")
@@ -381,7 +381,7 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
         texts = [question.answer if i < known else "?" for i, (_, question) in enumerate(asked)]
         return Answers(texts, {"": None, "prumerge": 29.3}.get(method, float(keep)), 1.0)
 
-    monkeypatch.setattr(quality, "batches", lambda model, processor, asked: [])
+    monkeypatch.setattr(quality, "batches", lambda model, processor, asked: ["all of them"])
     monkeypatch.setattr(quality, "answer", play)
     said = []
     records = quality.run(
@@ -416,6 +416,23 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     light, dark = plots.draw_quality(read, tmp_path / "quality")
     assert "<!-- random -->" in light.read_text()
     assert light.read_text() != dark.read_text()
+
+
+@pytest.mark.parametrize(
+    "setting", [{"method": "vtc-cls"}, {"method": "visionzip"}, {"method": "fastv"}, {"method": "pool"}]
+)
+def test_quality_runs_the_vision_tower_once_and_changes_nothing(setting):
+    model, processor = tiny.load(attn_implementation="sdpa")
+    asked = balanced_questions("val", 6)
+    prepared = batches(model, processor, asked, 3)
+    runs = []
+    model.model.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    said = quality._answers(model, processor, prepared, (64, 16), **setting)
+    assert len(runs) == len(prepared)
+    for keep in (64, 16):
+        alone = answer(model, processor, prepared, keep=keep, **setting)
+        assert (said[keep].texts, said[keep].tokens) == (alone.texts, alone.tokens)
+    assert len(runs) == 3 * len(prepared)
 
 
 def test_quality_measures_the_bundled_model(tmp_path, capsys):

@@ -125,12 +125,13 @@ matrices and AdamW, at half the learning rate, for the rest; one learning-rate c
 of the split "train". The vision tower learns by image-caption contrast and is frozen afterwards. All visual tokens of a
 picture are present throughout. Where pictures differ in size, smaller ones come in larger batches; where they differ in
 shape, too, every third batch is whole canvases; of those with close-ups, another third is zoomed by 1.5 or 2; with
-zooms, every fourth batch is whole canvases and the others are zoomed by 1 to 3. Where several pictures share a prompt,
-the question is how many objects they show together. From the fifth last phase on, the answer to "how many" weighs five
-times as much as others.
-The last phases were added one after the other, after looking at validation questions with all tokens and with 64, by
-[CLS] attention and at random: with fewer tokens the model counted one object too many, for it read the number from the
-share of visual tokens that show objects. Sharing a prompt takes that shortcut away.
+zooms or snippets, every fourth batch is whole canvases, the others are zoomed by 1 to 3, or 70 to 126 pixels a side.
+Where several pictures share a prompt, the question is how many objects they show together. From the phase before the
+zooms on, the answer to "how many" weighs five times as much as others.
+The phases from the first close-ups on were added one after the other, after looking at validation questions with all
+tokens, with 64, 192 and 288 by [CLS] attention, and with random ones: with fewer tokens the model counted one object
+too many, for it read the number from the share of visual tokens that show objects. Sharing a prompt takes that shortcut
+away.
 
 | stage | pixels | steps | batch | peak learning rate |
 |---|---|---|---|---|
@@ -150,7 +151,8 @@ def markdown(table: dict[str, dict[str, float]]) -> str:
 
 def recipe_row(phase: dict[str, Any]) -> str:
     """One phase of `training.json` as a row of the card."""
-    pixels = {"": "", "sizes": "112 to "}.get(phase["mixed"], f"{phase['mixed']}, 70 x 70 to ") + str(phase["size"])
+    smallest = 112 if phase["mixed"] in ("sizes", "zooms") else 70
+    pixels = f"{phase['mixed']}, {smallest} to {phase['size']}" if phase["mixed"] else str(phase["size"])
     if phase["pictures"] > 1:
         pixels += f", up to {phase['pictures']} a prompt"
     steps = f"{phase['steps']}, of a cycle of {phase['cycle']}" if phase["cycle"] else phase["steps"]
