@@ -219,7 +219,7 @@ def test_accuracy_is_what_the_card_says(row: str, setting: dict | None) -> None:
     assert abs(measured - claimed) <= 4 * (claimed * (1 - claimed) / len(asked)) ** 0.5 + 1 / len(asked)
 
 
-@pytest.mark.xfail(strict=True, reason="with 64 tokens it counts one object too many: see the card")
+@pytest.mark.xfail(strict=True, reason="with 64 tokens it often counts one object too many: see the card")
 def test_card_meets_the_target() -> None:
     full, kept, control = (card_figure(row) for row in ("all 576 tokens", "vtc-cls 64", "random 64"))
     assert full["all"] >= 0.90

@@ -114,9 +114,10 @@ Stock transformers loads it:
 
 The 95 % confidence half-width is at most {half:.1f} points for an "all" figure and {half_family:.1f} for a family's.
 
-What it gets wrong with fewer tokens is counting: it says one too many. It has learnt to weigh objects against the
-background around them, and compression takes background away, whichever background it takes. So its counting says
-little about how good a selection method is; the other families, which need the right patches, say more.
+What it gets wrong with 64 tokens and fewer is counting: it says one too many, five for four most of all. It weighs
+objects against the background around them, and where three objects and more are kept hardly any background is left,
+whichever background it is. So its counting says less about how good a selection method is; the other families, which
+need the right patches, say more.
 
 ## Recipe
 
@@ -125,13 +126,13 @@ matrices and AdamW, at half the learning rate, for the rest; one learning-rate c
 of the split "train". The vision tower learns by image-caption contrast and is frozen afterwards. All visual tokens of a
 picture are present throughout. Where pictures differ in size, smaller ones come in larger batches; where they differ in
 shape, too, every third batch is whole canvases; of those with close-ups, another third is zoomed by 1.5 or 2; with
-zooms or snippets, every fourth batch is whole canvases, the others are zoomed by 1 to 3, or 70 to 126 pixels a side.
-Where several pictures share a prompt, the question is how many objects they show together. From the phase before the
-zooms on, the answer to "how many" weighs five times as much as others.
+zooms, every fourth batch is whole canvases and the others are zoomed by 1 to 3. Where several pictures share a prompt,
+the question is how many objects they show together. From the phase before the zooms on, the answer to "how many" weighs
+five times as much as others.
 The phases from the first close-ups on were added one after the other, after looking at validation questions with all
 tokens, with 64, 192 and 288 by [CLS] attention, and with random ones: with fewer tokens the model counted one object
 too many, for it read the number from the share of visual tokens that show objects. Sharing a prompt takes that shortcut
-away.
+away where some background is left.
 
 | stage | pixels | steps | batch | peak learning rate |
 |---|---|---|---|---|

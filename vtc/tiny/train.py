@@ -16,11 +16,10 @@ caption follows the picture directly and the questions are LLaVA's conversation,
 All visual tokens are always present. Pictures grow from phase to phase (70 to 336 pixels), because small ones show more
 objects per token; a small one is a window on the canvas and uses that window's position embeddings. The last phases mix
 sizes, then shapes and close-ups: where something is and how much there is must be read from the features, not from how
-many visual tokens there are, how long their lines are, or how many of them show background. At the end several
+many visual tokens there are, how long their lines are, or how many of them show background. In the last one up to three
 pictures share a prompt, and the question is how many objects they show together: the share of visual tokens that show
-objects does not tell that, so the model has to learn to count. The very last ones are small and leave little room for
-background. Every batch is drawn from its own seed, so a run can be interrupted and resumed, and two runs on one machine
-agree.
+objects does not tell that, so the model has to learn to count. Every batch is drawn from its own seed, so a run can be
+interrupted and resumed, and two runs on one machine agree.
 
 Weight matrices between layers learn with Muon (arXiv 2502.16982), which takes far fewer steps here; everything else
 with AdamW.
@@ -72,7 +71,7 @@ class Phase:
     batch: int
     lr: float  # the peak
     draws: int = 2  # in the language stages: rounds of questions about each scene
-    mixed: str = ""  # "sizes" | "shapes" | "close-ups" | "zooms" | "snippets": see `shape_of`
+    mixed: str = ""  # "sizes" | "shapes" | "close-ups" | "zooms": pictures vary by batch, see `shape_of`
     cycle: int | None = None  # steps of the learning-rate cycle, for a phase that ends before it
     pictures: int = 1  # up to so many share a prompt, which then asks how many objects they show together
     counting: float = 1.0  # weight of the answer to "how many": it is asked once a picture, other things many times
@@ -85,9 +84,7 @@ class Phase:
             width = height = MIXED_SIZES[step % len(MIXED_SIZES)]
         elif self.mixed == "close-ups" and step % 3 == 1:
             zoom = (1.5, 2.0)[step % 2]
-        elif self.mixed == "snippets" and step % 4 == 1:
-            width, height = (int(side) * PATCH for side in np.random.default_rng(step).integers(5, 10, 2))
-        elif self.mixed in ("zooms", "snippets") and step % 4:
+        elif self.mixed == "zooms" and step % 4:
             rng = np.random.default_rng(step)
             width, height = (int(side) * PATCH for side in rng.integers(112 // PATCH, self.size // PATCH + 1, 2))
             zoom = float(rng.uniform(1, min(3, width / 112, height / 112)))
@@ -112,7 +109,6 @@ RECIPE = (
     Phase("language", 336, 300, 10, 6e-4, draws=3, mixed="close-ups", counting=5.0),
     Phase("language", 336, 300, 10, 8e-4, draws=1, mixed="zooms", cycle=1000, counting=5.0),
     Phase("language", 336, 700, 12, 8e-4, draws=1, mixed="zooms", pictures=3, counting=5.0),
-    Phase("language", 336, 300, 12, 6e-4, draws=1, mixed="snippets", pictures=5, counting=5.0),
 )
 QUICK = tuple(replace(phase, steps=2, batch=2) for phase in RECIPE)  # exercises every line, learns nothing
 
@@ -310,8 +306,7 @@ class Scenes(Dataset):
 
     def _grouped(self, scenes: list[Scene], step: int) -> list[list[Scene]]:
         """The scenes of each prompt: as many in all of the batch, fewer where there would be more than nine objects."""
-        longest = 3 * GRID**2 // (scenes[0].width * scenes[0].height // PATCH**2)  # no more than of three canvases
-        most = 1 + int(np.random.default_rng(step).integers(min(self.phase.pictures, longest)))
+        most = 1 + int(np.random.default_rng(step).integers(self.phase.pictures))
         groups: list[list[Scene]] = []
         for scene in scenes:
             if groups and len(groups[-1]) < most and sum(len(s.objects) for s in (*groups[-1], scene)) <= 9:
