@@ -14,6 +14,7 @@ from bench import __main__ as command
 from bench import checkout, compare, e2e, gpu, kernels, micro, plots, quality, record, table, timing, workloads
 from bench.workloads import WORKLOADS, WrongResult
 from vtc import ops, tiny
+from vtc.config import METHODS
 from vtc.methods.vtc_cls import VTCCLS
 from vtc.tiny.evaluate import Answers, answer, batches
 from vtc.tiny.scenes import balanced_questions
@@ -449,6 +450,17 @@ def test_quality_measures_the_bundled_model(tmp_path, capsys):
 
 
 # --- README ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_comparison_of_methods_is_what_was_recorded():
+    """And of the model that is bundled now, with every method at every number of tokens."""
+    records = quality.read(checkout.ROOT / "bench/results/quality/quality.jsonl")
+    assert quality.tables(records) in (checkout.ROOT / "README.md").read_text()
+    assert {r.checkpoint for r in records} == {quality.provenance(1000, "test")["checkpoint"]}
+    assert all(r.questions >= 1000 and not r.dirty for r in records)
+    made = [(r.method, r.options, r.keep) for r in records[1:]]
+    settings = quality._settings(quality.KEEPS, METHODS, True, 6)
+    assert made == [(name, options, keep) for name, options, keeps in settings for keep in keeps]
 
 
 def test_the_readmes_table_of_kernels_is_current(tmp_path):
