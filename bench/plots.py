@@ -57,7 +57,7 @@ def draw_quality(records: list[Quality], stem: Path) -> list[Path]:
     keeps = sorted({r.keep for r in compared})
 
     def paint(pyplot: Any) -> None:
-        figure, panel = pyplot.subplots(figsize=(6.4, 4.2))
+        figure, panel = pyplot.subplots(figsize=(8.0, 4.2))
         panel.axhline(100 * full.accuracy[0], color="gray", linestyle="--", linewidth=1, label=full.name)
         for number, name in enumerate(dict.fromkeys(r.name for r in compared)):
             mine = sorted((r for r in compared if r.name == name), key=lambda r: r.tokens)
@@ -75,7 +75,7 @@ def draw_quality(records: list[Quality], stem: Path) -> list[Path]:
         panel.set_title(f"Bundled model, {full.questions} held-out questions")
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False)
+        panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.tight_layout()
 
     return _save(stem, paint)
