@@ -471,7 +471,7 @@ def test_select(model, call, seen, case):
 
 @pytest.mark.parametrize("method", ["pool", "none"])
 def test_nothing_to_select(model, call, method):
-    with pytest.raises(ValueError, match=rf"'{method}' chooses no patches.*methods that do: 'vtc-cls', 'fastervlm'"):
+    with pytest.raises(ValueError, match=rf"'{method}' chooses no patches.*by the image: 'vtc-cls', 'fastervlm'"):
         vtc.select(model, call["pixel_values"], keep=KEEP, method=method)
     with pytest.raises(ValueError, match=f"method '{method}' chooses no patches"):
         control.must_choose(method)

@@ -175,7 +175,7 @@ def select(model: torch.nn.Module, pixel_values: torch.Tensor, **options: Any) -
 def must_choose(method: str) -> None:
     """Raise ValueError if `method` does not choose patches, so that there is nothing to select or to draw."""
     if not METHODS[method].chooses:
-        why = "no patches" if "tower" in METHODS[method].prunes else "inside the language model, by the prompt"
+        why = "inside the language model, by the prompt" if "language" in METHODS[method].prunes else "no patches"
         choosing = [name for name in NAMES if METHODS[name].chooses]
         raise ValueError(
             f"method {method!r} chooses {why}, so no kept patches can be shown ({METHODS[method].scores}); methods "
