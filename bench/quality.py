@@ -18,7 +18,6 @@ from vtc.config import METHODS, PRUNE_LAYER
 from vtc.tiny.evaluate import Answers, answer, batches
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 
-FULL = 576
 KEEPS = (288, 192, 128, 64, 32, 16)
 BASELINE = "vtc-cls"  # what every other method is compared with, on the same questions
 INSIDE = {"prune_layer": PRUNE_LAYER}  # the baseline runs a second time inside the language model, where fastv does
@@ -133,7 +132,9 @@ def run(
     if out:
         out.unlink(missing_ok=True)
     full = answer(model, processor, prepared)
-    keep_record(_record(asked, full, None, None, told, method="all tokens", options={}, keep=FULL))
+    keep_record(
+        _record(asked, full, None, None, told, method="all tokens", options={}, keep=model.config.image_seq_length)
+    )
     baseline: dict[int, Answers] = {}
     for name, options, budgets in _settings(keeps, methods, sweep, model.config.vision_config.num_hidden_layers):
         said = _answers(model, processor, prepared, budgets, method=name, **options)
@@ -207,7 +208,7 @@ def _record(
     by_family = {f: [ok for ok, (_, q) in zip(mine, asked, strict=True) if q.family == f] for f in FAMILIES}
     agreed = None if full is None else sum(a == b for a, b in zip(said.texts, full.texts, strict=True))
     return Quality(
-        tokens=round(FULL if said.tokens is None else said.tokens, 1),
+        tokens=round(said.tokens or rest["keep"], 1),
         accuracy=wilson(sum(mine), len(mine)),
         families={family: wilson(sum(oks), len(oks)) for family, oks in by_family.items() if oks},
         agreement=None if agreed is None else wilson(agreed, len(asked)),

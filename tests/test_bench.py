@@ -16,8 +16,9 @@ from bench.workloads import WORKLOADS, WrongResult
 from vtc import ops, tiny
 from vtc.config import METHODS
 from vtc.methods.vtc_cls import VTCCLS
+from vtc.tiny import evaluate
 from vtc.tiny.evaluate import Answers, answer, batches
-from vtc.tiny.scenes import balanced_questions
+from vtc.tiny.scenes import FAMILIES, balanced_questions
 
 CPU = torch.device("cpu")
 MODEL = workloads.SMALL_MODELS[1]
@@ -461,6 +462,21 @@ def test_the_readmes_comparison_of_methods_is_what_was_recorded():
     made = [(r.method, r.options, r.keep) for r in records[1:]]
     settings = quality._settings(quality.KEEPS, METHODS, True, 6)
     assert made == [(name, options, keep) for name, options, keeps in settings for keep in keeps]
+
+
+def test_the_models_card_agrees_with_the_records():
+    """Two measurements of the same questions; answers may differ where another batch rounds another way."""
+    records = {
+        (r.method, r.keep): r
+        for r in quality.read(checkout.ROOT / "bench/results/quality/quality.jsonl")
+        if not r.options
+    }
+    card = (tiny.CHECKPOINT / "README.md").read_text()
+    for name, setting in evaluate.SETTINGS:
+        r = records[setting.get("method", "vtc-cls") if setting else "all tokens", setting.get("keep", 576)]
+        (row,) = re.findall(rf"^\| {name} \| (.*) \|$", card, re.MULTILINE)
+        shares = [r.accuracy[0], *(r.families[family][0] for family in FAMILIES)]
+        assert [float(cell) for cell in row.split(" | ")] == pytest.approx([100 * share for share in shares], abs=0.5)
 
 
 def test_the_readmes_table_of_kernels_is_current(tmp_path):

@@ -45,7 +45,7 @@ class Model(NamedTuple):
         """Why `method` does not work with this model, as a clause, or None if it does."""
         about = _registry()[method]
         tiled = any(visual.layout != "whole" for visual in self.visuals)
-        if tiled and "tower" not in about.prunes and method != "none":
+        if tiled and about.prunes == ("language",):
             return (
                 f"prunes in the language model alone, and there {self.name}'s pictures of an image are not told apart"
             )

@@ -217,11 +217,6 @@ def encode(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[torch.Ten
 
     The selection is None if the method chooses no patches.
     """
-    if plan.config.method in PROMPT_METHODS:
-        raise ValueError(
-            f"method {plan.config.method!r} chooses inside the language model, by the prompt; to select by the image "
-            'alone use method="vtc-cls"'
-        )
     tokens, _ = compress(base, pixel_values, plan)
     if tokens.indices is None or tokens.scores is None:
         return tokens.rows, None

@@ -129,6 +129,8 @@ shape, too, every third batch is whole canvases; of those with close-ups, anothe
 zooms, every fourth batch is whole canvases and the others are zoomed by 1 to 3. Where several pictures share a prompt,
 the question is how many objects they show together. From the phase before the zooms on, the answer to "how many" weighs
 five times as much as others.
+The checkpoint was not made in one go: the zooms began from what the phases before had left, rounded to fp16, and ran in
+fp32 on another CPU, one without bf16 instructions.
 The phases from the first close-ups on were added one after the other, after looking at validation questions with all
 tokens, with 64, 192 and 288 by [CLS] attention, and with random ones: with fewer tokens the model counted one object
 too many, for it read the number from the share of visual tokens that show objects. Sharing a prompt takes that shortcut

@@ -17,9 +17,9 @@ All visual tokens are always present. Pictures grow from phase to phase (70 to 3
 objects per token; a small one is a window on the canvas and uses that window's position embeddings. The last phases mix
 sizes, then shapes and close-ups: where something is and how much there is must be read from the features, not from how
 many visual tokens there are, how long their lines are, or how many of them show background. In the last one up to three
-pictures share a prompt, and the question is how many objects they show together: the share of visual tokens that show
-objects does not tell that, so the model has to learn to count. Every batch is drawn from its own seed, so a run can be
-interrupted and resumed, and two runs on one machine agree.
+pictures share a prompt, and the question is how many objects they show together, which the share of visual tokens that
+show objects does not tell. Every batch is drawn from its own seed, so a run can be interrupted and resumed, and two
+runs on one machine agree.
 
 Weight matrices between layers learn with Muon (arXiv 2502.16982), which takes far fewer steps here; everything else
 with AdamW.
@@ -462,7 +462,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = peak * _cycle(step / (phase.cycle or phase.steps))
                 optimizer.zero_grad()
-            # Twice as fast where the processor has bf16 instructions, ten times as slow where it has not.
+            # Faster where the processor has bf16 instructions, far slower where it has not.
             with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu.get_capabilities().get("avx512_bf16", False)):
                 loss, right = vision_loss(contrast, batch) if phase.stage == "vision" else language_loss(model, batch)
             loss.backward()
