@@ -11,6 +11,7 @@ import pytest
 
 from vtc.tiny.scenes import (
     COLOURS,
+    COUNTING,
     FAMILIES,
     MAX_OBJECTS,
     PATCH,
@@ -19,6 +20,7 @@ from vtc.tiny.scenes import (
     SIZES,
     SPLITS,
     WORDS,
+    Question,
     Scene,
     balanced_questions,
 )
@@ -144,6 +146,17 @@ print({len(Scene("train", index, 112, 1.4).objects) for index in range(20)})
     assert done.stdout == "{1}\n"
     crowded = [Scene("train", index, (112, 168), 1.0001) for index in range(40)]
     assert {len(scene.objects) for scene in crowded} == {1, 2, 3, 4, 5}
+
+
+def test_a_blank_scene_shows_background_only() -> None:
+    for index in range(20):
+        blank = Scene("val", index, (196, 112), blank=True)
+        assert blank.image.size == (196, 112)
+        pixels = np.asarray(blank.image, np.int16)
+        assert np.ptp(pixels, axis=-1).max() < 60, "as colourful as an object"
+        assert pixels.std() > 1
+        assert (blank.objects, blank.phrases, blank.caption) == ([], [], "")
+        assert blank.ask(0) == blank.ask(1) == [Question("counting", COUNTING, "0")]
 
 
 def test_deterministic_and_disjoint() -> None:

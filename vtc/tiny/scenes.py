@@ -98,6 +98,8 @@ class Scene:
     zoom : float
         How much larger than usual everything appears, at least 1: a close-up has less background. Objects keep the
         coordinates and sizes they have without it.
+    blank : bool
+        Nothing but background: there is nothing to say of it, and nothing to ask but how many objects there are.
 
     Raises
     ------
@@ -105,7 +107,9 @@ class Scene:
         For an unknown split, a negative index, or a size out of range.
     """
 
-    def __init__(self, split: str, index: int, size: int | tuple[int, int] = CANVAS, zoom: float = 1.0) -> None:
+    def __init__(
+        self, split: str, index: int, size: int | tuple[int, int] = CANVAS, zoom: float = 1.0, blank: bool = False
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
         if index < 0:
@@ -126,7 +130,9 @@ class Scene:
             most = across // 56
         else:
             most = across * down // 56**2
-        self.objects = _place(rng, int(rng.integers(1, min(max(1, most), MAX_OBJECTS) + 1)), across, down)
+        self.objects: list[Object] = []
+        if not blank:
+            self.objects = _place(rng, int(rng.integers(1, min(max(1, most), MAX_OBJECTS) + 1)), across, down)
         rooms = ((CANVAS - side) // PATCH for side in (self.width, self.height))
         self.origin = tuple(int(rng.integers(room + 1)) * PATCH for room in rooms)  # x, y
 
@@ -150,6 +156,8 @@ class Scene:
     @cached_property
     def phrases(self) -> list[str]:
         """Everything true of the scene that `PHRASES` can say; the caption is these phrases."""
+        if not self.objects:
+            return []
         said = [f"{NUMBERS[len(self.objects) - 1]} object" + "s" * (len(self.objects) > 1)]
         for thing in self.objects:
             at = (start + self.zoom * place for start, place in zip(self.origin, (thing.x, thing.y), strict=True))
@@ -177,6 +185,8 @@ class Scene:
     def ask(self, draw: int) -> list[Question]:
         """Another draw of questions about the same picture; `questions` is draw 0."""
         rng = self._rng(2 + draw)
+        if not self.objects:
+            return _counting(rng, self.objects)
         asked = [*_existence(rng, self.objects), *_attribute(rng, self.objects), *_relation(rng, self.objects)]
         asked += [*_counting(rng, self.objects), *_digit(rng, self.objects)]
         return [asked[i] for i in rng.permutation(len(asked))]

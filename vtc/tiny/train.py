@@ -16,10 +16,10 @@ caption follows the picture directly and the questions are LLaVA's conversation,
 All visual tokens are always present. Pictures grow from phase to phase (70 to 336 pixels), because small ones show more
 objects per token; a small one is a window on the canvas and uses that window's position embeddings. The last phases mix
 sizes, then shapes and close-ups: where something is and how much there is must be read from the features, not from how
-many visual tokens there are, how long their lines are, or how many of them show background. In the last one up to three
-pictures share a prompt, and the question is how many objects they show together, which the share of visual tokens that
-show objects does not tell. Every batch is drawn from its own seed, so a run can be interrupted and resumed, and two
-runs on one machine agree.
+many visual tokens there are, how long their lines are, or how many of them show background. In the last ones pictures
+share a prompt, and the question is how many objects they show together, which the share of visual tokens that show
+objects does not tell; least of all in albums, where pictures differ in shape and some are blank. Every batch is drawn
+from its own seed, so a run can be interrupted and resumed, and two runs on one machine agree.
 
 Weight matrices between layers learn with Muon (arXiv 2502.16982), which takes far fewer steps here; everything else
 with AdamW.
@@ -29,11 +29,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,6 +62,15 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 WORD_WEIGHT = 0.1  # of a word in a question or a caption, against 1 for an answer
 
 
+class Alike(NamedTuple):
+    """Pictures of a batch that can be stacked: how many, their width and height in pixels, and their content."""
+
+    number: int
+    size: tuple[int, int]
+    zoom: float = 1.0
+    blank: bool = False  # nothing but background
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of training with one kind of data and one learning-rate cycle."""
@@ -71,15 +81,36 @@ class Phase:
     batch: int
     lr: float  # the peak
     draws: int = 2  # in the language stages: rounds of questions about each scene
-    mixed: str = ""  # "sizes" | "shapes" | "close-ups" | "zooms": pictures vary by batch, see `shape_of`
+    mixed: str = ""  # "sizes" | "shapes" | "close-ups" | "zooms" | "albums": pictures vary, see `kinds_of`
     cycle: int | None = None  # steps of the learning-rate cycle, for a phase that ends before it
     pictures: int = 1  # up to so many share a prompt, which then asks how many objects they show together
+    objects: int = 9  # at most, in all pictures of a prompt
+    zoom: float = 1.0  # of "albums": some windows are zoomed up to so much
     counting: float = 1.0  # weight of the answer to "how many": it is asked once a picture, other things many times
 
-    def shape_of(self, step: int) -> tuple[int, tuple[int, int], float]:
-        """How many pictures batch `step` has, their width and height in pixels, and their zoom."""
+    def kinds_of(self, step: int) -> list[Alike]:
+        """The pictures of batch `step`."""
         width = height = self.size
         zoom = 1.0
+        if self.mixed == "albums" and step % 4:
+            rng = np.random.default_rng(step)
+            canvas = self.size, self.size
+            window, other, close = (
+                (int(across) * PATCH, int(down) * PATCH)
+                for across, down in rng.integers(70 // PATCH, self.size // PATCH + 1, (3, 2))
+            )
+            kinds = [
+                (0.25, canvas, 1.0, False),
+                (0.25, window, 1.0, False),
+                (0.17, canvas, 1.0, True),
+                (0.17, other, 1.0, True),
+            ]
+            if self.zoom > 1:
+                kinds.append((0.25, close, float(rng.uniform(1, min(self.zoom, close[0] / 70, close[1] / 70))), False))
+            return [
+                Alike(max(1, round(share * self.batch * self.size / math.sqrt(w * h))), (w, h), zoom, blank)
+                for share, (w, h), zoom, blank in kinds
+            ]
         if self.mixed == "sizes":
             width = height = MIXED_SIZES[step % len(MIXED_SIZES)]
         elif self.mixed == "close-ups" and step % 3 == 1:
@@ -91,7 +122,13 @@ class Phase:
         elif self.mixed in ("shapes", "close-ups") and step % 3:
             sides = np.random.default_rng(step).integers(70 // PATCH, self.size // PATCH + 1, 2)
             width, height = (int(side) * PATCH for side in sides)
-        return int(self.batch * self.size / (width * height) ** 0.5), (width, height), zoom
+        return [Alike(int(self.batch * self.size / math.sqrt(width * height)), (width, height), zoom)]
+
+    def pictures_of(self, step: int) -> int:
+        """Up to how many pictures share a prompt of batch `step`."""
+        if self.mixed == "albums" and step % 4 == 0:
+            return 1
+        return 1 + int(np.random.default_rng(step).integers(self.pictures))
 
 
 MIXED_SIZES = (112, 168, 224, 280, CANVAS)
@@ -109,6 +146,9 @@ RECIPE = (
     Phase("language", 336, 300, 10, 6e-4, draws=3, mixed="close-ups", counting=5.0),
     Phase("language", 336, 300, 10, 8e-4, draws=1, mixed="zooms", cycle=1000, counting=5.0),
     Phase("language", 336, 700, 12, 8e-4, draws=1, mixed="zooms", pictures=3, counting=5.0),
+    Phase("language", 336, 600, 16, 8e-4, draws=1, mixed="albums", pictures=4, counting=5.0),
+    Phase("language", 336, 100, 14, 7e-4, 1, "albums", cycle=400, pictures=4, objects=5, zoom=3.0, counting=5.0),
+    Phase("language", 336, 60, 14, 2e-4, 1, "albums", pictures=4, objects=5, zoom=3.0, counting=5.0),
 )
 QUICK = tuple(replace(phase, steps=2, batch=2) for phase in RECIPE)  # exercises every line, learns nothing
 
@@ -263,9 +303,10 @@ class PhraseContrast(nn.Module):
 class Batch:
     """Pictures with true phrases (vision stage) or packed questions (other stages); what a stage needs not is empty."""
 
-    pixels: Tensor  # [B, 3, height, width] fp32
-    origins: Tensor  # [B, 2] int64, in patches
-    phrases: Tensor  # [B, P] fp32, 1 where the phrase is true
+    pixels: list[Tensor]  # of each kind, [S, 3, height, width] fp32
+    origins: list[Tensor]  # of each kind, [S, 2] int64, in patches
+    order: list[int]  # in which the pictures of all kinds follow each other in the prompts
+    phrases: Tensor  # [S, P] fp32, 1 where the phrase is true
     tokens: Tensor  # [B, T] int64, `<image>` where a visual token goes
     segments: Tensor  # [B, T]: 0 for the part every question sees, 1.. for each question, -1 for padding
     targets: Tensor  # [B, T] int64, the next token
@@ -283,13 +324,20 @@ class Scenes(Dataset):
         return self.phase.steps
 
     def __getitem__(self, step: int) -> Batch:
-        start, (count, size, zoom) = self.first + step * self.phase.batch, self.phase.shape_of(step)
-        scenes = [Scene("train", start + i, size, zoom) for i in range(count)]
-        pixels = torch.zeros(0)
-        if self.phase.stage != "text":
-            stacked = np.stack([np.asarray(scene.image, np.float32) for scene in scenes])
-            pixels = torch.from_numpy(((stacked / 255 - MEAN) / STD).astype(np.float32)).permute(0, 3, 1, 2)
-        origins = torch.tensor([scene.origin for scene in scenes]) // PATCH
+        start = self.first + step * self.phase.batch
+        scenes: list[Scene] = []
+        pixels, origins = [], []
+        for number, size, zoom, blank in self.phase.kinds_of(step):
+            alike = [Scene("train", start + len(scenes) + i, size, zoom, blank) for i in range(number)]
+            if self.phase.stage != "text":
+                stacked = np.stack([np.asarray(scene.image, np.float32) for scene in alike])
+                stacked = ((stacked / 255 - MEAN) / STD).astype(np.float32)
+                pixels.append(torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous())
+                origins.append(torch.tensor([scene.origin for scene in alike]) // PATCH)
+            scenes += alike
+        order = list(range(len(scenes)))
+        if len(pixels) > 1:
+            order = np.random.default_rng(step).permutation(order).tolist()
         truth = torch.zeros(0)
         rows: list[tuple[Tensor, ...]] = [(torch.zeros(0),) * 4]
         if self.phase.stage == "vision":
@@ -297,19 +345,21 @@ class Scenes(Dataset):
             for row, scene in zip(truth, scenes, strict=True):
                 row[[PHRASE_NUMBER[phrase] for phrase in scene.phrases]] = 1
         else:
-            rows = [self._pack(group) for group in self._grouped(scenes, step)]
+            rows = [self._pack(group) for group in self._grouped([scenes[i] for i in order], step)]
         packed = (
             nn.utils.rnn.pad_sequence([row[i] for row in rows], batch_first=True, padding_value=value)
             for i, value in enumerate((0, -1, 0, 0))
         )
-        return Batch(pixels.contiguous(), origins, truth, *packed)
+        return Batch(pixels, origins, order, truth, *packed)
 
     def _grouped(self, scenes: list[Scene], step: int) -> list[list[Scene]]:
-        """The scenes of each prompt: as many in all of the batch, fewer where there would be more than nine objects."""
-        most = 1 + int(np.random.default_rng(step).integers(self.phase.pictures))
+        """The scenes of each prompt: as many in all of the batch, fewer where that were too many objects or tokens."""
+        most = self.phase.pictures_of(step)
         groups: list[list[Scene]] = []
         for scene in scenes:
-            if groups and len(groups[-1]) < most and sum(len(s.objects) for s in (*groups[-1], scene)) <= 9:
+            more = [*groups[-1], scene] if groups else []
+            objects, area = sum(len(s.objects) for s in more), sum(s.width * s.height for s in more)
+            if 0 < len(more) <= most and objects <= self.phase.objects and area <= 3 * CANVAS**2:
                 groups[-1].append(scene)
             else:
                 groups.append([scene])
@@ -325,7 +375,7 @@ class Scenes(Dataset):
         if self.phase.stage == "text":
             shown = ids(scene.caption)
         else:
-            shown = [SPECIAL.index("<image>")] * (len(scenes) * scene.width * scene.height // PATCH**2)
+            shown = [SPECIAL.index("<image>")] * sum(s.width * s.height // PATCH**2 for s in scenes)
         tokens = [SPECIAL.index("<s>"), *ids("USER:"), *shown]
         segments, targets, weights = [0] * len(tokens), [0] * len(tokens), [0.0] * len(tokens)
         asked = [question for draw in range(self.phase.draws) for question in scene.ask(draw)]
@@ -335,7 +385,7 @@ class Scenes(Dataset):
             said = [(f"{COUNTING} ASSISTANT:", str(sum(len(s.objects) for s in scenes)), self.phase.counting)]
         if self.phase.stage == "projector":
             said = []
-        if self.phase.stage != "text" and len(scenes) == 1:
+        if self.phase.stage != "text" and len(scenes) == 1 and scene.caption:
             said.append((scene.caption, "", 1.0))
         for number, (before, answer, counts) in enumerate(said, start=1):
             asking, reply = ids(before), [*ids(answer), SPECIAL.index("</s>")]
@@ -363,19 +413,26 @@ def attention_of(segments: Tensor) -> tuple[Tensor, Tensor]:
 
 def vision_loss(contrast: PhraseContrast, batch: Batch) -> tuple[Tensor, float]:
     """Sigmoid loss summed over phrases; the figure beside it is how many true phrases rank among the top ones."""
-    logits = contrast(batch.pixels, batch.origins).float()
+    logits = contrast(batch.pixels[0], batch.origins[0]).float()
     loss = F.binary_cross_entropy_with_logits(logits, batch.phrases, reduction="sum") / len(logits)
     hit = ((logits > 0) & (batch.phrases > 0)).sum() / batch.phrases.sum()
     return loss, hit.item()
 
 
+@torch.no_grad()
+def features(tower: CLIPVisionModel, batch: Batch) -> Tensor:
+    """What the tower says of every visual token, `[V, C]`, as they follow each other in the prompts of the batch."""
+    seen: list[Tensor] = []  # one a picture, [n, C]
+    for pixels, origins in zip(batch.pixels, batch.origins, strict=True):
+        seen += encode(tower, pixels, origins)[-2][:, 1:]
+    return torch.cat([seen[i] for i in batch.order])
+
+
 def language_loss(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, float]:
     """Weighted cross-entropy; the figure beside it is the share of the answers' tokens that are right."""
     embeds = model.get_input_embeddings()(batch.tokens)
-    if batch.pixels.numel():
-        with torch.no_grad():
-            seen = encode(model.model.vision_tower, batch.pixels, batch.origins)[-2][:, 1:]
-        visual = model.model.multi_modal_projector(seen)
+    if batch.pixels:
+        visual = model.model.multi_modal_projector(features(model.model.vision_tower, batch))
         where = (batch.tokens == model.config.image_token_id)[..., None].expand_as(embeds)
         embeds = embeds.masked_scatter(where, visual.to(embeds.dtype))
     allowed, positions = attention_of(batch.segments)
