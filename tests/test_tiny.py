@@ -101,25 +101,20 @@ def test_mixed_phases_take_turns_and_keep_the_tokens_in_a_batch_alike() -> None:
 
     whole = recipe.Alike(10, (336, 336))
     sizes = drawn("sizes")
-    assert (
-        sizes
-        == [recipe.Alike(n, (side, side)) for n, side in zip((30, 20, 15, 12, 10), recipe.MIXED_SIZES, strict=True)]
-        * 60
-    )
+    numbers = zip((30, 20, 15, 12, 10), (112, 168, 224, 280, 336), strict=True)
+    assert sizes == [recipe.Alike(number, (side, side)) for number, side in numbers] * 60
     shapes = drawn("shapes")
     assert set(shapes[::3]) == {whole}
     assert len(set(shapes)) > 150
-    for count, (width, height), zoom, blank in shapes:
+    for number, (width, height), zoom, blank in shapes:
         assert (zoom, blank) == (1, False)
         assert width % 14 == height % 14 == 0
         assert 70 <= min(width, height) <= max(width, height) <= 336
-        assert 10 <= count <= 48
-    batch, (count, (width, height), *_) = (
-        recipe.Scenes(recipe.Phase("language", 336, 9, 10, 1e-3, mixed="shapes"), 0)[1],
-        shapes[1],
-    )
-    assert batch.pixels[0].shape == (count, 3, height, width)
-    assert (batch.tokens == 4).sum() == count * width * height // 14**2
+        assert 10 <= number <= 48
+    batch = recipe.Scenes(recipe.Phase("language", 336, 10, 10, 1e-3, mixed="shapes"), 0)[1]
+    number, (width, height), *_ = shapes[1]
+    assert batch.pixels[0].shape == (number, 3, height, width)
+    assert (batch.tokens == 4).sum() == number * width * height // 14**2
     close = drawn("close-ups")
     assert set(close[::3]) == {whole}
     assert close[1:8:3] == [whole._replace(zoom=zoom) for zoom in (2, 1.5, 2)]

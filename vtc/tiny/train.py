@@ -353,7 +353,7 @@ class Scenes(Dataset):
         return Batch(pixels, origins, order, truth, *packed)
 
     def _grouped(self, scenes: list[Scene], step: int) -> list[list[Scene]]:
-        """The scenes of each prompt: as many in all of the batch, fewer where that were too many objects or tokens."""
+        """The scenes of each prompt: as many in all of the batch, but where these are too many objects or tokens."""
         most = self.phase.pictures_of(step)
         groups: list[list[Scene]] = []
         for scene in scenes:
