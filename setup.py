@@ -18,7 +18,9 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",
-        "transformers>=5.17,<6",
+        # Tested with 5.17 and 5.23. 5.18 to 5.22 answer wrongly with beams of several images and with chunked prefill;
+        # 5.24 renames past_key_values to cache, and pruning inside the language model answers wrongly.
+        "transformers>=5.17,<5.24,!=5.18.*,!=5.19.*,!=5.20.*,!=5.21.*,!=5.22.*",
         "safetensors",
         "numpy",
         "pillow>=10.1",

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
+needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what is shipped is what git knows: no .git here")
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The names in a wheel built from the files git knows, so that nothing left lying about helps."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """A wheel built from the files git knows, so that nothing left lying about helps."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
     for name in filter(None, files.split("\0")):
@@ -24,9 +27,15 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(out), str(source)]
     subprocess.run(command, check=True)
     (wheel,) = out.glob("vtc_cls-*.whl")
-    return set(zipfile.ZipFile(wheel).namelist())
+    return zipfile.ZipFile(wheel)
 
 
+@pytest.fixture(scope="module")
+def wheel_names(wheel: zipfile.ZipFile) -> set[str]:
+    return set(wheel.namelist())
+
+
+@needs_git
 def test_wheel_holds_everything(wheel_names: set[str]) -> None:
     modules = {f"vtc/{path.relative_to(ROOT / 'vtc')}" for path in (ROOT / "vtc").rglob("*.py")}
     modules |= {f"vtc_kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
@@ -35,11 +44,22 @@ def test_wheel_holds_everything(wheel_names: set[str]) -> None:
     assert modules | checkpoint | {"vtc/py.typed"} <= wheel_names
 
 
+@needs_git
+def test_wheel_asks_for_versions_of_transformers_that_were_tested(wheel: zipfile.ZipFile) -> None:
+    (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    asked = re.findall(r"^Requires-Dist: (.*)$", wheel.read(metadata).decode(), re.MULTILINE)
+    (transformers,) = (r for r in map(Requirement, asked) if r.name == "transformers")
+    minors = [minor for minor in range(15, 30) if transformers.specifier.contains(f"5.{minor}.1")]
+    assert minors == [17, 23]
+
+
+@needs_git
 def test_wheel_has_no_other_top_level_package(wheel_names: set[str]) -> None:
     top = {name.split("/")[0] for name in wheel_names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"vtc", "vtc_kernels"}
 
 
+@needs_git
 def test_top_level_entries_of_the_repository() -> None:
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\n")
     top = {name.split("/")[0] for name in names if name}
