@@ -263,7 +263,7 @@ MUTANTS = [
             "fake compact_kv too long": ("return [tensor.new_empty((*tensor.shape[:2], count, tensor.shape[3]))", "return [tensor.new_empty((*tensor.shape[:2], count + 1, tensor.shape[3]))"),
             "out not declared as changed": ("Tensor(a!) out,", "Tensor out,"),
             "cache not declared as changed": ("compact_kv_(Tensor(a!)[] keys, Tensor(b!)[] values", "compact_kv_(Tensor[] keys, Tensor[] values"),
-            "fake merge without its last row": ("num_rows = targets.shape[1] + (neighbors is not None)", "num_rows = targets.shape[1]"),
+            "fake merge without its last row": ("num_rows = targets.shape[1] + int(neighbors is not None)", "num_rows = targets.shape[1]"),
             "gradient of the mixed rows": ("(mix.mT @ grad.float())", "(mix.mT @ grad.float()).flip(1)"),
             "gradients do not add up": ("grad, accumulate=True)", "grad)"),
             "environment ignored": ('backend == "auto" and (override := os.environ.get("VTC_BACKEND"))', 'False and (override := os.environ.get("VTC_BACKEND"))'),

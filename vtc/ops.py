@@ -608,7 +608,7 @@ def _compact_kv_(keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tens
 
 
 def _fake_merge(x: Tensor, key: Tensor, targets: Tensor, weight: Tensor, neighbors: Any, *_: Any) -> Any:
-    num_rows = targets.shape[1] + (neighbors is not None)
+    num_rows = targets.shape[1] + int(neighbors is not None)  # torch 2.11 cannot add a bool to a SymInt
     shape = (x.shape[0], num_rows)
     return x.new_empty((*shape, x.shape[2])), x.new_empty((*shape, x.shape[1]), dtype=torch.float32)
 
