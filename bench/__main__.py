@@ -31,9 +31,17 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--out", type=Path, help="folder for the records, JSON lines, and the plot")
     add.add_argument("--no-plot", action="store_true")
     add.add_argument("--readme", type=Path, help="also put the tables between this file's <!-- quality --> marks")
-    add = commands.add_parser("gpu", help="tests, micro, e2e and plots on a machine with one GPU")
+    add = commands.add_parser("gpu", help="all that a machine with a GPU can tell, in minutes")
     add.add_argument("--out", type=Path, required=True, help="folder for at most 8 files")
     add.add_argument("--minutes", type=float, default=9)
+    add.add_argument("--parts", nargs="+", default=(), metavar="PART", help=f"default: {' '.join(gpu.PARTS)}")
+    _mode_options(add)
+    add = commands.add_parser("worker", help="a process that `gpu` starts")
+    add.add_argument("part")
+    for name in ("out", "journal"):
+        add.add_argument(f"--{name}", type=Path)
+    add.add_argument("--skip", type=int, default=0)
+    _mode_options(add)
     add = commands.add_parser("kernels", help="print the table of kernels")
     add.add_argument("--readme", type=Path, help="put it between this file's <!-- kernels --> marks instead")
     add = commands.add_parser("plot", help="draw records")
@@ -47,6 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def _mode_options(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--rehearse", action="store_true", help="play it on a CPU, in miniature")
+    add.add_argument("--plant", action="store_true", help="with faults, to see that they cost nothing else")
 
 
 def _micro_options(add: argparse.ArgumentParser) -> None:
@@ -99,9 +112,12 @@ def _timed(suite: str, chosen: Any, run: Any) -> int:
 
 
 def _gpu(chosen: Any, rest: list[str]) -> int:
-    if not torch.cuda.is_available():
-        raise ValueError("bench gpu needs a GPU; without one: pytest, and python -m bench micro")
-    return gpu.run(chosen.out, chosen.minutes)
+    return gpu.run(chosen.out, chosen.minutes, chosen.parts, gpu.Mode(chosen.rehearse, chosen.plant))
+
+
+def _worker(chosen: Any, rest: list[str]) -> int:
+    gpu.work(chosen.part, chosen.out, chosen.journal, chosen.skip, gpu.Mode(chosen.rehearse, chosen.plant))
+    return 0
 
 
 def _kernels(chosen: Any, rest: list[str]) -> int:
@@ -155,6 +171,7 @@ COMMANDS = {
     "quality": _quality,
     "compare": lambda chosen, rest: compare.run(chosen.revision, rest),
     "gpu": _gpu,
+    "worker": _worker,
     "kernels": _kernels,
     "plot": _plot,
 }

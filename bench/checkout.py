@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,26 +35,25 @@ def revision(name: str) -> Iterator[Path]:
             subprocess.run([*command, "remove", "--force", str(root)], check=True)
 
 
-def run(arguments: list[str], root: Path = ROOT, timeout: float | None = None) -> tuple[int, str]:
-    """Exit status and output of `python ARGUMENTS`; 124 if it took more than `timeout` seconds.
+@contextlib.contextmanager
+def packages(root: Path = ROOT, environment: Mapping[str, str | None] | None = None) -> Iterator[dict[str, Any]]:
+    """Options for `subprocess` with which Python imports `vtc` and `vtc_kernels` from the checkout `root`.
 
-    `vtc` and `vtc_kernels` are those of the checkout `root`, `bench` always this one. The working directory holds links
-    to the three and nothing else: it comes first on Python's path.
+    `bench` is always this one. The working directory holds links to the three and nothing else, and comes first on
+    Python's path. `environment` has further variables; None unsets one.
     """
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", errors="replace") as file:
+    with tempfile.TemporaryDirectory() as folder:
         for name, target in {"bench": ROOT / "bench", "vtc": root / "vtc", "vtc_kernels": root / "kernels"}.items():
             (Path(folder) / name).symlink_to(target.resolve(), target_is_directory=True)
         path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-        try:
-            status = subprocess.run(
-                [sys.executable, *arguments],
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": path},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=timeout,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = 124
-        file.seek(0)
-        return status, file.read()
+        variables = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(environment or {})}
+        yield {"cwd": folder, "env": {name: value for name, value in variables.items() if value is not None}}
+
+
+def run(arguments: list[str], root: Path = ROOT) -> tuple[int, str]:
+    """Exit status and output of `python ARGUMENTS` on the packages of a checkout."""
+    with packages(root) as options:
+        done = subprocess.run(
+            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+        )
+    return done.returncode, done.stdout

@@ -53,7 +53,7 @@ def compare(old: list[Record], new: list[Record]) -> list[list[str]]:
     def medians(records: list[Record]) -> dict[tuple[str, ...], float]:
         found: dict[tuple[str, ...], list[float]] = {}
         for r in records:
-            found.setdefault((r.op, r.model, r.dtype, table.shape_text(r.shape), r.backend), []).append(r.ms_50)
+            found.setdefault((r.op, r.model, r.dtype, table.shape_text(r.shape), r.backend), []).append(r.ms)
         return {key: median(times) for key, times in found.items()}
 
     before, after = medians(old), medians(new)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +15,38 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import vtc
 from bench import record, table, timing
+from bench.accuracy import WrongResult
+from bench.jobs import Job
+from bench.jobs import run as run_jobs
 from bench.record import Record
-from bench.workloads import WrongResult
 from vtc import ops, reference
 from vtc.llava import Plan, encode, settings
 from vtc.methods import Tower
 
 TEXT_TOKENS = 40
-KEEPS = (None, 128, 64)  # None: the stock model, every visual token
-STAGES = ("vision", "select", "projector", "prefill", "decode", "first token")
+NEW_TOKENS = 32
+NOT_CAPTURED = {
+    "first token": "transformers reads values back",
+    "first token, new length": "each call is longer than the last",
+    "generate": "transformers reads values back",
+}
+STAGES = ("vision", "select", "projector", "prefill", "decode", "first token", "first token, new length", "generate")
+
+
+class Variant(NamedTuple):
+    """What stands side by side: how many visual tokens are kept, None for the stock model, and by which SDPA."""
+
+    keep: int | None
+    cudnn: bool = True
+
+    @property
+    def name(self) -> str:
+        return ("sdpa" if self.keep is None else f"vtc {self.keep}") + ("" if self.cudnn else ", no cudnn")
+
+
+VARIANTS = (Variant(None), Variant(128), Variant(64))
+# A prompt of a new length takes cuDNN's SDPA tens of milliseconds of planning. Every token that is generated is one.
+LENGTHS = tuple(Variant(keep, cudnn) for keep in (None, 64) for cudnn in (True, False))
 
 
 def build(device: torch.device) -> tuple[str, str, LlavaForConditionalGeneration]:
@@ -41,12 +67,12 @@ def build(device: torch.device) -> tuple[str, str, LlavaForConditionalGeneration
     return ("LLaVA-1.5-7B", "bf16", model) if on_gpu else ("small LLaVA", "fp32", model)
 
 
-def make_inputs(model: LlavaForConditionalGeneration, batch: int) -> dict[str, Tensor]:
-    """`batch` prompts of one image and TEXT_TOKENS of text."""
+def make_inputs(model: LlavaForConditionalGeneration, batch: int, text_tokens: int = TEXT_TOKENS) -> dict[str, Tensor]:
+    """`batch` prompts of one image and `text_tokens` of text."""
     size, image = model.config.vision_config.image_size, model.config.image_token_id
     generator = torch.Generator().manual_seed(batch)
     pixels = torch.randn(batch, 3, size, size, generator=generator)
-    text = torch.randint(3, 900, (batch, TEXT_TOKENS), generator=generator)
+    text = torch.randint(3, 900, (batch, text_tokens), generator=generator)
     placeholders = torch.full((batch, Plan.of(model.model).tokens), image)
     ids = torch.cat([text[:, :5], placeholders, text[:, 5:]], dim=1)
     return {"input_ids": ids.to(model.device), "pixel_values": pixels.to(model.device, model.dtype)}
@@ -70,20 +96,25 @@ class Stages:
         layer = layer.to(model.device, model.dtype)
         self.query, self.key = layer[0].transpose(1, 2), layer[1].transpose(1, 2)
         self.hidden = layer[2].flatten(2)
+        self.lengths = itertools.count(TEXT_TOKENS + 1)
 
-    def calls(self) -> Iterator[tuple[str, Callable[[], Any], int]]:
-        """Stage, call, and the bytes it has to read or write at least: mostly its weights, once."""
+    def call(self, stage: str) -> tuple[Callable[[], Any], int]:
+        """What a stage calls, and the bytes it has to read or write at least: mostly its weights, once."""
         base, size = self.base, self.model.dtype.itemsize
-        cached = sum(t.nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
         language = _nbytes(base.language_model) + _nbytes(self.model.lm_head)
-        yield "vision", self.vision, _nbytes(base.vision_tower)
-        if self.keep is not None:
-            kept = 2 * self.keep * self.hidden.shape[0] * self.hidden.shape[2] * size
-            yield "select", self.select, len(self.plan.scored) * self.key.nbytes + kept
-        yield "projector", self.projector, _nbytes(base.multi_modal_projector)
-        yield "prefill", self.prefill, language
-        yield "decode", self.decode, language + cached
-        yield "first token", self.first_token, _nbytes(self.model)
+        everything = _nbytes(self.model)
+        cached = sum(t.nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
+        kept = 2 * (self.keep or 0) * self.hidden.shape[0] * self.hidden.shape[2] * size
+        return {
+            "vision": (self.vision, _nbytes(base.vision_tower)),
+            "select": (self.select, len(self.plan.scored) * self.key.nbytes + kept),
+            "projector": (self.projector, _nbytes(base.multi_modal_projector)),
+            "prefill": (self.prefill, language),
+            "decode": (self.decode, language + cached),
+            "first token": (self.first_token, everything),
+            "first token, new length": (self.new_length, everything),
+            "generate": (self.generate, everything + (NEW_TOKENS - 1) * (language + cached)),
+        }[stage]
 
     def vision(self) -> Tensor:
         """The tower and what it hands to the projector; with VTC that includes `select`."""
@@ -121,6 +152,18 @@ class Stages:
         """All of it through the model's own forward, from pixels to the first logits."""
         return self.model(**self.inputs, logits_to_keep=1).logits
 
+    def new_length(self) -> Tensor:
+        """As `first_token`, one token of text longer at each call."""
+        ids = self.inputs["input_ids"]
+        ids = torch.cat([ids, ids[:, -1:].expand(-1, next(self.lengths) - TEXT_TOKENS)], dim=1)
+        return self.model(**{**self.inputs, "input_ids": ids}, logits_to_keep=1).logits
+
+    def generate(self) -> Tensor:
+        """NEW_TOKENS tokens, greedy, as a user generates them."""
+        return self.model.generate(
+            **self.inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+        )
+
     def check(self) -> None:
         """The gate: raise unless forward gives what the stages give, and the patches are those the formula chooses."""
         _close("logits", self.first_token(), self.prefill())
@@ -153,7 +196,77 @@ def _close(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | Non
         raise WrongResult(f"{what}: relative error {error:.3g} > {16 * eps:.3g}")
 
 
-@torch.no_grad()
+class Bench:
+    """The model, and the stages of one variant on one batch: both are made, and gated, when they are first needed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._ready: tuple[Any, Stages | Exception] | None = None
+
+    @functools.cached_property
+    def model(self) -> tuple[str, str, LlavaForConditionalGeneration]:
+        return build(self.device)
+
+    @functools.cached_property
+    def copy(self) -> float:
+        return timing.copy_gb_per_s(self.device)
+
+    @contextlib.contextmanager
+    def running(self, variant: Variant) -> Iterator[LlavaForConditionalGeneration]:
+        _, _, model = self.model
+        before = torch.backends.cuda.cudnn_sdp_enabled()
+        with vtc.compress(model, **({"keep": variant.keep} if variant.keep else {})), torch.no_grad():
+            if variant.keep is None:
+                vtc.disable(model)
+            torch.backends.cuda.enable_cudnn_sdp(before and variant.cudnn)
+            try:
+                yield model
+            finally:
+                torch.backends.cuda.enable_cudnn_sdp(before)
+
+    def stages(self, model: LlavaForConditionalGeneration, batch: int, variant: Variant) -> Stages:
+        """Those of the last call if it asked for the same. What failed fails again at once."""
+        if self._ready is None or self._ready[0] != (batch, variant):
+            self._ready = None  # frees the last one's memory first
+            try:
+                stages = Stages(model, make_inputs(model, batch), variant.keep)
+                stages.check()
+                self._ready = (batch, variant), stages
+            except Exception as error:  # out of memory, say
+                self._ready = (batch, variant), error
+        ready = self._ready[1]
+        if isinstance(ready, Exception):
+            raise ready
+        return ready
+
+    def number(self, batch: int, variant: Variant, stage: str, rep_ms: float, played: bool) -> list[Record]:
+        with self.running(variant) as model:
+            name, dtype, _ = self.model
+            stages = self.stages(model, batch, variant)
+            call, moved = stages.call(stage)
+            why = NOT_CAPTURED.get(stage)
+            times = timing.measure([call], self.device, rep_ms, not_captured=why, played=played)
+            made = record.make(
+                suite="e2e", op=stage, model=name, dtype=dtype, backend=variant.name, times=times, moved=moved,
+                shape={"B": batch, "visual": stages.features.shape[1], "text": TEXT_TOKENS}, copy=self.copy,
+                peak_bytes=timing.peak_bytes(call, self.device), sdpa=timing.sdpa_backend(call), device=self.device,
+            )  # fmt: skip
+        return [made]
+
+
+def jobs(device: torch.device, batches: tuple[int, ...], rep_ms: float = 100.0, played: bool = False) -> list[Job]:
+    """One for each stage of each variant and batch size; what new lengths cost comes last, at the first size alone."""
+    bench = Bench(device)
+    *stages, new_length, generate = STAGES
+    asked = [(b, v, s) for b in batches for v in VARIANTS for s in stages if s != "select" or v.keep]
+    asked += [(batches[0], v, s) for v in LENGTHS for s in (new_length, generate)]
+    # Whichever comes first, after a crash too, builds the model: all may take as long.
+    return [
+        Job(f"B={b} {v.name} {s}", functools.partial(bench.number, b, v, s, rep_ms, played), limit=45)
+        for b, v, s in asked
+    ]
+
+
 def run(
     device: torch.device,
     batches: tuple[int, ...],
@@ -162,52 +275,21 @@ def run(
     say: Callable[[str], None] = print,
 ) -> int:
     """Time every stage for every batch size and K; returns the exit status, 1 if a gate failed."""
-    name, dtype, model = build(device)
-    copy = timing.copy_gb_per_s(device)
-    records, failures = [], []
-    for batch in batches:
-        inputs = make_inputs(model, batch)
-        timed: list[Record] = []
-        for keep in KEEPS:
-            with vtc.compress(model, **({"keep": keep} if keep else {})):
-                if keep is None:
-                    vtc.disable(model)
-                variant = f"vtc {keep}" if keep else "sdpa"
-                stages = Stages(model, inputs, keep)
-                try:
-                    stages.check()
-                except WrongResult as error:
-                    failures.append(f"B={batch} {variant} {error}")
-                    continue
-                for stage, call, moved in stages.calls():
-                    shape = {"B": batch, "visual": stages.features.shape[1], "text": TEXT_TOKENS}
-                    peak, times = timing.peak_bytes(call, device), timing.time_ms(call, device, rep_ms)
-                    timed.append(
-                        record.make(
-                            suite="e2e", op=stage, model=name, shape=shape, dtype=dtype, backend=variant, times=times,
-                            moved=moved, copy=copy, peak_bytes=peak, device=device,
-                        )
-                    )  # fmt: skip
-                del stages
-        for stage in STAGES:
-            record.compare_within([r for r in timed if r.op == stage])
-        records += timed
-        if out:
-            record.append(out, timed)
-        for line in shares(timed):
-            say(line)
+    records, failed = run_jobs(jobs(device, batches, rep_ms), out)
+    for line in shares(records):
+        say(line)
     if records:
         say("\n" + table.tables(records) + "\n\n" + table.provenance_line(records[-1]))
-    for failure in failures:
-        say(f"NO NUMBER: {failure}")
-    return 1 if failures or not records else 0
+    for name, why in failed.items():
+        say(f"NO NUMBER: {name}: {why}")
+    return 1 if failed or not records else 0
 
 
 def shares(records: list[Record]) -> list[str]:
     """What VTC adds to the vision tower, in percent of the stock tower's time."""
-    tower = {r.shape["B"]: r.ms_50 for r in records if (r.op, r.backend) == ("vision", "sdpa")}
+    tower = {r.shape["B"]: r.ms for r in records if (r.op, r.backend) == ("vision", "sdpa")}
     return [
-        f"B={r.shape['B']} {r.backend}: select takes {100 * r.ms_50 / tower[r.shape['B']]:.2f} % of the stock tower"
+        f"B={r.shape['B']} {r.backend}: select takes {100 * r.ms / tower[r.shape['B']]:.2f} % of the stock tower"
         for r in records
         if r.op == "select" and r.shape["B"] in tower
     ]

@@ -1,56 +1,208 @@
-"""`python -m bench gpu --out DIR`: on a machine with a GPU, everything at once: tests, `micro`, `e2e`, plots."""
+"""`python -m bench gpu --out DIR`: all that a GPU can tell, in minutes, with nothing lost.
+
+The parts run one after the other, each in a process group of its own, each for its share of the time. Every number is
+on disk before the next one is begun. An exception, a hang, a crash or too little memory costs one number. Whatever is
+still running at the end of a part is ended, and the GPU is seen idle before the next part begins.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
-import os
+import signal
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any
 
-from bench import checkout, plots, record
+import torch
 
-# Shares of the time: what a part leaves over goes to those after it.
-PARTS = {"tests": 0.45, "micro": 0.6, "e2e": 1.0}
+from bench import attention, checkout, e2e, faults, gate, jobs, micro, ncu, probe, processes, summary
+from bench.jobs import Job
+from bench.summary import Ran
 
 
-def run(out: Path, minutes: float, say: Callable[[str], None] = print) -> int:
-    """Run the parts one after the other; at most 8 files in `out`. Returns the exit status: 1 if a part failed.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    seconds: float  # its share of the time: what it takes of nine minutes at the most
+    file: str
 
-    tests.txt, micro.txt, e2e.txt: what each printed. micro.jsonl, e2e.jsonl: the records. Two plots. summary.txt.
+
+# What matters most comes first, should the time run out: is it right, then whole models, then single operations.
+PARTS = {
+    "probe": Part(25, "probe.jsonl"),
+    "gate": Part(60, "gate.jsonl"),
+    "e2e": Part(130, "e2e.jsonl"),
+    "micro": Part(110, "micro.jsonl"),
+    "attention": Part(45, "micro.jsonl"),
+    "ncu": Part(35, "ncu.csv"),
+    "tests": Part(120, "tests.jsonl"),
+}
+WORKER = ("-m", "bench", "worker")  # what Python runs for a part
+TESTS_AT_ONCE = 8  # each is a process with a GPU context of half a GiB
+TEST_LIMIT = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How to run the parts. `rehearse` plays them on a CPU, in miniature; `plant` puts faults into them."""
+
+    rehearse: bool = False
+    plant: bool = False
+
+    @property
+    def options(self) -> list[str]:
+        return ["--rehearse"] * self.rehearse + ["--plant"] * self.plant
+
+    @property
+    def environment(self) -> dict[str, str | None]:
+        """Variables for workers, tests and profiles; None unsets one."""
+        return {"HF_HUB_OFFLINE": "1", "VTC_BACKEND": None, "TRITON_INTERPRET": "1" if self.rehearse else None}
+
+
+def run(
+    out: Path,
+    minutes: float,
+    parts: Sequence[str] = (),
+    mode: Mode = Mode(),
+    say: Callable[[str], None] = print,
+) -> int:
+    """Run `parts`, by default all, within `minutes`; at most 8 files in `out`, among them log.txt and summary.txt.
+
+    Returns the exit status: 1 if anything failed or was not reached.
+
+    Raises
+    ------
+    ValueError
+        For a part that does not exist, a folder that has results of these parts already, and without a GPU.
     """
+    chosen = micro.chosen("part", tuple(parts), tuple(PARTS))
+    if not mode.rehearse and not torch.cuda.is_available():
+        raise ValueError(
+            "bench gpu needs a GPU; without one: --rehearse plays it on a CPU, pytest runs the tests, and python -m "
+            "bench micro times what a CPU can"
+        )
+    if old := sorted({PARTS[part].file for part in chosen if (out / PARTS[part].file).exists()}):
+        raise ValueError(f"{out} has results already ({', '.join(old)}); give --out another folder")
     out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * minutes
-    summary, failed = [], False
-    for part, share in PARTS.items():
-        start = time.monotonic()
-        seconds = share * (end - start)
-        code, output = checkout.run(_arguments(part, out.resolve(), seconds), timeout=seconds)
-        (out / f"{part}.txt").write_text(output, encoding="utf-8")
-        failed |= code != 0
-        summary += [f"{part}: exit status {code}, {time.monotonic() - start:.0f} s", *_said(part, output)]
-    if (out / "micro.jsonl").exists():
+    out = out.resolve()
+    end = time.monotonic() + 60 * minutes - processes.GRACE  # for what ends last
+    ran: dict[str, Ran] = {}
+    with (out / "log.txt").open("a", encoding="utf-8") as log, _interruptible():
         try:
-            plots.draw(record.read(out / "micro.jsonl"), out / "micro")
-        except ValueError as error:
-            summary.append(f"no plot: {error}")
-    (out / "summary.txt").write_text("\n".join(summary) + "\n", encoding="utf-8")
-    say("\n".join(summary))
-    return 1 if failed else 0
+            for number, part in enumerate(chosen):
+                share = PARTS[part].seconds / sum(PARTS[other].seconds for other in chosen[number:])
+                ran[part] = _run_part(part, out, share * (end - time.monotonic()), mode, log)
+                say(summary.line(part, ran[part]))
+                (out / "summary.txt").write_text(summary.page(out, ran, chosen) + "\n", encoding="utf-8")
+        except KeyboardInterrupt:
+            say("interrupted: what there is stays")
+    page = summary.page(out, ran, chosen)
+    (out / "summary.txt").write_text(page + "\n", encoding="utf-8")
+    say(f"\n{page}")
+    return 0 if set(ran) == set(chosen) and all(one.clean for one in ran.values()) else 1
 
 
-def _arguments(part: str, out: Path, seconds: float) -> list[str]:
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM as Ctrl-C: whoever ends this from outside, the parts are ended and the summary is written."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run_part(part: str, out: Path, seconds: float, mode: Mode, log: IO[str]) -> Ran:
+    start = time.monotonic()
+    idle = "rehearsed" if mode.rehearse else processes.wait_until_idle(min(15.0, seconds / 2))
+    print(f"\n=== {part}, {seconds:.0f} s, GPU {idle}", file=log, flush=True)
+    ran = Ran(idle=idle)
+    end = start + seconds
     if part == "tests":
-        workers = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-        where = ["--rootdir", str(checkout.ROOT), str(checkout.ROOT / "tests")]
-        return ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", *workers, *where]
-    budget = ["--budget", str(0.8 * seconds)] if part == "micro" else []
-    return ["-m", "bench", part, "--out", str(out), "--no-plot", *budget]
+        ran.trouble = _tests(out, end, mode, log)
+        ran.failed = summary.tests(out / PARTS[part].file).failed
+    elif part == "ncu":
+        ran.trouble = _ncu(out / PARTS[part].file, end, mode, log)
+    else:
+        file = out / PARTS[part].file
+        worker = [*WORKER, part, *mode.options]
+        ran.outcome = jobs.watch(worker, file, end, log, environment=mode.environment)
+        ran.trouble, ran.failed = ran.outcome.trouble, ran.outcome.failed
+    ran.seconds, ran.allowed = time.monotonic() - start, seconds
+    return ran
 
 
-def _said(part: str, output: str) -> list[str]:
-    """The lines of a part's output that matter most."""
-    lines = output.splitlines()
-    if part == "tests":
-        return [line for line in lines if line.startswith(("FAILED", "ERROR"))][:40] + lines[-1:]
-    return [line for line in lines if line.startswith(("copy:", "NO NUMBER", "left out", "B="))][:40] + lines[-1:]
+def work(part: str, out: Path, journal: Path, skip: int, mode: Mode) -> None:
+    """What a worker does: the jobs of a part from number `skip` on."""
+    device = torch.device("cpu" if mode.rehearse else "cuda")
+    if part == "ncu":
+        ncu.launch_once(device, mode.rehearse)
+        return
+    made = part_jobs(part, device, mode.rehearse)
+    jobs.work(faults.plant(made) if mode.plant else made, out, journal, skip)
+
+
+def part_jobs(part: str, device: torch.device, played: bool) -> list[Job]:
+    if part == "probe":
+        return probe.jobs(device)
+    if part == "gate":
+        return gate.jobs(device, played)
+    if part == "e2e":
+        return e2e.jobs(device, (1,) if played else (1, 4, 16), rep_ms=1.0 if played else 60.0, played=played)
+    if part == "attention":
+        return attention.jobs(device, played, rep_ms=1.0 if played else 30.0)
+    options = micro.Options(rep_ms=40.0)
+    if played:
+        options = micro.Options(models=("small, 2 tiles",), batches=(1,), keeps=(8,), rep_ms=1.0, played=True)
+    return micro.jobs(options, device)
+
+
+def _ncu(out: Path, end: float, mode: Mode, log: IO[str]) -> str | None:
+    """Profile each kernel once; returns why not, if not."""
+    if not (path := ncu.path()):
+        return "ncu is not installed"
+    with checkout.packages(environment=mode.environment) as options:
+        command = ncu.command(path, out, [*WORKER, "ncu", *mode.options])
+        process = processes.Group(command, log, **options)
+        try:
+            status = process.wait(end - time.monotonic())
+        finally:
+            process.end()
+    if status is None:
+        return "its time was up"
+    return None if status == 0 else f"exit status {status}"
+
+
+def _tests(out: Path, end: float, mode: Mode, log: IO[str]) -> str | None:
+    """Run the tests that use the GPU; returns why there are no results of some, if so."""
+    many = ["-n", str(2 if mode.rehearse else TESTS_AT_ONCE)] if importlib.util.find_spec("xdist") else []
+    arguments = ["-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.pytest_log"]
+    arguments += ["--continue-on-collection-errors", *many, "--rootdir", str(checkout.ROOT), "--gpu-tests"]
+    arguments += ["--log-json", str(out / PARTS["tests"].file), "--test-limit", str(15 if mode.plant else TEST_LIMIT)]
+    with tempfile.TemporaryDirectory() as folder, checkout.packages(environment=mode.environment) as options:
+        where = [checkout.ROOT / "tests"]
+        if mode.rehearse:  # two files: all of one, of the other what the selection leaves
+            where = [checkout.ROOT / "tests/test_compact.py", checkout.ROOT / "tests/test_config.py"]
+        if mode.plant:
+            where.append(Path(folder) / "test_planted.py")
+            where[-1].write_text(faults.TESTS)
+        process = processes.Group([sys.executable, *arguments, *map(str, where)], log, **options)
+        try:
+            status = process.wait(end - time.monotonic())
+        finally:
+            process.end(grace=10.0)
+    if status is None:
+        return "its time was up"
+    return None if status in (0, 1) else f"pytest ended with exit status {status}"

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import record, table, timing, workloads
+from bench.jobs import Job
+from bench.jobs import run as run_jobs
 from bench.record import Record
-from bench.workloads import Shape, Workload
+from bench.workloads import Model, Shape, Workload
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SETS = 4  # inputs in different memory that a provider is timed on in turn
 
 
 @dataclasses.dataclass
 class Options:
     ops: tuple[str, ...] = ()  # all
-    providers: tuple[str, ...] = ()  # all
-    dtypes: tuple[str, ...] = ()  # fp16 and bf16 on a GPU, fp32 on a CPU
+    providers: tuple[str, ...] = ()  # all but "compiled", which takes longer to compile than all others to run
+    dtypes: tuple[str, ...] = ()  # bf16 and fp16 on a GPU, fp32 on a CPU
     models: tuple[str, ...] = ()  # all
     batches: tuple[int, ...] = ()
     keeps: tuple[int, ...] = ()
     full: bool = False  # every K with every B, rather than every K at one B and every B at one K
     rep_ms: float = 100.0
-    budget: float | None = None  # seconds, after which no new shape is begun
+    budget: float | None = None  # seconds, after which no new number is begun
+    played: bool = False  # on a CPU: Triton in its interpreter, a loop for a CUDA graph; to rehearse, not to time
 
 
 def chosen(what: str, asked: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
@@ -51,90 +57,119 @@ def sizes(work: Workload, options: Options, on_gpu: bool) -> list[tuple[int, int
 
 def run(options: Options, device: torch.device, out: Path | None, say: Callable[[str], None] = print) -> int:
     """Time what `options` ask for; returns the exit status, 1 if a gate failed or a provider could not run."""
-    on_gpu = device.type == "cuda"
-    start, failures, records = time.monotonic(), [], []
-    copy = timing.copy_gb_per_s(device)
-    say(f"copy: {copy:.1f} GB/s")
-    if not on_gpu:
+    if device.type != "cuda":
         say("no GPU: torch providers on small shapes; Triton timings need a GPU")
-    for work_name, model, dtype, pairs in _groups(options, on_gpu):
-        torch.compiler.reset()  # each group compiles anew; within a group shapes become dynamic, as for any user
-        work = workloads.WORKLOADS[work_name]
-        for batch, keep in pairs:
-            shape = {n: s for n, s in model.shape(batch, keep).items() if n in work.sizes + "K"}
-            where = f"{work_name} {model.name} {dtype} {table.shape_text(shape)}"
+    start, late = time.monotonic(), 0
+
+    def in_time() -> Iterator[Job]:
+        nonlocal late
+        for job in jobs(options, device):
             if options.budget is not None and time.monotonic() - start > options.budget:
-                say(f"left out, the time is up: {where}")
-                continue
-            needed = work.needs_bytes(shape, DTYPES[dtype].itemsize)
-            if on_gpu and needed > 0.4 * torch.cuda.get_device_properties(device).total_memory:
-                say(f"left out, its inputs take {needed / 2**30:.0f} GiB: {where}")
-                continue
-            timed, wrong = _shape(work, shape, dtype, device, options, copy, {"op": work_name, "model": model.name})
-            failures += [f"{where} {failure}" for failure in wrong]
-            for failure in wrong:
-                say(f"NO NUMBER: {where} {failure}")
-            if timed:
-                records += timed
-                if out:
-                    record.append(out, timed)
+                late += 1
+            else:
+                yield job
+
+    records, failed = run_jobs(in_time(), out)
     if records:
         say("\n" + table.tables(records) + "\n\n" + table.provenance_line(records[-1]))
-    if failures:
-        say(f"{len(failures)} without a number:\n" + "\n".join(failures))
-    return 1 if failures or not records else 0
+    if late:
+        say(f"left out, the time is up: {late} numbers")
+    if failed:
+        say(f"{len(failed)} without a number:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items()))
+    return 1 if failed or not records else 0
 
 
-def _groups(options: Options, on_gpu: bool) -> Iterator[tuple[str, workloads.Model, str, list]]:
-    """Workload, model, dtype and the sizes to time; the first model's come first, in case the time runs out."""
+def jobs(options: Options, device: torch.device) -> list[Job]:
+    """One for each number, what matters most first: the first model, bf16, `select`."""
+    on_gpu = device.type == "cuda"
     models = workloads.MODELS if on_gpu else workloads.SMALL_MODELS
     names = chosen("model", options.models, tuple(model.name for model in models))
     ops = chosen("op", options.ops, tuple(workloads.WORKLOADS))
-    dtypes = (
-        chosen("dtype", options.dtypes, tuple(DTYPES)) if options.dtypes else ("fp16", "bf16") if on_gpu else ("fp32",)
-    )
+    dtypes = options.dtypes or (("bf16", "fp16") if on_gpu else ("fp32",))
+    chosen("dtype", dtypes, tuple(DTYPES))
+    made = []
     for model in models:
-        for op in ops if model.name in names else ():
-            work = workloads.WORKLOADS[op]
-            for dtype in dtypes if work.floats else ("fp32",):
-                yield op, model, dtype, sizes(work, options, on_gpu)
+        for dtype in dtypes if model.name in names else ():
+            for op in ops:
+                work = workloads.WORKLOADS[op]
+                if not work.floats and dtype != dtypes[0]:
+                    continue
+                for batch, keep in sizes(work, options, on_gpu):
+                    if keep is not None and keep >= model.tokens:
+                        raise ValueError(
+                            f"keep must be less than the {model.tokens} tokens of {model.name}, got {keep}"
+                        )
+                    made += _of_shape(op, model, dtype if work.floats else "fp32", batch, keep, options, device)
+    return made
 
 
-def _shape(
-    work: Workload, shape: Shape, dtype: str, device: torch.device, options: Options, copy: float, names: dict[str, str]
-) -> tuple[list[Record], list[str]]:
-    """Records of one shape, and a line for each provider that gets none."""
-    timed: list[Record] = []
-    wrong: list[str] = []
-    inputs = work.make(shape, DTYPES[dtype], device)
+def _of_shape(
+    op: str, model: Model, dtype: str, batch: int, keep: int | None, options: Options, device: torch.device
+) -> list[Job]:
+    """The providers of one shape."""
+    work = workloads.WORKLOADS[op]
+    shape = {n: s for n, s in model.shape(batch, keep).items() if n in work.sizes + "K"}
+    made = []
     for name, provider in work.providers().items():
-        if (options.providers and name not in options.providers) or not available(name, device):
-            continue
-
-        def call(provider: Callable[..., object] = provider) -> object:
-            return provider(*inputs)
-
-        try:
-            with torch.no_grad():
-                work.check(inputs, call())
-                peak = timing.peak_bytes(call, device)
-                times = timing.time_ms(call, device, options.rep_ms)
-        except Exception as error:  # whatever it is: this provider gets no number, the others are not lost
-            wrong.append(f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
-            continue
-        moved = work.bytes_moved(shape, DTYPES[dtype].itemsize)
-        timed.append(
-            record.make(
-                suite="micro", shape=shape, dtype=dtype, backend=name, times=times, moved=moved, copy=copy,
-                peak_bytes=peak, device=device, **names,
-            )
-        )  # fmt: skip
-    record.compare_within(timed)
-    return timed, wrong
+        asked = name in options.providers if options.providers else name != "compiled"
+        if asked and available(name, device, options.played):
+            number = functools.partial(
+                    time_provider, work, shape, dtype, device, provider,
+                    rep_ms=options.rep_ms, played=options.played, suite="micro", op=op, model=model.name, backend=name,
+                )  # fmt: skip
+            made.append(Job(f"{op} {model.name} {dtype} {table.shape_text(shape)} {name}", number))
+    return made
 
 
-def available(provider: str, device: torch.device) -> bool:
+def time_provider(
+    work: Workload,
+    shape: Shape,
+    dtype: str,
+    device: torch.device,
+    provider: Callable[..., Any],
+    *,
+    rep_ms: float,
+    played: bool,
+    **names: str,
+) -> list[Record]:
+    """Gate, then clock: the record of one provider on one shape.
+
+    Raises
+    ------
+    WrongResult
+        If it does not pass the gate.
+    """
+    size = DTYPES[dtype].itemsize
+    fitting = _most_bytes(device) // max(1, work.needs_bytes(shape, size))
+    if not fitting:
+        raise ValueError(f"its inputs take {work.needs_bytes(shape, size) / 2**30:.0f} GiB, too much for this device")
+    inputs = [work.make(shape, DTYPES[dtype], device) for _ in range(min(1 if played else SETS, fitting))]
+    calls = [functools.partial(provider, *one) for one in inputs]
+    with torch.no_grad():
+        work.check(inputs[0], calls[0]())
+        peak = timing.peak_bytes(calls[0], device)
+        times = timing.measure(calls, device, rep_ms, played=played)
+        sdpa = timing.sdpa_backend(calls[0]) if "sdpa" in names["backend"] else None
+    moved = work.bytes_moved(shape, size)
+    made = record.make(
+        shape=shape, dtype=dtype, times=times, moved=moved, copy=_copy(device), peak_bytes=peak, sdpa=sdpa,
+        device=device, **names,
+    )  # fmt: skip
+    return [made]
+
+
+def _most_bytes(device: torch.device) -> int:
+    """What the inputs may take."""
+    return int(0.4 * torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 2**32
+
+
+@functools.cache
+def _copy(device: torch.device) -> float:
+    return timing.copy_gb_per_s(device)
+
+
+def available(provider: str, device: torch.device, played: bool = False) -> bool:
     """Whether a provider can run here at all: Triton's need a GPU, torch.compile on a CPU needs a C++ compiler."""
     if provider in workloads.NEED_GPU:
-        return device.type == "cuda"
+        return device.type == "cuda" or played
     return provider != "compiled" or device.type == "cuda" or bool(shutil.which(os.environ.get("CXX", "g++")))

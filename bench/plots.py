@@ -110,10 +110,10 @@ def _keep(records: list[Record]) -> int:
 def _panel(panel: Any, records: list[Record], backends: list[str]) -> None:
     records = [r for r in records if r.dtype == records[0].dtype]
     on_gpu = records[0].device == "cuda"
-    first = {r.shape["B"]: r.ms_50 for r in records if r.backend == records[0].backend}
+    first = {r.shape["B"]: r.ms for r in records if r.backend == records[0].backend}
     for number, backend in enumerate(backends):
         points = sorted(
-            (r.shape["B"], 1e3 * r.ms_50 if on_gpu else r.ms_50 / first[r.shape["B"]])
+            (r.shape["B"], 1e3 * r.ms if on_gpu else r.ms / first[r.shape["B"]])
             for r in records
             if r.backend == backend and (on_gpu or r.shape["B"] in first)
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
@@ -15,27 +17,34 @@ from typing import Any
 import torch
 
 import vtc
+from bench.timing import Times
+
+PACKAGES = Path(vtc.__file__).resolve().parent.parent  # of the checkout that is being run
 
 
 @dataclasses.dataclass
 class Record:
     """One timed row. Times in milliseconds; GB are 1e9 bytes; `peak_bytes` beyond the inputs, None on a CPU."""
 
-    suite: str  # "micro" or "e2e"
+    suite: str  # "micro", "e2e" or "attention"
     op: str  # the operation, or the stage
     model: str
     shape: dict[str, int]
     dtype: str
     backend: str  # the provider, or the variant
-    ms_20: float
+    ms_20: float  # from the call to the end of its work, the host's part included
     ms_50: float
     ms_80: float
+    device_ms_20: float | None  # the device's work alone: replays of a captured graph
+    device_ms_50: float | None
+    device_ms_80: float | None
+    no_device_ms: str | None  # why there is none
     bytes: int
-    gb_per_s: float
+    gb_per_s: float  # by the device's time where there is one
     copy_gb_per_s: float
     copy_share: float
     peak_bytes: int | None
-    speedup: dict[str, float]  # against each other provider: its median / this median; a loss is below 1
+    sdpa: str | None  # which of SDPA's implementations ran
     device: str
     gpu: str | None
     driver: str | None
@@ -46,74 +55,100 @@ class Record:
     dirty: bool | None
     date: str
 
+    @property
+    def ms(self) -> float:
+        """The median that comparisons go by: the device's where there is one."""
+        return self.ms_50 if self.device_ms_50 is None else self.device_ms_50
+
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 
 
-def make(*, times: tuple[float, float, float], moved: int, copy: float, device: torch.device, **rest: Any) -> Record:
-    """A record of what was measured; `speedup` is filled in by `compare_within`."""
-    rate = moved / times[1] / 1e6
+def make(*, times: Times, moved: int, copy: float, device: torch.device, **rest: Any) -> Record:
+    """A record of what was measured."""
+    low, middle, high = times.device or (None, None, None)
+    rate = moved / (middle or times.host[1]) / 1e6
     return Record(
-        ms_20=times[0],
-        ms_50=times[1],
-        ms_80=times[2],
+        ms_20=times.host[0],
+        ms_50=times.host[1],
+        ms_80=times.host[2],
+        device_ms_20=low,
+        device_ms_50=middle,
+        device_ms_80=high,
+        no_device_ms=times.why,
         bytes=moved,
         gb_per_s=rate,
         copy_gb_per_s=copy,
         copy_share=rate / copy,
-        speedup={},
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **provenance(device),
         **rest,
     )
 
 
-def compare_within(records: list[Record]) -> None:
-    """Fill in `speedup` for records of one op and shape."""
-    for record in records:
-        others = (other for other in records if other is not record)
-        record.speedup = {other.backend: other.ms_50 / record.ms_50 for other in others}
-
-
 @functools.cache
 def provenance(device: torch.device) -> dict[str, Any]:
     """Device, versions, and the revision of the `vtc` that is being run."""
     on_gpu = device.type == "cuda"
-    revision, dirty = git_state(Path(vtc.__file__).resolve().parent.parent)
-    versions = {name: _version(name) for name in ("torch", "triton", "transformers")}
+    revision, dirty = git_state(PACKAGES)
     return {
         "device": device.type,
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
-        **versions,
+        "torch": torch.__version__,  # with the CUDA it was built for
+        "triton": version("triton"),
+        "transformers": version("transformers"),
         "revision": revision,
         "dirty": dirty,
     }
 
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """The revision of a checkout and whether it differs from it (new files included); None, None without git."""
-    if not (root / ".git").exists():  # an unpacked archive: a repository further up is not ours
-        return None, None
+    """The revision of a checkout and whether it differs from it (new files included).
+
+    Without .git (an unpacked archive, a copy of the files alone) the environment variable VTC_REVISION tells the
+    revision, and nothing tells whether the files differ.
+    """
+    if not (root / ".git").exists():  # a repository further up is not ours
+        return os.environ.get("VTC_REVISION"), None
     revision = _output("git", "-C", str(root), "rev-parse", "HEAD")
     status = _output("git", "-C", str(root), "status", "--porcelain")
     return revision, None if status is None else bool(status)
 
 
 def append(path: Path, records: Sequence[Any]) -> None:
-    """Add records, of this or another dataclass, to a file of JSON lines."""
-    with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(dataclasses.asdict(record), allow_nan=False) + "\n")
+    """Add records, of this or another dataclass, or lines of a file of JSON lines that are dicts already."""
+    made = [r if isinstance(r, dict) else dataclasses.asdict(r) for r in records]
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in made)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a writer was killed within its line
+                text = "\n" + text
+        file.write(text.encode())
 
 
 def read(path: Path, kind: type = Record) -> list[Any]:
-    """The records, of the dataclass `kind`, that `append` has written."""
-    with path.open(encoding="utf-8") as file:
-        return [kind(**json.loads(line)) for line in file if line.strip()]
+    """The records, of the dataclass `kind`, that `append` has written; see `failures` for what has none."""
+    return [kind(**line) for line in lines(path) if "failed" not in line]
 
 
-def _version(name: str) -> str | None:
+def failures(path: Path) -> dict[str, str]:
+    """The jobs that gave no record, and why."""
+    return {line["job"]: line["failed"] for line in lines(path) if "failed" in line}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that may not be there, and whose last line may have been cut off while it was written."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def version(name: str) -> str | None:
+    """Of an installed distribution."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

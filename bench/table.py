@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 from bench.record import Record
 
@@ -26,22 +27,40 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
-def row(record: Record, baselines: list[str]) -> list[str]:
+def case(record: Record) -> tuple[Any, ...]:
+    """What records have in common that stand side by side: all but the number of visual tokens, a variant's own."""
+    shape = tuple((name, size) for name, size in record.shape.items() if name != "visual")
+    return (record.op, record.model, record.dtype, shape)
+
+
+def row(record: Record, others: dict[str, Record | None]) -> list[str]:
+    """`others`: the records of the same case, by backend."""
     peak = "" if record.peak_bytes is None else f"{record.peak_bytes / 2**20:.1f}"
+    device = (record.device_ms_20, record.device_ms_50, record.device_ms_80)
     times = [f"{ms * 1e3:.1f}" for ms in (record.ms_20, record.ms_50, record.ms_80)]
-    speedups = [f"{record.speedup[name]:.2f}" if name in record.speedup else "" for name in baselines]
+    times += ["" if ms is None else f"{ms * 1e3:.1f}" for ms in device]
     rate = [f"{record.gb_per_s:.1f}", f"{100 * record.copy_share:.1f}"]
-    return [shape_text(record.shape), record.backend, *times, *rate, peak, *speedups]
+    backend = record.backend if record.sdpa is None else f"{record.backend} ({record.sdpa})"
+    ratios = ["" if other is None or other is record else f"{other.ms / record.ms:.2f}" for other in others.values()]
+    return [shape_text(record.shape), backend, *times, *rate, peak, *ratios]
 
 
 def tables(records: list[Record]) -> str:
-    """One table per op, model and dtype. The last columns are the row's speed-up against each of the others."""
+    """One table per op, model and dtype.
+
+    The last columns are the row's speed-up against each of the others, by the device's medians where there are any.
+    """
     parts = []
     for (op, model, dtype), group in grouped(records):
         baselines = list(dict.fromkeys(r.backend for r in group))
-        columns = ["shape", "backend", "20 % us", "50 % us", "80 % us", "GB/s", "% of copy", "peak MiB"]
+        columns = ["shape", "backend", "20 % us", "50 % us", "80 % us"]
+        columns += ["device 20 %", "device 50 %", "device 80 %", "GB/s", "% of copy", "peak MiB"]
         columns += [f"x {name}" for name in baselines]
-        parts.append(f"{op}, {model}, {dtype}\n\n" + markdown(columns, [row(r, baselines) for r in group]))
+        rows = []
+        for r in group:
+            same = {other.backend: other for other in group if case(other) == case(r)}
+            rows.append(row(r, {name: same.get(name) for name in baselines}))
+        parts.append(f"{op}, {model}, {dtype}\n\n" + markdown(columns, rows))
     return "\n\n".join(parts)
 
 

@@ -1,46 +1,193 @@
-"""How long, how much memory, and how fast this device copies."""
+"""How long a call takes, with its host and on the device alone; how much memory; which attention it runs."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 QUANTILES = (0.2, 0.5, 0.8)
+SAMPLES = 7  # at least: with fewer, three quantiles say nothing
+MOST_SAMPLES = 200
+
+Quantiles = tuple[float, float, float]
 
 
-def time_ms(function: Callable[[], Any], device: torch.device, rep_ms: float = 100.0) -> tuple[float, float, float]:
-    """The 20, 50 and 80 % quantiles of a call's milliseconds over about `rep_ms`, after a warm-up.
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call, the 20, 50 and 80 % quantiles of at least `SAMPLES` samples."""
 
-    On a GPU: CUDA events around each call, the L2 cache flushed before each (`triton.testing.do_bench`). Work that the
-    host issues more slowly than the GPU does it is timed at the host's pace, as a user would see it.
+    host: Quantiles  # from the call to the end of its work, the host's part included, as a user sees it
+    device: Quantiles | None  # the device's work alone: replays of a captured graph
+    why: str | None = None  # there is no device time
+
+
+def measure(
+    calls: Sequence[Callable[[], Any]],
+    device: torch.device,
+    rep_ms: float = 100.0,
+    *,
+    not_captured: str | None = None,
+    played: bool = False,
+) -> Times:
+    """Time one call, given as several `calls` of it over inputs in different memory, so that no cache holds them all.
+
+    Each of the two times is measured for about `rep_ms` milliseconds after a warm-up. The device's time is that of a
+    captured graph: no host is in it. Without a GPU there is none, or, if it is `played`, a loop stands in for the graph
+    and refuses what a capture would refuse. A call that cannot be captured has no device time, and `why` says so; where
+    that is known, `not_captured` is the reason, and no capture is tried.
     """
-    if device.type == "cuda":
-        from triton.testing import do_bench
+    calls = list(calls)
+    for call in calls:  # compiles, fills caches; a capture allows neither
+        call()
+    host = _host_ms(calls, device, rep_ms)
+    if not_captured:
+        return Times(host, None, f"not captured: {not_captured}")
+    if device.type != "cuda" and not played:
+        return Times(host, None, "no GPU")
+    rounds = max(1, 10 // len(calls)) if host[1] < 5 else 1
+    captured = calls * rounds
+    try:
+        replay = _play(captured) if played else _capture(captured)
+    except Exception as error:
+        synchronize(device)  # raises if the GPU cannot go on
+        return Times(host, None, f"not captured: {reason(error)}")
+    return Times(host, _device_ms(replay, len(captured), device, rep_ms))
 
-        low, middle, high = do_bench(function, warmup=25, rep=int(rep_ms), quantiles=list(QUANTILES))
-        return low, middle, high
-    times: list[float] = []
-    for _ in range(2):
-        function()
-    while len(times) < 5 or (sum(times) < rep_ms and len(times) < 200):
-        start = time.perf_counter()
-        function()
-        times.append((time.perf_counter() - start) * 1e3)
+
+def reason(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def _quantiles(samples: list[float]) -> Quantiles:
     low, middle, high = (
-        torch.tensor(times, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+        torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
     )
     return low, middle, high
+
+
+def _samples(sample: Callable[[], float], rep_ms: float) -> list[float]:
+    """At least SAMPLES samples, more until they add up to `rep_ms`."""
+    taken: list[float] = []
+    while len(taken) < SAMPLES or (sum(taken) < rep_ms and len(taken) < MOST_SAMPLES):
+        taken.append(sample())
+    return taken
+
+
+def _host_ms(calls: list[Callable[[], Any]], device: torch.device, rep_ms: float) -> Quantiles:
+    turn = 0
+
+    def sample() -> float:
+        nonlocal turn
+        _flush(device)
+        call = calls[turn % len(calls)]
+        turn += 1
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        return (time.perf_counter() - start) * 1e3
+
+    return _quantiles(_samples(sample, rep_ms))
+
+
+def _device_ms(replay: Callable[[], Any], count: int, device: torch.device, rep_ms: float) -> Quantiles:
+    """Of one of the `count` calls that a replay makes."""
+    replay()
+
+    def sample() -> float:
+        if device.type != "cuda":
+            start = time.perf_counter()
+            replay()
+            return (time.perf_counter() - start) * 1e3
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    low, middle, high = _quantiles(_samples(sample, rep_ms))
+    return low / count, middle / count, high / count
+
+
+def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None]:
+    """A CUDA graph of `calls`, one after the other. What they return is let go: replays write the same memory."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries set themselves up for each stream: not within the capture
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def _play(calls: list[Callable[[], Any]]) -> Callable[[], None]:
+    with _NoSync():
+        calls[0]()
+
+    def replay() -> None:
+        for call in calls:
+            call()
+
+    return replay
+
+
+class _NoSync(TorchDispatchMode):
+    """Refuses operations whose result the host would have to wait for: on a GPU, these end a capture."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masked = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if name in self.NAMES or masked:
+            raise RuntimeError(f"aten.{name} would wait for the GPU")
+        return func(*args, **(kwargs or {}))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _flush(device: torch.device) -> None:
+    """Put the GPU's L2 cache out of the way, and wait."""
+    if device.type == "cuda":
+        _flushed(device).zero_()
+        torch.cuda.synchronize(device)
+
+
+@functools.cache
+def _flushed(device: torch.device) -> torch.Tensor:
+    return torch.empty(2**28, dtype=torch.int8, device=device)
 
 
 def copy_gb_per_s(device: torch.device) -> float:
     """Bandwidth of a plain copy, read and written bytes together: what memory-bound work is measured against."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**22, device=device)
     target = torch.empty_like(source)
-    middle = time_ms(lambda: target.copy_(source), device)[1]
-    return 2 * source.nbytes / middle / 1e6
+    times = measure([lambda: target.copy_(source)], device)
+    return 2 * source.nbytes / (times.device or times.host)[1] / 1e6
+
+
+def matmul_tflop_per_s(device: torch.device) -> float:
+    """A large bf16 matrix product of random numbers: what arithmetic is measured against."""
+    size = 8192 if device.type == "cuda" else 256
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.float32).to(torch.bfloat16)
+    times = measure([lambda: a @ b], device)
+    return 2 * size**3 / (times.device or times.host)[1] / 1e9
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
@@ -52,3 +199,26 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
     function()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+SDPA = {
+    "aten::_scaled_dot_product_cudnn_attention": "cudnn",
+    "aten::_scaled_dot_product_flash_attention": "flash",
+    "aten::_scaled_dot_product_efficient_attention": "efficient",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "flash (CPU)",
+    "aten::_scaled_dot_product_fused_attention_overrideable": "overrideable",
+    "aten::_scaled_dot_product_attention_math": "math",
+}
+
+
+def sdpa_backend(function: Callable[[], Any]) -> str | None:
+    """Which of SDPA's implementations a call ran, several joined by " + "; None if it did not call SDPA.
+
+    What PyTorch dispatched to, not what it was asked for: its choice depends on version, device, shape and strides.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        function()
+    ran = {SDPA[event.name] for event in profiled.events() if event.name in SDPA}
+    return " + ".join(sorted(ran)) or None

@@ -7,6 +7,7 @@ import golden
 import models
 import pytest
 import torch
+from kernel_helpers import DEVICE
 from models import IMAGE, TOKENS, VOCAB, ids
 from transformers import (
     DynamicCache,
@@ -645,8 +646,8 @@ def test_random_is_uniform_seeded_and_per_image(stock):
 @pytest.mark.parametrize("fused", [False, True])
 def test_triton_backend_gives_the_same(saved, fused):
     """Through the interpreter where there is no GPU."""
-    model = LlavaForConditionalGeneration.from_pretrained(saved, attn_implementation="vtc")
-    call = inputs(prompts("left_padded"))
+    model = LlavaForConditionalGeneration.from_pretrained(saved, attn_implementation="vtc").to(DEVICE)
+    call = {name: tensor.to(DEVICE) for name, tensor in inputs(prompts("left_padded")).items()}
     vtc.configure(model, keep=9, backend="torch")
     expected = model.generate(**call, **detailed())
     with vtc.compress(model, backend="triton", fused=fused) as run:

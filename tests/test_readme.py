@@ -68,8 +68,8 @@ def test_command(command: str, tmp_path: Path) -> None:
 
 BENCH = [c for c in COMMANDS if c.startswith("python -m bench ")]
 # Appended: the last of two equal options counts, and these make a run short.
-QUICK = {"e2e": ["--rep-ms", "1"], "gpu": []}
-SMALL = ["--rep-ms", "1", "--model", "small", "--batch", "1", "--keep", "8", "--provider", "reference"]
+QUICK = {"e2e": ["--rep-ms", "1", "--device", "cpu"], "gpu": []}
+SMALL = ["--rep-ms", "1", "--model", "small", "--batch", "1", "--provider", "reference", "--device", "cpu"]
 
 
 @pytest.mark.parametrize("command", BENCH)
