@@ -29,7 +29,7 @@ setup(
     ],
     extras_require={
         "bench": ["matplotlib"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "accelerate", "peft"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "accelerate", "peft", "setuptools>=77"],
         "dev": ["ruff", "mypy"],
         "flash": ["flash-attn"],
     },

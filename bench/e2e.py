@@ -49,14 +49,14 @@ VARIANTS = (Variant(None), Variant(128), Variant(64))
 LENGTHS = tuple(Variant(keep, cudnn) for keep in (None, 64) for cudnn in (True, False))
 
 
-def build(device: torch.device) -> tuple[str, str, LlavaForConditionalGeneration]:
+def build(device: torch.device, image_size: int = 336) -> tuple[str, str, LlavaForConditionalGeneration]:
     """Name, dtype and model: LLaVA-1.5-7B with random weights; on a CPU a small one, its images of 576 tokens, too."""
     on_gpu = device.type == "cuda"
     wide = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
     slim = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=2)
     small = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, vocab_size=1000)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=336, patch_size=14, **(wide if on_gpu else slim)),
+        vision_config=CLIPVisionConfig(image_size=image_size, patch_size=14, **(wide if on_gpu else slim)),
         text_config=LlamaConfig(max_position_embeddings=4096, **({"vocab_size": 32064} if on_gpu else small)),
         image_token_id=32000 if on_gpu else 999,
     )
@@ -199,13 +199,13 @@ def _close(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | Non
 class Bench:
     """The model, and the stages of one variant on one batch: both are made, and gated, when they are first needed."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, image_size: int) -> None:
+        self.device, self.image_size = device, image_size
         self._ready: tuple[Any, Stages | Exception] | None = None
 
     @functools.cached_property
     def model(self) -> tuple[str, str, LlavaForConditionalGeneration]:
-        return build(self.device)
+        return build(self.device, self.image_size)
 
     @functools.cached_property
     def copy(self) -> float:
@@ -256,7 +256,7 @@ class Bench:
 
 def jobs(device: torch.device, batches: tuple[int, ...], rep_ms: float = 100.0, played: bool = False) -> list[Job]:
     """One for each stage of each variant and batch size; what new lengths cost comes last, at the first size alone."""
-    bench = Bench(device)
+    bench = Bench(device, image_size=168 if played else 336)
     *stages, new_length, generate = STAGES
     asked = [(b, v, s) for b in batches for v in VARIANTS for s in stages if s != "select" or v.keep]
     asked += [(batches[0], v, s) for v in LENGTHS for s in (new_length, generate)]

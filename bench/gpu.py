@@ -42,8 +42,10 @@ PARTS = {
     "tests": Part(120, "tests.jsonl"),
 }
 WORKER = ("-m", "bench", "worker")  # what Python runs for a part
+IDLE_WAIT = 8.0  # seconds for the GPU to become idle
 TESTS_AT_ONCE = 8  # each is a process with a GPU context of half a GiB
 TEST_LIMIT = 60.0
+REHEARSED = ("test_compact.py", "test_config.py")  # all of the first, and what the selection leaves of the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ def run(
 ) -> int:
     """Run `parts`, by default all, within `minutes`; at most 8 files in `out`, among them log.txt and summary.txt.
 
-    Returns the exit status: 1 if anything failed or was not reached.
+    Returns the exit status: 1 if anything failed or was not reached. With faults planted: if anything else was lost.
 
     Raises
     ------
@@ -103,7 +105,29 @@ def run(
     page = summary.page(out, ran, chosen)
     (out / "summary.txt").write_text(page + "\n", encoding="utf-8")
     say(f"\n{page}")
-    return 0 if set(ran) == set(chosen) and all(one.clean for one in ran.values()) else 1
+    if set(ran) != set(chosen):
+        return 1
+    if mode.plant:
+        found = [f"{part}: {text}" for part, one in ran.items() for text in _beyond_the_faults(part, one, out)]
+        say("\n".join(found) or "the faults cost what they befell, and nothing else")
+        return 1 if found else 0
+    return 0 if all(one.clean for one in ran.values()) else 1
+
+
+def _beyond_the_faults(part: str, ran: Ran, out: Path) -> list[str]:
+    """What a part lost that no planted fault befell, or did not lose that one did."""
+    if part == "tests":
+        seen = summary.tests(out / PARTS[part].file)
+        planted = {test for test in seen.failed if "test_planted" in test}
+        expected, left = len(faults.FAULTS), seen.collected - seen.passed - seen.skipped - len(seen.failed)
+        other = [f"lost {test}" for test in seen.failed if test not in planted]
+    else:
+        names = ran.outcome.names[1 : 1 + len(faults.FAULTS)] if ran.outcome else []
+        planted, expected, left = set(ran.failed) & set(names), len(names), len(ran.left)
+        other = [f"lost {name}" for name in ran.failed if name not in planted]
+    other += [f"{len(planted)} of {expected} faults failed"] if len(planted) != expected else []
+    other += [f"{left} not reached"] if left else []
+    return other + ([ran.trouble] if ran.trouble else [])
 
 
 @contextlib.contextmanager
@@ -126,7 +150,7 @@ def _interruptible() -> Iterator[None]:
 
 def _run_part(part: str, out: Path, seconds: float, mode: Mode, log: IO[str]) -> Ran:
     start = time.monotonic()
-    idle = "rehearsed" if mode.rehearse else processes.wait_until_idle(min(15.0, seconds / 2))
+    idle = "rehearsed" if mode.rehearse else processes.wait_until_idle(IDLE_WAIT)
     print(f"\n=== {part}, {seconds:.0f} s, GPU {idle}", file=log, flush=True)
     ran = Ran(idle=idle)
     end = start + seconds
@@ -134,7 +158,9 @@ def _run_part(part: str, out: Path, seconds: float, mode: Mode, log: IO[str]) ->
         ran.trouble = _tests(out, end, mode, log)
         ran.failed = summary.tests(out / PARTS[part].file).failed
     elif part == "ncu":
-        ran.trouble = _ncu(out / PARTS[part].file, end, mode, log)
+        path = ncu.path()
+        ran.note = None if path else "there is no ncu here"
+        ran.trouble = _ncu(path, out / PARTS[part].file, end, mode, log) if path else None
     else:
         file = out / PARTS[part].file
         worker = [*WORKER, part, *mode.options]
@@ -151,6 +177,8 @@ def work(part: str, out: Path, journal: Path, skip: int, mode: Mode) -> None:
         ncu.launch_once(device, mode.rehearse)
         return
     made = part_jobs(part, device, mode.rehearse)
+    if mode.rehearse:  # a CPU that others use, too, is no GPU
+        made = [dataclasses.replace(job, limit=8 * job.limit) for job in made]
     jobs.work(faults.plant(made) if mode.plant else made, out, journal, skip)
 
 
@@ -163,16 +191,14 @@ def part_jobs(part: str, device: torch.device, played: bool) -> list[Job]:
         return e2e.jobs(device, (1,) if played else (1, 4, 16), rep_ms=1.0 if played else 60.0, played=played)
     if part == "attention":
         return attention.jobs(device, played, rep_ms=1.0 if played else 30.0)
-    options = micro.Options(rep_ms=40.0)
+    options = micro.Options(dtypes=("bf16",), rep_ms=40.0)  # fp16 moves the same bytes by the same instructions
     if played:
         options = micro.Options(models=("small, 2 tiles",), batches=(1,), keeps=(8,), rep_ms=1.0, played=True)
     return micro.jobs(options, device)
 
 
-def _ncu(out: Path, end: float, mode: Mode, log: IO[str]) -> str | None:
+def _ncu(path: str, out: Path, end: float, mode: Mode, log: IO[str]) -> str | None:
     """Profile each kernel once; returns why not, if not."""
-    if not (path := ncu.path()):
-        return "ncu is not installed"
     with checkout.packages(environment=mode.environment) as options:
         command = ncu.command(path, out, [*WORKER, "ncu", *mode.options])
         process = processes.Group(command, log, **options)
@@ -192,9 +218,7 @@ def _tests(out: Path, end: float, mode: Mode, log: IO[str]) -> str | None:
     arguments += ["--continue-on-collection-errors", *many, "--rootdir", str(checkout.ROOT), "--gpu-tests"]
     arguments += ["--log-json", str(out / PARTS["tests"].file), "--test-limit", str(15 if mode.plant else TEST_LIMIT)]
     with tempfile.TemporaryDirectory() as folder, checkout.packages(environment=mode.environment) as options:
-        where = [checkout.ROOT / "tests"]
-        if mode.rehearse:  # two files: all of one, of the other what the selection leaves
-            where = [checkout.ROOT / "tests/test_compact.py", checkout.ROOT / "tests/test_config.py"]
+        where = [checkout.ROOT / "tests" / name for name in (REHEARSED if mode.rehearse else ("",))]
         if mode.plant:
             where.append(Path(folder) / "test_planted.py")
             where[-1].write_text(faults.TESTS)

@@ -149,7 +149,7 @@ def watch(
         stopped = worker.follow(end, start_limit, environment or {})
         outcome.names = worker.names or outcome.names
         if worker.begun is None:
-            outcome.trouble = None if stopped == TIME_IS_UP else f"a worker began no job: {stopped}"
+            outcome.trouble = f"a worker began no job: {stopped}"
             break
         following = worker.begun + 1
         if not worker.ended and stopped == TIME_IS_UP:
@@ -176,6 +176,7 @@ class _Worker:
         self.begun: int | None = None  # the last job that it began
         self.ended = False  # whether that one has ended
         self.limit = 0.0
+        self._cut_off = ""  # of the journal, a line that is being written
 
     def follow(self, end: float, start_limit: float, environment: Mapping[str, str | None]) -> str:
         """Start it and see it through; returns why it stopped."""
@@ -192,7 +193,7 @@ class _Worker:
                         allowed = start_limit if self.begun is None else self.limit
                         if now > end:
                             return TIME_IS_UP
-                        if now > since + allowed and not self.ended:
+                        if now > since + allowed:
                             return f"hung: nothing for {allowed:.0f} s"
                     self._read(lines)
             finally:
@@ -201,8 +202,8 @@ class _Worker:
 
     def _read(self, lines: IO[str]) -> bool:
         """Take in what is new in the journal; whether there was anything."""
-        new = [json.loads(line) for line in lines]
-        for line in new:
+        *new, self._cut_off = (self._cut_off + lines.read()).split("\n")
+        for line in map(json.loads, new):
             self.names = line.get("jobs", self.names)
             if "begun" in line:
                 self.begun, self.limit, self.ended = line["begun"], line["limit"], False

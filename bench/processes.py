@@ -67,7 +67,7 @@ def _running_groups() -> set[int]:
 
 
 def wait_until_idle(seconds: float, running: Callable[[], list[str] | None] | None = None, pause: float = 0.5) -> str:
-    """Wait until no process is on the GPU; returns what was seen, "idle" if that is so.
+    """Wait until no process but this one is on the GPU; returns what was seen, "idle" if that is so.
 
     `running` gives the process ids, or None where they cannot be known; by default it asks nvidia-smi.
     """
@@ -92,4 +92,4 @@ def _on_gpu() -> list[str] | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.split()
+    return [process for process in done.stdout.split() if process != str(os.getpid())]

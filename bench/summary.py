@@ -23,6 +23,7 @@ class Ran:
     outcome: Outcome | None = None  # of parts that are made of jobs
     failed: dict[str, str] = dataclasses.field(default_factory=dict)  # jobs or tests, and the reason
     trouble: str | None = None
+    note: str | None = None  # what is no trouble
     seconds: float = 0.0
     allowed: float = 0.0
 
@@ -72,7 +73,7 @@ def line(part: str, ran: Ran) -> str:
         told += f", {ran.outcome.done} of {len(ran.outcome.names)} done"
     told += f", {len(ran.failed)} failed" if ran.failed else ""
     told += f", {len(ran.left)} not reached" if ran.left else ""
-    told += f", {ran.trouble}" if ran.trouble else ""
+    told += "".join(f", {text}" for text in (ran.trouble, ran.note) if text)
     return told + ("" if ran.idle in ("idle", "rehearsed") else f"; before it the GPU was {ran.idle}")
 
 

@@ -304,7 +304,14 @@ def test_micro_leaves_out_what_it_has_no_time_for(tmp_path):
     assert not (tmp_path / "micro.jsonl").exists()
 
 
-def test_e2e_times_every_stage(tmp_path):
+@pytest.fixture
+def small_images(monkeypatch):
+    """144 tokens instead of 576."""
+    build = e2e.build
+    monkeypatch.setattr(e2e, "build", lambda device, image_size: build(device, 168))
+
+
+def test_e2e_times_every_stage(tmp_path, small_images):
     said = []
     assert e2e.run(CPU, (1,), tmp_path / "e2e.jsonl", rep_ms=1.0, say=said.append) == 0
     records = record.read(tmp_path / "e2e.jsonl")
@@ -315,11 +322,11 @@ def test_e2e_times_every_stage(tmp_path):
     assert {r.sdpa for r in records if r.op in ("vision", "prefill", "decode")} == {"flash (CPU)"}
     assert torch.backends.cuda.cudnn_sdp_enabled()
     assert all(found == {"sdpa", "vtc 128", "vtc 64"} for found in variants.values())
-    assert {r.shape["visual"] for r in records} == {576, 128, 64}
+    assert {r.shape["visual"] for r in records} == {144, 128, 64}
     assert sum("of the stock tower" in line for line in said) == 2
 
 
-def test_e2e_gives_no_number_for_the_wrong_patches(tmp_path, monkeypatch):
+def test_e2e_gives_no_number_for_the_wrong_patches(tmp_path, monkeypatch, small_images):
     select = VTCCLS.select
     monkeypatch.setattr(VTCCLS, "select", lambda *args: (select(*args)[0], -select(*args)[1]))
     said = []

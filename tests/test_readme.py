@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
+from importlib import metadata
 from pathlib import Path
 
 import golden
@@ -15,9 +20,11 @@ import models
 import pytest
 import test_methods_model as through_the_model
 import torch
+from packaging.requirements import Requirement
 from PIL import Image
 
 import vtc
+from bench import gpu
 from vtc import config, methods, tiny
 from vtc.tiny.scenes import Scene
 
@@ -26,13 +33,22 @@ README = (ROOT / "README.md").read_text()
 HUB_ID = '"llava-hf/llava-1.5-7b-hf"'
 
 
-def blocks(language: str) -> list[str]:
+BENCH_README = (ROOT / "bench/README.md").read_text()
+
+
+def blocks(language: str, page: str = README) -> list[str]:
     """Those of the text; the ones inside a list are the example of a new method."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+
+
+def marked(name: str, page: str = README) -> str:
+    """What stands between the page's lines <!-- name --> and <!-- /name -->."""
+    (shown,) = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", page, re.DOTALL)
+    return shown
 
 
 PYTHON = blocks("python")
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
+COMMANDS = [line for page in (README, BENCH_README) for block in blocks("bash", page) for line in block.splitlines()]
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
@@ -66,22 +82,29 @@ def test_command(command: str, tmp_path: Path) -> None:
         assert (tmp_path / words[words.index("--overlay") + 1]).stat().st_size > 10_000
 
 
-BENCH = [c for c in COMMANDS if c.startswith("python -m bench ")]
+BENCH = list(dict.fromkeys(c for c in COMMANDS if c.startswith("python -m bench ")))
 # Appended: the last of two equal options counts, and these make a run short.
 QUICK = {"e2e": ["--rep-ms", "1", "--device", "cpu"], "gpu": []}
 SMALL = ["--rep-ms", "1", "--model", "small", "--batch", "1", "--provider", "reference", "--device", "cpu"]
 
 
 @pytest.mark.parametrize("command", BENCH)
-def test_benchmark(command: str) -> None:
+def test_benchmark(command: str, tmp_path: Path) -> None:
     words = shlex.split(command)
     name = words[3]
     if name == "gpu" and torch.cuda.is_available():
         pytest.skip("it would run this test again")
+    if name == "compare" and not (ROOT / ".git").exists():
+        pytest.skip("no .git here")
+    if "--out" in words:
+        words[words.index("--out") + 1] = str(tmp_path / "out")
     done = subprocess.run(
         [sys.executable, *words[1:], *QUICK.get(name, SMALL)], cwd=ROOT, capture_output=True, text=True
     )
-    if name == "gpu":
+    if "--rehearse" in words:
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert "PARTS\n  probe: " in (tmp_path / "out/summary.txt").read_text()
+    elif name == "gpu":
         assert (done.returncode, done.stderr.split(";")[0]) == (2, "bench gpu needs a GPU")
     else:
         assert done.returncode == 0, done.stderr
@@ -99,6 +122,50 @@ def test_every_command_is_run_somewhere() -> None:
         True,
         True,
     ]
+
+
+def test_the_plan_of_bench_gpu_is_the_command_s() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \|", marked("parts", BENCH_README), re.MULTILINE)
+    assert rows == [(name, str(part.seconds)) for name, part in gpu.PARTS.items()]
+    for file in {part.file for part in gpu.PARTS.values()} | {"summary.txt", "log.txt"}:
+        assert f"`{file}`" in BENCH_README
+
+
+def test_the_wheels_fit_the_machine() -> None:
+    """The list against the versions there, by what the wheel itself asks for, where it is the one that is installed."""
+    machine = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "bench/machine.txt").read_text(), re.MULTILINE))
+    wheels = dict(re.findall(r"`([\w]+)-([\d.]+)-py3-none-any\.whl`", marked("wheels", BENCH_README)))
+    assert wheels == {"transformers": "5.23.0"}
+    assert f"carried=transformers=={wheels['transformers']}" in (ROOT / "bench/rehearse.sh").read_text()
+    if metadata.version("transformers") != wheels["transformers"]:
+        pytest.skip("another transformers is installed")
+    machine = {name.replace("_", "-"): version for name, version in machine.items()}
+    asked = [Requirement(one) for one in metadata.requires("transformers") if "extra ==" not in one]
+    checked = [one for one in asked if one.name in machine]
+    assert {one.name for one in checked} >= {"huggingface-hub", "numpy", "safetensors", "tokenizers"}
+    assert all(one.specifier.contains(machine[one.name]) for one in checked), checked
+
+
+def test_installing_without_a_network(tmp_path: Path) -> None:
+    """The line for a bare machine, in a copy of the files and an environment that has nothing of the project."""
+    if int(metadata.version("setuptools").split(".")[0]) < 77:
+        pytest.skip("without isolation, setuptools 77 or newer has to be there")
+    (line,) = [
+        line for line in BENCH_README.splitlines() if line.startswith("python3 -m pip install") and "-e ." in line
+    ]
+    source = tmp_path / "source"
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels", "vtc"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        source.mkdir(exist_ok=True)
+        copy(ROOT / name, source / name)
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv/bin/python3"
+    paths = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}  # everything but the project's own packages
+    subprocess.run([python, *shlex.split(line)[1:]], cwd=source, check=True, env=paths)
+    code = "import os, vtc, vtc_kernels; print(os.path.realpath(vtc.__file__), *vtc_kernels.__path__)"
+    found = subprocess.run([python, "-c", code], cwd=tmp_path, check=True, env=paths, capture_output=True, text=True)
+    assert found.stdout.split() == [str(source / "vtc/__init__.py"), str(source / "kernels")]
+    assert (tmp_path / "venv/bin/vtc").exists()
 
 
 def test_methods_are_the_registry_s() -> None:
