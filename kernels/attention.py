@@ -157,12 +157,13 @@ def _cls_attention_kernel(
     block = tl.program_id(0) % query_blocks
     b = (head // num_heads).to(tl.int64)
     h = (head % num_heads).to(tl.int64)
-    m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D).to(tl.int64)
-    query_offsets = b * query_stride_b + h * query_stride_h + m[:, None] * query_stride_n + d[None, :] * query_stride_d
-    key_offsets = b * key_stride_b + h * key_stride_h + d[:, None] * key_stride_d
-    value_offsets = b * value_stride_b + h * value_stride_h + d[None, :] * value_stride_d
-    rows_offsets = b * rows_stride_b + h * rows_stride_h
+    query_ptr += b * query_stride_b + h * query_stride_h
+    key_ptr += b * key_stride_b + h * key_stride_h
+    value_ptr += b * value_stride_b + h * value_stride_h
+    rows_ptr += b * rows_stride_b + h * rows_stride_h
+    query_offsets = m[:, None].to(tl.int64) * query_stride_n + d[None, :] * query_stride_d
 
     # masks
     is_cls = m == 0
@@ -177,23 +178,20 @@ def _cls_attention_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     summed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for i in range(NUM_BLOCKS):
+        in_row = i * BLOCK_N + tl.arange(0, BLOCK_N) < num_tokens
         n = i * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        in_row = n < num_tokens
-        key = tl.load(
-            key_ptr + key_offsets + n[None, :] * key_stride_n, mask=in_head[:, None] & in_row[None, :], other=0.0
-        )
-        value = tl.load(
-            value_ptr + value_offsets + n[:, None] * value_stride_n, mask=in_row[:, None] & in_head[None, :], other=0.0
-        )
+        key_offsets = d[:, None] * key_stride_d + n[None, :] * key_stride_n
+        value_offsets = n[:, None] * value_stride_n + d[None, :] * value_stride_d
+        key = tl.load(key_ptr + key_offsets, mask=in_head[:, None] & in_row[None, :], other=0.0)
         if WIDEN:
             key = key.to(tl.float32)
-            value = value.to(tl.float32)
 
-        # Padded keys weigh exp(-inf) = 0: added rather than selected, so that it fuses with the multiplication.
+        # Padded keys weigh exp(-inf) = 0. The addition costs no instruction where the compiler fuses it with the
+        # multiplication, which is the default of Triton 3.6 to 3.9; later versions may need to be asked for it.
         logits = tl.dot(query, key, input_precision="ieee") * scale + tl.where(in_row, 0.0, float("-inf"))[None, :]
         if block == 0:
             cls_logits = tl.sum(tl.where(is_cls[:, None], logits, 0.0), axis=0)
-            tl.store(rows_ptr + rows_offsets + n * rows_stride_n, cls_logits, mask=in_row)
+            tl.store(rows_ptr + n * rows_stride_n, cls_logits, mask=in_row)
         highest = tl.maximum(row_max, tl.max(logits, axis=1))
         # Subtracting -inf from -inf would make a row that starts with -inf NaN, where such keys weigh 0.
         shift = tl.where(highest == float("-inf"), 0.0, highest)
@@ -201,19 +199,25 @@ def _cls_attention_kernel(
         rescale = tl.exp(row_max - shift)
         row_max = highest
         row_sum = row_sum * rescale + tl.sum(weights, axis=1)
+        value = tl.load(value_ptr + value_offsets, mask=in_row[:, None] & in_head[None, :], other=0.0)
+        if WIDEN:
+            value = value.to(tl.float32)
         summed = tl.dot(weights.to(value.dtype), value, summed * rescale[:, None], input_precision="ieee")
 
     # store
-    out_offsets = ((b * num_tokens + m[:, None]) * num_heads + h) * NUM_FEATURES + d[None, :]
+    out_ptr += (b * num_tokens * num_heads + h) * NUM_FEATURES
+    out_offsets = m[:, None].to(tl.int64) * num_heads * NUM_FEATURES + d[None, :]
     tl.store(out_ptr + out_offsets, summed / row_sum[:, None], mask=in_queries)
     if block == 0:
         cls_max = tl.sum(tl.where(is_cls, row_max, 0.0), axis=0)
         cls_sum = tl.sum(tl.where(is_cls, row_sum, 0.0), axis=0)
-        # A thread may load what another thread of this program has stored: those stores must have landed.
+        # A thread may load what another thread of this program has stored: its stores must have landed (see `tuning`).
         tl.debug_barrier()
-        for i in range(NUM_BLOCKS):
-            n = i * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-            cls_logits = tl.load(rows_ptr + rows_offsets + n * rows_stride_n, mask=n < num_tokens, other=0.0)
-            tl.store(
-                rows_ptr + rows_offsets + n * rows_stride_n, tl.exp(cls_logits - cls_max) / cls_sum, mask=n < num_tokens
-            )
+        start = 0
+        while start < num_tokens:  # a `range` of a known length would be unrolled
+            n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+            rows_offsets = n * rows_stride_n
+            in_row = n < num_tokens
+            cls_logits = tl.load(rows_ptr + rows_offsets, mask=in_row, other=0.0)
+            tl.store(rows_ptr + rows_offsets, tl.exp(cls_logits - cls_max) / cls_sum, mask=in_row)
+            start += BLOCK_N

@@ -78,8 +78,8 @@ def merge(
     similarity = torch.empty((num_images, num_targets, num_tokens), dtype=torch.float32, device=x.device)
     counts_stride = 0 if counts is None else counts.stride(0)
     with torch.cuda.device_of(x):
-        block_k, block_n, block_c = tuning.similarity_blocks(key.element_size())
-        _similarity_kernel[(num_images * triton.cdiv(num_targets, block_k), triton.cdiv(num_tokens, block_n))](
+        block_k, block_n, block_c, num_warps = tuning.similarity_blocks(key.element_size())
+        _similarity_kernel[(num_images * triton.cdiv(num_targets, block_k) * triton.cdiv(num_tokens, block_n),)](
             # tensors
             key,
             targets,
@@ -92,19 +92,20 @@ def merge(
             # scalars
             num_tokens,
             num_targets,
-            key.shape[2],
             # constexprs
             WIDEN=tuning.INTERPRETED and key.dtype == torch.bfloat16,
             BLOCK_K=block_k,
             BLOCK_N=block_n,
             BLOCK_C=block_c,
+            NUM_FEATURES=key.shape[2],
+            num_warps=num_warps,
             num_stages=2,
         )
         block_n, num_warps = tuning.mix_row_block(num_tokens)
         if neighbors is None:
             nearest = torch.empty((num_images, num_tokens), dtype=torch.int32, device=x.device)
             tile_k, tile_n = tuning.nearest_blocks()
-            _nearest_kernel[(num_images, triton.cdiv(num_tokens, tile_n))](
+            _nearest_kernel[(num_images * triton.cdiv(num_tokens, tile_n),)](
                 # tensors
                 similarity,
                 targets,
@@ -213,12 +214,12 @@ def _similarity_kernel(
     # scalars
     num_tokens,
     num_targets,
-    num_features,
     # constexprs
     WIDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    NUM_FEATURES: tl.constexpr,
 ):
     """Cosine similarity of the targets' keys to all keys.
 
@@ -239,19 +240,21 @@ def _similarity_kernel(
     similarity_ptr : fp32 [B, K, N], contiguous
         Written. NaN where a key holds NaN or inf.
 
-    Program (b·ceil(K / BLOCK_K) + i, j) processes BLOCK_K targets and BLOCK_N tokens of one image, BLOCK_C features at
-    a time, with both squared norms beside the product. All programs together read B·K·N·C·(1/BLOCK_K + 1/BLOCK_N) keys,
-    which come from L2 but for the first time, and write 4·B·K·N bytes.
+    Program (b·ceil(K / BLOCK_K) + i)·ceil(N / BLOCK_N) + j processes BLOCK_K targets and BLOCK_N tokens of one image,
+    BLOCK_C of the C = NUM_FEATURES features at a time, with both squared norms beside the product. All programs read
+    B·K·N·C·(1/BLOCK_K + 1/BLOCK_N) keys, which come from L2 but for the first time, and write 4·B·K·N bytes.
     """
     # offsets
     target_blocks = tl.cdiv(num_targets, BLOCK_K)
-    b = (tl.program_id(0) // target_blocks).to(tl.int64)
-    first = (tl.program_id(0) % target_blocks) * BLOCK_K
-    k = first + tl.arange(0, BLOCK_K).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    t = tl.load(targets_ptr + b * targets_stride_b + k * targets_stride_k, mask=k < num_targets, other=-1)
-    target_offsets = b * key_stride_b + t[:, None] * key_stride_n
-    token_offsets = b * key_stride_b + n[None, :] * key_stride_n
+    token_blocks = tl.cdiv(num_tokens, BLOCK_N)
+    row = tl.program_id(0) // token_blocks  # which [b, block of targets]
+    b = (row // target_blocks).to(tl.int64)
+    first = (row % target_blocks) * BLOCK_K
+    k = first + tl.arange(0, BLOCK_K)
+    n = (tl.program_id(0) % token_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    target_ptrs = targets_ptr + b * targets_stride_b + k.to(tl.int64) * targets_stride_k
+    t = tl.load(target_ptrs, mask=k < num_targets, other=-1)
+    key_ptr += b * key_stride_b
 
     # masks
     is_target = ((t >= 0) & (t < num_tokens))[:, None]
@@ -262,27 +265,27 @@ def _similarity_kernel(
         product = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
         target_square = tl.zeros((BLOCK_K,), tl.float32)
         token_square = tl.zeros((BLOCK_N,), tl.float32)
-        for block in range(tl.cdiv(num_features, BLOCK_C)):
-            c = block * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
-            in_key = c < num_features
-            target = tl.load(
-                key_ptr + target_offsets + c[None, :] * key_stride_c, mask=is_target & in_key[None, :], other=0.0
-            )
-            token = tl.load(
-                key_ptr + token_offsets + c[:, None] * key_stride_c, mask=in_key[:, None] & in_row, other=0.0
-            )
+        for block in range(tl.cdiv(NUM_FEATURES, BLOCK_C)):
+            c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            in_key = c < NUM_FEATURES
+            c = c.to(tl.int64)
+            target_offsets = t[:, None] * key_stride_n + c[None, :] * key_stride_c
+            token_offsets = n[None, :] * key_stride_n + c[:, None] * key_stride_c
+            target = tl.load(key_ptr + target_offsets, mask=is_target & in_key[None, :], other=0.0)
+            token = tl.load(key_ptr + token_offsets, mask=in_key[:, None] & in_row, other=0.0)
             if WIDEN:
                 target = target.to(tl.float32)
                 token = token.to(tl.float32)
-            product = tl.dot(target, token, product, input_precision="ieee")
             wide_target = target.to(tl.float32)
             wide_token = token.to(tl.float32)
             target_square += tl.sum(wide_target * wide_target, axis=1)
             token_square += tl.sum(wide_token * wide_token, axis=0)
+            product = tl.dot(target, token, product, input_precision="ieee")
         norms = tl.maximum(tl.sqrt(target_square), 1e-12)[:, None] * tl.maximum(tl.sqrt(token_square), 1e-12)[None, :]
 
         # store
-        out_offsets = (b * num_targets + k[:, None]) * num_tokens + n[None, :]
+        similarity_ptr += b * num_targets * num_tokens
+        out_offsets = k[:, None].to(tl.int64) * num_tokens + n[None, :]
         tl.store(similarity_ptr + out_offsets, product / norms, mask=(k < num_targets)[:, None] & in_row)
 
 
@@ -387,12 +390,14 @@ def _neighbors_kernel(
             n = block * BLOCK_N + column
             weight = tl.load(weight_ptr + n * weight_stride_n, mask=n < num_tokens, other=0.0)
             tl.store(mix_ptr + n, tl.where(k == count, weight, 0.0), mask=n < num_tokens)
-        # Another thread may have stored the weight of a target: that store must have landed before this one.
+        # Another thread may have stored the weight of a target: that store must land before this one (see `tuning`).
         tl.debug_barrier()
-        for start in range(0, count, BLOCK_N):
+        start = 0
+        while start < count:
             j = start + column
             t = tl.load(targets_ptr + j * targets_stride_k, mask=j < count, other=-1)
             tl.store(mix_ptr + t, tl.zeros([BLOCK_N], tl.float32), mask=(t >= 0) & (t < num_tokens))
+            start += BLOCK_N
 
 
 @triton.jit
@@ -442,12 +447,13 @@ def _nearest_kernel(
     nearest_ptr : int32 [B, N], contiguous
         Written.
 
-    Program (b, j) processes BLOCK_N tokens of one image, BLOCK_K targets at a time. All programs together read 4·B·K·N
-    bytes and write 4·B·N.
+    Program b·ceil(N / BLOCK_N) + j processes BLOCK_N tokens of one image, BLOCK_K targets at a time. All programs
+    together read 4·B·K·N bytes and write 4·B·N.
     """
     # offsets
-    b = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    token_blocks = tl.cdiv(num_tokens, BLOCK_N)
+    b = (tl.program_id(0) // token_blocks).to(tl.int64)
+    n = (tl.program_id(0) % token_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     count = _count(counts_ptr, counts_stride_b, b, num_targets)
 
     # masks
@@ -457,7 +463,8 @@ def _nearest_kernel(
     best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     nearest = tl.full((BLOCK_N,), -1, tl.int32)
     excluded = tl.load(weight_ptr + b * weight_stride_b + n * weight_stride_n, mask=in_row, other=0.0) == 0.0
-    for start in range(0, count, BLOCK_K):
+    start = 0
+    while start < count:
         k = start + tl.arange(0, BLOCK_K)
         is_target = (k < count)[:, None]
         similarity_offsets = (b * num_targets + k[:, None]) * num_tokens + n[None, :]
@@ -470,6 +477,7 @@ def _nearest_kernel(
         best = tl.where(better, highest, best)
         t = tl.load(targets_ptr + b * targets_stride_b + k.to(tl.int64) * targets_stride_k, mask=k < count, other=-1)
         excluded = excluded | (tl.max((t[:, None] == n[None, :]).to(tl.int32), axis=0) > 0)
+        start += BLOCK_K
 
     # store
     tl.store(nearest_ptr + b * num_tokens + n, tl.where(excluded, -1, nearest), mask=in_row)
@@ -594,8 +602,12 @@ def _mix_kernel(
     first = (tl.program_id(0) % row_blocks) * BLOCK_R
     r = first + tl.arange(0, BLOCK_R).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
-    mix_offsets = (b * num_rows + r[:, None]) * num_tokens
-    x_offsets = b * x_stride_b + d[None, :] * x_stride_d
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    mix_offsets = r[:, None] * num_tokens + n[None, :]
+    x_offsets = n[:, None] * x_stride_n + d[None, :] * x_stride_d
+    mix_ptr += b * num_rows * num_tokens
+    x_ptr += b * x_stride_b
+    rows_ptr += b * num_rows * num_outputs
 
     # masks
     in_rows = (r < num_rows)[:, None]
@@ -603,14 +615,17 @@ def _mix_kernel(
 
     # loads and compute, one block of tokens after the other
     used = _count(counts_ptr, counts_stride_b, b, num_targets) + num_rows - num_targets
-    blocks = tl.where(first < used, tl.cdiv(num_tokens, BLOCK_N), 0)
+    end = tl.where(first < used, num_tokens, 0)
     mixed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for block in range(blocks):
-        n = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        in_row = n < num_tokens
-        mix = tl.load(mix_ptr + mix_offsets + n[None, :], mask=in_rows & in_row[None, :], other=0.0)
-        x = tl.load(x_ptr + x_offsets + n[:, None] * x_stride_n, mask=in_row[:, None] & in_outputs, other=0.0)
+    start = 0
+    while start < end:
+        in_row = start + tl.arange(0, BLOCK_N) < num_tokens
+        mix = tl.load(mix_ptr + mix_offsets, mask=in_rows & in_row[None, :], other=0.0)
+        x = tl.load(x_ptr + x_offsets, mask=in_row[:, None] & in_outputs, other=0.0)
         mixed = tl.dot(mix, x.to(tl.float32), mixed, input_precision="ieee")
+        start += BLOCK_N
+        mix_ptr += BLOCK_N
+        x_ptr += BLOCK_N * tl.cast(x_stride_n, tl.int64)
 
     if ROUND:
         bits = mixed.to(tl.int32, bitcast=True)
@@ -619,4 +634,4 @@ def _mix_kernel(
 
     # store: rows after the used ones are 0 in a block with used ones, too
     mixed = tl.where((r < used)[:, None], mixed, 0.0)
-    tl.store(rows_ptr + (b * num_rows + r[:, None]) * num_outputs + d[None, :], mixed, mask=in_rows & in_outputs)
+    tl.store(rows_ptr + r[:, None] * num_outputs + d[None, :], mixed, mask=in_rows & in_outputs)

@@ -75,10 +75,10 @@ def row_scores(
     logits = torch.empty((num_images, num_heads, num_tokens), dtype=torch.float32, device=key.device)
     block_max = torch.empty((num_images, num_heads, num_blocks), dtype=torch.float32, device=key.device)
     block_sum = torch.empty((num_images, num_heads, num_blocks), dtype=torch.float32, device=key.device)
-    mean_block_h, mean_block_n = tuning.head_mean_block(num_heads)
+    mean_block_h, mean_block_n, mean_block_s = tuning.head_mean_blocks(num_heads, num_blocks)
 
     with torch.cuda.device_of(key):
-        _logits_kernel[(num_images * num_key_heads, num_blocks)](
+        _logits_kernel[(num_images * num_key_heads * num_blocks,)](
             # tensors
             query,
             key,
@@ -102,7 +102,7 @@ def row_scores(
             BLOCK_N=block_n,
             BLOCK_D=block_d,
         )
-        _head_mean_kernel[(num_images, triton.cdiv(num_tokens - skip, mean_block_n))](
+        _head_mean_kernel[(num_images * triton.cdiv(num_tokens - skip, mean_block_n),)](
             # tensors
             logits,
             block_max,
@@ -119,7 +119,7 @@ def row_scores(
             ACCUMULATE=accumulate,
             BLOCK_H=mean_block_h,
             BLOCK_N=mean_block_n,
-            BLOCK_S=triton.next_power_of_2(num_blocks),
+            BLOCK_S=mean_block_s,
         )
     return out
 
@@ -178,12 +178,13 @@ def _logits_kernel(
     block_max_ptr, block_sum_ptr : fp32 [B, H, S], contiguous, S = ceil(N / BLOCK_N)
         Written. A block whose logits are all -inf has the sum 0. A NaN logit makes its block's sum NaN.
 
-    Program (b·Hkv + h, s) processes block s of the keys of one key head of one image, for all GROUP query heads. All
+    Program (b·Hkv + h)·S + s processes block s of the keys of one key head of one image, for all GROUP query heads. All
     programs together read every key once, B·Hkv·N·D elements, and write 4·B·H·(N + 2S) bytes.
     """
     # offsets
-    key_head = tl.program_id(0).to(tl.int64)  # which [b, h]
-    block = tl.program_id(1)
+    num_blocks = tl.cdiv(num_tokens, BLOCK_N)
+    key_head = (tl.program_id(0) // num_blocks).to(tl.int64)  # which [b, h]
+    block = tl.program_id(0) % num_blocks
     b = key_head // num_key_heads
     h = key_head % num_key_heads
     n = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -212,7 +213,7 @@ def _logits_kernel(
         highest = tl.max(logits, axis=0)
         # Subtracting -inf from -inf would make a block of -inf NaN, where its weight is 0.
         total = tl.sum(tl.exp(logits - tl.where(highest == float("-inf"), 0.0, highest)), axis=0)
-        stat = head * tl.num_programs(1) + block
+        stat = head * num_blocks + block
         tl.store(logits_ptr + head * num_tokens + n, logits, mask=in_row)
         tl.store(block_max_ptr + stat, highest)
         tl.store(block_sum_ptr + stat, total)
@@ -256,14 +257,17 @@ def _head_mean_kernel(
         Strides between images and tokens. Written, or added to with ACCUMULATE. NaN in any of a head's logits makes the
         whole row NaN, and so does a row of nothing but -inf, as in `torch.softmax`.
 
-    Program (b, i) processes BLOCK_N columns of one image, all heads at once (BLOCK_H >= H), and the statistics of all
-    their key blocks (BLOCK_S >= S). All programs together read 4·B·H·N bytes of logits and write 4·B·(N - skip) bytes.
+    Program b·ceil((N - skip) / BLOCK_N) + i processes BLOCK_N columns of one image, all heads at once (BLOCK_H >= H),
+    and the statistics of all key blocks, BLOCK_S of them at a time, with a running maximum and a running sum. All
+    programs together read 4·B·H·N bytes of logits, write 4·B·(N - skip) bytes, and read 8·B·H·S bytes of statistics
+    ceil((N - skip) / BLOCK_N) times, which come from L2 but for the first time.
     """
     # offsets
-    b = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    s = tl.arange(0, BLOCK_S)
+    column_blocks = tl.cdiv(num_tokens - skip, BLOCK_N)
+    b = (tl.program_id(0) // column_blocks).to(tl.int64)
+    column = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
+    s = tl.arange(0, BLOCK_S)
     head = b * num_heads + h
     stat_offsets = head[:, None] * num_blocks + s[None, :]
     logit_offsets = head[:, None] * num_tokens + skip + column[None, :]
@@ -271,17 +275,27 @@ def _head_mean_kernel(
 
     # masks
     in_heads = (h < num_heads)[:, None]
-    in_stats = in_heads & (s < num_blocks)[None, :]
     in_row = column < num_tokens - skip
 
-    # loads
-    block_max = tl.load(block_max_ptr + stat_offsets, mask=in_stats, other=float("-inf"))
-    block_sum = tl.load(block_sum_ptr + stat_offsets, mask=in_stats, other=0.0)
-    logits = tl.load(logits_ptr + logit_offsets, mask=in_heads & in_row[None, :], other=float("-inf"))
+    # loads and compute, one block of statistics after the other
+    row_max = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_H,), tl.float32)
+    start = 0
+    while start < num_blocks:
+        in_stats = in_heads & (start + s < num_blocks)[None, :]
+        block_max = tl.load(block_max_ptr + stat_offsets, mask=in_stats, other=float("-inf"))
+        block_sum = tl.load(block_sum_ptr + stat_offsets, mask=in_stats, other=0.0)
+        highest = tl.maximum(row_max, tl.max(block_max, axis=1))
+        # Subtracting -inf from -inf would make blocks of -inf NaN, where their weight is 0.
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        row_sum = row_sum * tl.exp(row_max - shift) + tl.sum(block_sum * tl.exp(block_max - shift[:, None]), axis=1)
+        row_max = highest
+        start += BLOCK_S
+        block_max_ptr += BLOCK_S
+        block_sum_ptr += BLOCK_S
 
-    # compute and store: a padded head's maximum is -inf and would give NaN, so its probabilities are masked
-    row_max = tl.max(block_max, axis=1)
-    row_sum = tl.sum(block_sum * tl.exp(block_max - row_max[:, None]), axis=1)
+    # store: a padded head's maximum is -inf and would give NaN, so its probabilities are masked
+    logits = tl.load(logits_ptr + logit_offsets, mask=in_heads & in_row[None, :], other=float("-inf"))
     probabilities = tl.exp(logits - row_max[:, None]) / row_sum[:, None]
     scores = tl.sum(tl.where(in_heads, probabilities, 0.0), axis=0) / num_heads
     if ACCUMULATE:

@@ -209,7 +209,7 @@ def _topk_kernel(
             offsets = n * scores_stride_n
             total = _combine(image_ptr, stride_l, stride_h, offsets, mask, NUM_LAYERS, NUM_HEADS, ENSEMBLE, FLOAT)
             tl.store(total_ptr + n * total_stride_n, total, mask=mask)
-        tl.debug_barrier()  # below, threads read what other threads of this program have written
+        tl.debug_barrier()  # below, threads read what other threads of this program have written (see `tuning`)
 
     # compute: the threshold's bits from the highest down, two a pass. A pass counts the keys at or above three
     # candidates, in three fields of one integer, so that the threads need to meet only once.

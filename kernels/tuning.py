@@ -2,6 +2,11 @@
 
 The sizes are functions of the shapes alone, never of the batch size or of timings: what an image's result is must not
 depend on its batch mates or on the run. Nothing is autotuned.
+
+In some kernels a thread reads or overwrites what another thread of the same program has stored or read, after
+`tl.debug_barrier()`. NVIDIA GPUs order such accesses at a barrier. On AMD GPUs the compiled barrier waits for threads,
+not for their stores: on gfx942 the accesses keep their order, as a program runs on one compute unit with one L1 cache;
+on RDNA, where a program may run on two, this is untested.
 """
 
 import triton
@@ -19,10 +24,11 @@ def score_blocks(num_features: int) -> tuple[int, int]:
     return max(1, min(32, _TILE // block_d)), block_d
 
 
-def head_mean_block(num_heads: int) -> tuple[int, int]:
-    """BLOCK_H, BLOCK_N for the mean over heads: a tile with all heads."""
+def head_mean_blocks(num_heads: int, num_blocks: int) -> tuple[int, int, int]:
+    """BLOCK_H, BLOCK_N, BLOCK_S for the mean over heads: tiles with all heads, of columns and of key blocks."""
     block_h = triton.next_power_of_2(num_heads)
-    return block_h, max(1, min(128, _TILE // block_h))
+    block_s = max(1, min(64, _TILE // (2 * block_h)))
+    return block_h, max(1, min(128, _TILE // block_h)), min(block_s, triton.next_power_of_2(num_blocks))
 
 
 def topk_block(num_tokens: int) -> tuple[int, int]:
@@ -40,10 +46,13 @@ def compact_blocks(num_features: int) -> tuple[int, int]:
     return 1024 // block_d, block_d
 
 
-def compact_kv_blocks(num_features: int) -> tuple[int, int]:
-    """BLOCK_K, BLOCK_D: whole key rows, 4096 elements at a time."""
+def compact_kv_blocks(num_features: int) -> tuple[int, int, int]:
+    """BLOCK_K, BLOCK_D, and the number of warps: whole key rows, 4096 elements at a time.
+
+    A thread holds all elements that it moves at a time, with an address each if strided: of four warps, 32 would spill.
+    """
     block_d = min(1024, triton.next_power_of_2(max(1, num_features)))
-    return 4096 // block_d, block_d
+    return 4096 // block_d, block_d, 8
 
 
 def attention_blocks(num_features: int, element_size: int) -> tuple[int, int, int, int, int]:
@@ -58,9 +67,12 @@ def attention_blocks(num_features: int, element_size: int) -> tuple[int, int, in
     return 64, 32 if block_d <= 128 else 16, block_d, num_warps, 2
 
 
-def similarity_blocks(element_size: int) -> tuple[int, int, int]:
-    """BLOCK_K, BLOCK_N, BLOCK_C for similarities. fp32 stays off the tensor cores and keeps operands in registers."""
-    return (32, 32, 16) if element_size == 4 else (32, 64, 64)
+def similarity_blocks(element_size: int) -> tuple[int, int, int, int]:
+    """BLOCK_K, BLOCK_N, BLOCK_C, and the number of warps, for similarities.
+
+    fp32 stays off the tensor cores and keeps operands in registers: smaller tiles.
+    """
+    return (32, 32, 16, 4) if element_size == 4 else (32, 64, 64, 8)
 
 
 def nearest_blocks() -> tuple[int, int]:

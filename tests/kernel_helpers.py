@@ -1,8 +1,10 @@
 """What the kernel tests share: the device, poisoned allocations, memory layouts, the error rule."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -62,6 +64,34 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
     memory = torch.full(size, float("nan") if x.is_floating_point() else 1, dtype=x.dtype, device=x.device)
     view = memory[tuple(slice(pad, pad + step * n, step) for n in x.shape)]
     return view.copy_(x)
+
+
+def reserves(gigabytes: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a test that allocates this much and touches little of it: free on a CPU, real memory on a GPU.
+
+    On a GPU the test is skipped where that much is not free, and afterwards the memory goes back to the driver, which
+    other processes wait for: PyTorch would keep it.
+    """
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def wrapped(*args, **kwargs) -> None:
+            if DEVICE.type != "cuda":
+                return test(*args, **kwargs)
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0] / 2**30
+            if free < gigabytes + 1:
+                pytest.skip(f"needs {gigabytes} GiB of GPU memory and some more, {free:.1f} GiB are free")
+            try:
+                return test(*args, **kwargs)
+            except torch.OutOfMemoryError:  # another process was faster
+                pytest.skip(f"needs {gigabytes} GiB of GPU memory, which another process has taken")
+            finally:
+                torch.cuda.empty_cache()
+
+        return wrapped
+
+    return decorate
 
 
 def assert_as_exact_as_pytorch(actual: Tensor, plain: Tensor, oracle: Tensor) -> None:

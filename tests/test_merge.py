@@ -13,6 +13,7 @@ from kernel_helpers import (
     guarded_empty,
     in_layout,
     property_test,
+    reserves,
 )
 
 from vtc import ops
@@ -171,7 +172,7 @@ def test_strides(layout, neighbors, backend):
 @pytest.mark.parametrize("neighbors", RULES)
 def test_images_with_different_counts(neighbors, backend):
     """Each as if it were alone with its targets; what comes after them is 0, even if x is NaN."""
-    x, key, targets, weight = make(4, 30, 5, 6, 10)
+    x, key, targets, weight = make(4, 32, 6, 6, 10)  # each image is 16-byte aligned
     counts = in_layout(torch.tensor([[5, 3, 1, 0]], device=DEVICE), "every other")[0]
     rows, mix = check(x, key, targets, weight, neighbors, backend, counts)
     for b, count in enumerate(counts.tolist()):
@@ -270,6 +271,7 @@ def test_same_bits_alone_in_a_batch_and_again(neighbors, backend):
         assert torch.equal(alone[1], batch[1][b : b + 1])
 
 
+@reserves(5)
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_offsets_beyond_int32(axis):
     """Elements 2^31 apart in memory that is reserved but, apart from these elements, never touched."""
@@ -283,6 +285,16 @@ def test_offsets_beyond_int32(axis):
     check(far, key, targets, weight, None, "triton")
     far.copy_(key)
     check(x, far, targets, weight, None, "triton")
+
+
+@reserves(5)
+def test_blocks_of_tokens_beyond_int32():
+    """Where the step from one block of 16 tokens to the next takes more than 32 bits, and none within a block."""
+    step = 2**27
+    x, key, targets, weight = make(1, 18, 1, 5, 5, torch.float16)
+    far = torch.empty(17 * step + 64, dtype=torch.float16, device=DEVICE).as_strided((1, 18, 5), (7, step, 1))
+    far.copy_(x)
+    check(far, key, targets, weight, None, "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

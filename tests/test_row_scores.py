@@ -13,6 +13,7 @@ from kernel_helpers import (
     guarded_empty,
     in_layout,
     property_test,
+    reserves,
 )
 
 from vtc import ops
@@ -33,6 +34,7 @@ SHAPES = [
     (65, 1, 5, 16, 1),
     (1, 1, 2880, 128, 1),
     (1, 2, 130, 300, 129),
+    (1, 1, 20001, 16, 1),  # the statistics of 626 blocks, 64 at a time
 ]
 
 
@@ -144,13 +146,14 @@ def test_nan_stays_in_its_image(bad, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_alone_in_a_batch_and_again(dtype, backend):
-    query, key = make(5, 3, 150, 20, dtype)
+    query, key = make(5, 3, 150, 24, dtype)  # each image is 16-byte aligned
     batch = ops.row_scores(query, key, skip=1, backend=backend)
     assert torch.equal(batch, ops.row_scores(query, key, skip=1, backend=backend))
     for b in range(5):
         assert torch.equal(batch[b : b + 1], ops.row_scores(query[b : b + 1], key[b : b + 1], skip=1, backend=backend))
 
 
+@reserves(5)
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 def test_offsets_beyond_int32(axis):
     """Elements 2^31 apart in memory that is reserved but, apart from these elements, never touched."""
@@ -163,9 +166,7 @@ def test_offsets_beyond_int32(axis):
     query, values = make(*shape[:2], *shape[2:], torch.float16)
     key = memory.as_strided(shape, strides)
     key.copy_(values)
-    assert torch.equal(
-        ops.row_scores(query, key, backend="triton"), ops.row_scores(query, values.contiguous(), backend="triton")
-    )
+    check(query, key, None, 0, "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

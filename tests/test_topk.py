@@ -15,6 +15,7 @@ from kernel_helpers import (
     guarded_empty,
     in_layout,
     property_test,
+    reserves,
 )
 
 from vtc import ops
@@ -120,6 +121,7 @@ def test_same_indices_alone_in_a_batch_and_again(backend):
         assert torch.equal(batch[b : b + 1], ops.topk(scores[b : b + 1], 40, backend=backend))
 
 
+@reserves(5)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_offsets_beyond_int32(axis):
     """Elements 2^31 apart in memory that is reserved but, apart from these elements, never touched."""
