@@ -76,7 +76,7 @@ def compact_kv(
         In place: ascending and unique in each row. An index outside [0, N) reads nothing and gives a row of zeros.
     in_place : bool
         Move the kept rows to the front of the tensors themselves, for a preallocated cache. Rows from K on are left as
-        they are.
+        they are. No two elements may share memory: their rows would be moved twice. This is not checked here.
 
     Returns
     -------
@@ -109,9 +109,9 @@ def compact_kv(
             shape = (num_images, num_heads, num_kept, num_features)
             targets = [torch.empty(shape, dtype=source.dtype, device=source.device) for source in sources]
         results.update(zip(numbers, targets, strict=True))
-        block_k, block_d = tuning.compact_kv_blocks(num_features)
+        block_k, block_d, num_warps = tuning.compact_kv_blocks(num_features)
         with torch.cuda.device_of(indices):
-            _compact_kv_kernel[(len(sources), num_images * num_heads, triton.cdiv(num_features, block_d))](
+            _compact_kv_kernel[(num_images * num_heads, len(sources), triton.cdiv(num_features, block_d))](
                 # tensors
                 tuple(_as_integers(source) for source in sources),
                 indices,
@@ -128,6 +128,7 @@ def compact_kv(
                 # constexprs
                 BLOCK_K=block_k,
                 BLOCK_D=block_d,
+                num_warps=num_warps,
             )
     moved = tuple(results[number] for number in range(len(tensors)))
     return moved[: len(keys)], moved[len(keys) :]
@@ -240,37 +241,41 @@ def _compact_kv_kernel(
     indices_ptr : int64 [B, K]
         Strides between images and kept tokens. An index outside [0, N) reads nothing and gives zeros.
     out_ptrs : tuple of the same dtype [B, H, K, D]
-        The same strides for all. Written, each element once. May be x_t itself if the indices of each row ascend.
+        The same strides for all. Written, each element once. May be x_t itself if the indices of each row ascend and no
+        two elements share memory.
 
-    Program (t, b·H + h, j) copies BLOCK_D features of all rows of one head, BLOCK_K rows at a time, from the front.
+    Program (b·H + h, t, j) copies BLOCK_D features of all rows of one head, BLOCK_K rows at a time, from the front.
     Ascending unique indices are never below their own place: indices[k] >= k. So what a block reads lies at or behind
     the rows it writes, never before, and no later block needs the rows that it overwrites. All programs together read
     and write T·B·H·K·D elements.
     """
     # offsets
-    tensor = tl.program_id(0)
+    tensor = tl.program_id(1)
     x_ptr, out_ptr = x_ptrs[0], out_ptrs[0]
     for t in tl.static_range(1, len(x_ptrs)):
         x_ptr = tl.where(tensor == t, x_ptrs[t], x_ptr)
         out_ptr = tl.where(tensor == t, out_ptrs[t], out_ptr)
-    b = tl.program_id(1).to(tl.int64) // num_heads
-    h = tl.program_id(1).to(tl.int64) % num_heads
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64) // num_heads
+    h = tl.program_id(0).to(tl.int64) % num_heads
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_head = (d < num_features)[None, :]
+    d = d.to(tl.int64)
     x_ptr += b * x_stride_b + h * x_stride_h
     out_ptr += b * out_stride_b + h * out_stride_h
 
     start = 0
     while start < num_kept:
-        k = start + tl.arange(0, BLOCK_K).to(tl.int64)
+        k = start + tl.arange(0, BLOCK_K)
 
         # masks
         in_kept = k < num_kept
-        write = in_kept[:, None] & (d < num_features)[None, :]
+        k = k.to(tl.int64)
+        write = in_kept[:, None] & in_head
 
         # loads and store
         n = tl.load(indices_ptr + b * indices_stride_b + k * indices_stride_k, mask=in_kept, other=-1)
         read = write & ((n >= 0) & (n < num_tokens))[:, None]
         x = tl.load(x_ptr + n[:, None] * x_stride_n + d[None, :] * x_stride_d, mask=read, other=0)
-        tl.debug_barrier()  # in place, a row may be read by one thread and written by another
+        tl.debug_barrier()  # in place, a row may be read by one thread and written by another (see `tuning`)
         tl.store(out_ptr + k[:, None] * out_stride_k + d[None, :] * out_stride_d, x, mask=write)
         start += BLOCK_K

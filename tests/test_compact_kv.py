@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kernel_helpers import BACKENDS, DEVICE, LAYOUTS, guarded_empty, in_layout, property_test
+from kernel_helpers import BACKENDS, DEVICE, LAYOUTS, guarded_empty, in_layout, property_test, reserves
 from test_compact import ALL_DTYPES, bits, count_launches
 
 from vtc import ops
@@ -146,6 +146,7 @@ def test_nothing_to_copy(num_images, num_heads, num_kept, in_place, backend):
     assert key.shape == value.shape == (num_images, num_heads, num_kept, 4)
 
 
+@reserves(5)
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_offsets_beyond_int32(axis, in_place):
@@ -205,3 +206,99 @@ def test_launcher_never_reads_outside_its_input():
     ((actual,), _) = compact_kv(keys, values, torch.tensor([[-1, 3, 9]], device=DEVICE))
     assert bits(actual[0, 0, 0]) == bits(actual[0, 0, 2]) == [0] * 16
     assert bits(actual[0, 0, 1]) == bits(keys[0][0, 0, 3])
+
+
+# --- tensors that share memory ----------------------------------------------------------------------------------------
+
+
+def storage(*shape):
+    return torch.arange(torch.Size(shape).numel(), device=DEVICE).to(torch.int16).view(shape)
+
+
+def apart():
+    """Caches in one storage that share none of it: a call's keys and values by what they are."""
+    layers, layered = storage(6, 2, 3, 20, 8), storage(2, 3, 6, 20, 8)
+    pairs, fused, wide = storage(2, 3, 20, 2, 8), storage(2, 20, 3, 3, 8), storage(2, 3, 20, 24)
+    alone = storage(1, 3, 20, 8)
+    return {
+        "slices of a common cache": (list(layers[:3]), list(layers[3:])),
+        "layers inside the heads": (list(layered.unbind(2)[:3]), list(layered.unbind(2)[3:])),
+        "interleaved keys and values": ([pairs[..., 0, :]], [pairs[..., 1, :]]),
+        "fused projection": ([fused[:, :, 1].transpose(1, 2)], [fused[:, :, 2].transpose(1, 2)]),
+        "keys and values of different widths": ([wide[..., :16]], [wide[..., 16:]]),
+        "two halves of the tokens": ([layers[0, :, :, :10]], [layers[0, :, :, 10:]]),
+        "one image, expanded to one": ([alone.expand(1, -1, -1, -1)], [alone.clone()]),
+        "strides of 0 along axes of size 1": ([alone.as_strided((1, 1, 20, 8), (0, 0, 8, 1))], [alone[:, 1:2]]),
+        "nothing": ([layers[0, :, :0]], [layers[0, :, :0]]),
+    }
+
+
+def shared():
+    """Caches with an element that has two places: a call's keys and values, and who is named."""
+    x, other = storage(2, 3, 20, 8), storage(2, 3, 20, 8)
+    one = storage(2, 1, 20, 8)
+    pairs = storage(2, 3, 20, 2, 8)
+    return {
+        "expanded heads": ([other], [one.expand(-1, 3, -1, -1)], r"values\[0\] of shape \[2, 3, 10, 8\] with strides"),
+        "windows": (
+            [x.flatten().as_strided((2, 3, 20, 8), (480, 160, 4, 1))],
+            [other],
+            r"keys\[0\] of shape .* overlapping",
+        ),
+        "keys as values": ([x], [x], r"keys\[0\] and values\[0\], which share memory"),
+        "a layer twice": ([x, x], [other, other.clone()], r"keys\[0\] and keys\[1\], which share"),
+        "heads that overlap": ([x[:, :2]], [x[:, 1:]], r"keys\[0\] and values\[0\]"),
+        "tokens that overlap": ([x[:, :, :11]], [x[:, :, 9:]], r"keys\[0\] and values\[0\]"),
+        "every other token": ([x[:, :, ::2]], [x[:, :, :10]], r"keys\[0\] and values\[0\]"),
+        "interleaved, one feature in common": ([pairs[..., 0, :]], [pairs.flatten(3)[..., 7:15]], r"keys\[0\] and val"),
+        "bytes of another type": ([x], [x.view(torch.bfloat16)], r"keys\[0\] and values\[0\]"),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", apart())
+def test_slices_of_one_storage_move_in_place(name, backend):
+    keys, values = apart()[name]
+    check_in_place(keys, values, choose(keys[0].shape[0], keys[0].shape[2], 7), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", shared())
+def test_memory_that_would_move_twice_is_refused_in_place(name, backend):
+    keys, values, message = shared()[name]
+    indices = choose(keys[0].shape[0], 10, 7)
+    keys, values = [x[:, :, :10] for x in keys], [x[:, :, :10] for x in values]
+    before = [x.clone() for x in (*keys, *values)]
+    with pytest.raises(ValueError, match=f"in place, .*{message}.* or use in_place=False"):
+        ops.compact_kv(keys, values, indices, in_place=True, backend=backend)
+    assert all(bits(x) == bits(old) for x, old in zip((*keys, *values), before, strict=True))
+    check(keys, values, indices, backend)
+
+
+@property_test
+@given(data=st.data())
+def test_no_layout_that_shares_memory_is_accepted(data):
+    """Any two views of one storage, against a list of their elements' places."""
+    memory = torch.zeros(2000, dtype=torch.int16, device=DEVICE)
+    sizes, steps = st.lists(st.integers(1, 3), min_size=4, max_size=4), st.sampled_from([0, 1, 2, 3, 6, 9, 18, 27, 54])
+    strides = st.lists(steps, min_size=4, max_size=4)
+    size = data.draw(sizes)
+    stride = data.draw(strides)
+    a = memory.as_strided(size, stride)
+    b = memory.as_strided(
+        [size[0], *data.draw(sizes)[1:]], data.draw(st.just(stride) | strides), data.draw(st.integers(0, 90))
+    )
+    b = b[:, :, : a.shape[2]]
+    a = a[:, :, : b.shape[2]]
+    places = [place for x in (a, b) for place in ((where(x) + x.storage_offset()).tolist())]
+    try:
+        ops.compact_kv([a], [b], torch.zeros(a.shape[0], 1, dtype=torch.int64, device=DEVICE), in_place=True)
+    except ValueError:
+        return
+    assert len(set(places)) == len(places)
+
+
+def where(x):
+    """Each element's place in the storage, from the first one's."""
+    grids = torch.meshgrid(*(torch.arange(n) for n in x.shape), indexing="ij")
+    return sum(grid * step for grid, step in zip(grids, x.stride(), strict=True)).flatten()

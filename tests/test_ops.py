@@ -1,9 +1,13 @@
 """vtc.ops: the choice of a backend, and what is said about arguments that do not fit."""
 
+import ast
+import importlib
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
+import kernel_helpers
 import pytest
 import torch
 from kernel_helpers import BACKENDS, DEVICE
@@ -184,8 +188,15 @@ def test_each_choice_is_logged_once(monkeypatch, caplog):
         (lambda: ops.compact_kv([KEY.to(torch.complex128)], [KEY], INDICES), "8 bytes, got torch.complex128"),
         (lambda: ops.compact_kv([KEY], [KEY], INDICES.int()), "must be int64, got torch.int32"),
         (lambda: ops.compact_kv([KEY], [KEY], INDICES + 1), "got values from 1 to 10"),
-        (lambda: ops.compact_kv([KEY], [KEY], INDICES.flip(1), in_place=True), "must ascend without repeats"),
-        (lambda: ops.compact_kv([KEY], [KEY], INDICES[:, :1].expand(-1, 2), in_place=True), "must ascend without rep"),
+        (lambda: ops.compact_kv([KEY], [KEY.clone()], INDICES.flip(1), in_place=True), "must ascend without repeats"),
+        (
+            lambda: ops.compact_kv([KEY], [KEY.clone()], INDICES[:, :1].expand(-1, 2), in_place=True),
+            "must ascend without repeats",
+        ),
+        (
+            lambda: ops.compact_kv([KEY], [KEY], INDICES, in_place=True),
+            r"keys\[0\] and values\[0\], which share memory",
+        ),
         (
             lambda: ops.compact_kv([KEY], [KEY], INDICES.expand(6, 2, 2).reshape(2, 12) * 0, in_place=True),
             "at most N = 10",
@@ -330,3 +341,86 @@ def test_a_device_that_is_not_the_current_one():
         actual = getattr(torch.ops.vtc, name)(*moved, "triton")
         for result in torch.utils._pytree.tree_leaves(actual):
             assert result.device == torch.device("cuda:1")
+
+
+# --- what a GPU allows ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """Launches are noted and not made: kernel and grid. The tensors can be on "meta", of any size."""
+    noted = []
+
+    class Played:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            noted.append((self.name, grid))
+            return lambda *args, **kwargs: None
+
+    for path in (Path(__file__).parent.parent / "kernels").glob("*.py"):
+        module = importlib.import_module(f"vtc_kernels.{path.stem}")
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Played(name))
+    return noted
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_heads", "num_tokens", "num_features"),
+    [(70_000, 2, 600, 64), (2048, 32, 600, 128), (1, 70_000, 9, 16), (1, 1, 2**21 - 1, 4096), (1, 4096, 2**18, 1)],
+)
+def test_no_axis_of_a_grid_grows_beyond_its_limit(num_images, num_heads, num_tokens, num_features, grids):
+    """CUDA takes 2^31 - 1 blocks along the first axis of a grid and 65,535 along the others."""
+    launch = ops._triton().launchers
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    cache = [empty(num_images, num_heads, num_tokens, num_features, dtype=torch.float16) for _ in range(64)]
+    hidden, scores = empty(num_images, num_tokens, num_features), empty(num_images, num_tokens)
+    indices = empty(num_images, 4, dtype=torch.int64)
+    if num_features <= 256:
+        launch["cls_attention"](*cache[:3])
+    launch["row_scores"](cache[0][:, :, 0], cache[0])
+    launch["topk"](scores, 4)
+    launch["compact"]([hidden, scores], indices)
+    for in_place in (False, True):
+        launch["compact_kv"](cache[:32], cache[32:], indices, in_place=in_place)
+    launch["merge"](hidden, hidden, indices, scores)
+    launch["merge"](hidden, hidden, indices, scores, neighbors=2)
+    assert len({name for name, _ in grids}) == 11 - (num_features > 256)
+    for name, grid in grids:
+        assert grid[0] < 2**31, name
+        assert all(blocks <= 65_535 for blocks in grid[1:]), f"{name}{grid}"
+
+
+def test_memory_that_a_test_reserves_on_a_gpu_is_asked_for_and_given_back(monkeypatch):
+    done = []
+    free = 9 * 2**30
+    monkeypatch.setattr(kernel_helpers, "DEVICE", CUDA)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("freed"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 * 2**30))
+    kernel_helpers.reserves(5)(lambda what: done.append(what))("ran")
+    assert done == ["freed", "ran", "freed"]
+    with pytest.raises(pytest.skip.Exception, match=r"needs 9 GiB of GPU memory and some more, 9.0 GiB are free"):
+        kernel_helpers.reserves(9)(done.append)("never")
+
+    def too_late():
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(pytest.skip.Exception, match="which another process has taken"):
+        kernel_helpers.reserves(5)(too_late)()
+    assert done == ["freed", "ran", "freed", "freed", "freed", "freed"]
+
+
+def test_whoever_goes_beyond_int32_says_how_much_memory_that_takes():
+    found = 0
+    for path in Path(__file__).parent.glob("test_*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("beyond_int32"):
+                assert any(ast.unparse(decorator).startswith("reserves(") for decorator in node.decorator_list), (
+                    node.name
+                )
+                found += 1
+    assert found >= 7

@@ -8,6 +8,11 @@ takes one more argument, `backend`:
 - ``"triton"``: the kernel, or a `ValueError` that says why it cannot run.
 - ``"torch"``: the reference.
 
+Where an operation says that an image's result does not depend on the other images of the batch, it means every bit. A
+compiled kernel has one condition: the image's tensors are 16-byte aligned in both calls, or in neither. Triton compiles
+aligned tensors apart, with another order of sums. A slice of an aligned batch is aligned if one image's elements take a
+multiple of 16 bytes, as those of all supported vision towers do.
+
 The first choice of each kind is logged on the logger "vtc" at level INFO. No operation waits for the GPU. Each is also
 an operator of `torch.library` (``torch.ops.vtc.*``) with a fake kernel, so that `torch.compile(fullgraph=True)` and
 `torch.export` trace through it.
@@ -292,7 +297,8 @@ def compact_kv(
         Each in [0, N). In place: ascending and unique in each row, as `topk` gives them.
     in_place : bool
         Move the kept rows to the front of the tensors themselves, for a preallocated (static) cache. Rows from K on
-        are left as they are.
+        are left as they are. No two tensors may share memory, nor two elements of one; slices of one storage may lie
+        beside or between one another.
     backend : {"auto", "triton", "torch"}
 
     Returns
@@ -303,8 +309,9 @@ def compact_kv(
     Raises
     ------
     ValueError
-        For shapes, dtypes or devices that do not fit, and for a backend that cannot run. On the CPU also for an index
-        outside [0, N) and, in place, for a row that does not ascend; for a GPU see `compact`.
+        For shapes, dtypes or devices that do not fit, for a backend that cannot run and, in place, for tensors that
+        share memory. On the CPU also for an index outside [0, N) and, in place, for a row that does not ascend; for a
+        GPU see `compact`.
     """
     keys, values = tuple(keys), tuple(values)
     tensors = (*keys, *values)
@@ -601,6 +608,7 @@ def _compact_kv(keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tenso
 
 @_register("compact_kv_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor indices, str backend) -> ()", lambda *_: None)
 def _compact_kv_(keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tensor, backend: str) -> None:
+    _check_apart("compact_kv", keys, values)  # here, not in `compact_kv`: a compiler that traces it has no addresses
     _check_range("compact_kv", indices, keys[0].shape[2])
     if indices.device.type == "cpu" and (indices[:, 1:] <= indices[:, :-1]).any():
         raise ValueError("compact_kv: in place, the indices of each row must ascend without repeats; sort them first.")
@@ -687,6 +695,82 @@ def _check_range(op: str, indices: Tensor, end: int, *, what: str = "indices", s
         low, high = (int(bound) for bound in indices.aminmax())
         if low < 0 or high >= end:
             raise ValueError(f"{op}: {what} must lie in [0, {size}) = [0, {end}), got values from {low} to {high}.")
+
+
+# Strides in bytes and sizes of a tensor's axes, the largest stride first. Axes of size 1 go nowhere.
+_Axes = tuple[tuple[int, int], ...]
+
+
+def _check_apart(op: str, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Check that no two elements share memory. Takes addresses, strides and sizes, so it does not wait for a device."""
+    tensors = (*keys, *values)
+
+    def name(number: int) -> str:
+        return f"keys[{number}]" if number < len(keys) else f"values[{number - len(keys)}]"
+
+    numbers: dict[tuple[Any, ...], int] = {}  # usually all tensors have one layout
+    layouts: list[tuple[_Axes, int]] = []
+    placed = []
+    for number, tensor in enumerate(tensors):
+        size, stride, width = tensor.shape, tensor.stride(), tensor.element_size()
+        layout = numbers.setdefault((size, stride, width), len(layouts))
+        if layout == len(layouts):
+            steps = ((step * width, count) for step, count in zip(stride, size, strict=True) if count > 1)
+            axes = tuple(sorted(steps, reverse=True))
+            if 0 not in size and any(step < _extent(axes[i + 1 :], width) for i, (step, _) in enumerate(axes)):
+                raise ValueError(
+                    f"{op}: in place, each element needs memory of its own, got {name(number)} of shape {list(size)} "
+                    f"with strides {list(stride)}, an expanded or overlapping view. Pass {name(number)}.contiguous(), "
+                    "or use in_place=False."
+                )
+            layouts.append((axes, width))
+        placed.append((tensor.data_ptr(), number, layout))
+    placed = sorted(place for place in placed if tensors[place[1]].numel())
+    answers: dict[tuple[int, int, int], bool] = {}  # of a cache, the same few distances come again and again
+    for i, (start, number, layout) in enumerate(placed):
+        end = start + _extent(*layouts[layout])
+        for j in range(i + 1, len(placed)):
+            other_start, other, other_layout = placed[j]
+            if other_start >= end:
+                break  # and so do all that follow
+            question = (other_start - start, layout, other_layout)
+            if question not in answers:
+                answers[question] = _share_memory(question[0], *layouts[layout], *layouts[other_layout])
+            if answers[question]:
+                raise ValueError(
+                    f"{op}: in place, the rows of each tensor are moved once, got {name(number)} and {name(other)}, "
+                    "which share memory. Pass each tensor once and clone() views that overlap, or use in_place=False."
+                )
+
+
+def _extent(axes: _Axes, width: int) -> int:
+    """Bytes from a tensor's first element to the end of its last one."""
+    return width + sum(step * (count - 1) for step, count in axes)
+
+
+def _share_memory(distance: int, a: _Axes, a_width: int, b: _Axes, b_width: int) -> bool:
+    """Whether elements of `a` and of `b`, which starts `distance` bytes behind `a`, are the same memory.
+
+    Exact if the two have the same strides. Otherwise it may say yes where only the ranges of addresses overlap.
+    """
+    if not -_extent(b, b_width) < distance < _extent(a, a_width):
+        return False
+    if not a and not b:
+        return True
+    step = max(axes[0][0] for axes in (a, b) if axes)
+    a_count = b_count = 1
+    if a and a[0][0] == step:
+        (_, a_count), *rest = a
+        a = tuple(rest)
+    if b and b[0][0] == step:
+        (_, b_count), *rest = b
+        b = tuple(rest)
+    # Slices i of a and j of b can only meet where i - j is such that one begins before the other ends.
+    first = max(1 - b_count, (distance - _extent(a, a_width)) // step + 1)
+    last = min(a_count - 1, -(-(distance + _extent(b, b_width)) // step) - 1)
+    if last - first > 3:
+        return True
+    return any(_share_memory(distance - n * step, a, a_width, b, b_width) for n in range(first, last + 1))
 
 
 def _same_device(op: str, **tensors: Tensor | None) -> None:

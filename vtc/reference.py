@@ -170,7 +170,7 @@ def compact_kv(
         Each in [0, N). In place: ascending and unique in each row.
     in_place : bool
         Move the kept rows to the front of the tensors themselves, for a preallocated (static) cache. Rows from K on
-        are left as they are.
+        are left as they are. No two tensors may share memory, nor two elements of one.
 
     Returns
     -------
