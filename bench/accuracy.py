@@ -13,10 +13,7 @@ class WrongResult(ValueError):
 
 
 class Accuracy:
-    """The error rule of the tests: at most twice plain PyTorch's error in the same dtype, plus two units of fp32.
-
-    `str` of it tells how much of that was used: ``scores: error 1.2e-07, 0.6 of the bound``.
-    """
+    """The error rule of the tests: at most twice plain PyTorch's error in the same dtype, plus two units of fp32."""
 
     def __init__(self, what: str) -> None:
         self.what, self.error, self.plain, self.largest = what, 0.0, 0.0, 0.0
@@ -38,10 +35,6 @@ class Accuracy:
         if not self.error <= self.bound:
             raise WrongResult(f"{self.what}: error {self.error:.3g} > {self.bound:.3g}")
         return self
-
-    def __str__(self) -> str:
-        share = self.error / self.bound if self.bound else 0.0
-        return f"{self.what}: error {self.error:.2g}, {share:.2g} of the bound"
 
 
 def equal(what: str, actual: Tensor, expected: Tensor) -> None:

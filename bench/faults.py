@@ -55,17 +55,17 @@ import torch
 from bench import jobs
 
 @pytest.mark.parametrize("number", range(3))
-def test_gpu_right_before(number): pass
-def test_gpu_wrong(): assert 1 + 1 == 3, "planted"
-def test_gpu_right_1(): pass
-def test_gpu_memory(): raise torch.OutOfMemoryError("planted")
-def test_gpu_right_2(): pass
-def test_gpu_hangs(): time.sleep(3600)
-def test_gpu_right_3(): pass
-def test_gpu_killed(): os.kill(os.getpid(), signal.SIGKILL)
-def test_gpu_right_4(): pass
-def test_gpu_broken():
+def test_planted_gpu_right_before(number): pass
+def test_planted_gpu_wrong(): assert 1 + 1 == 3, "planted"
+def test_planted_gpu_right_1(): pass
+def test_planted_gpu_memory(): raise torch.OutOfMemoryError("planted")
+def test_planted_gpu_right_2(): pass
+def test_planted_gpu_hangs(): time.sleep(3600)
+def test_planted_gpu_right_3(): pass
+def test_planted_gpu_killed(): os.kill(os.getpid(), signal.SIGKILL)
+def test_planted_gpu_right_4(): pass
+def test_planted_gpu_broken():
     jobs.works = lambda: False
     raise RuntimeError("planted")
-def test_gpu_right_5(): pass
+def test_planted_gpu_right_5(): pass
 """

@@ -28,7 +28,7 @@ class Checked:
     dtype: str
     shape: dict[str, int]
     backend: str
-    errors: list[str]  # largest error against float64, and its share of the bound; exact results have none
+    errors: dict[str, tuple[float, float]]  # of each result the largest error against float64, and what is allowed
     gpu: str | None
     revision: str | None
 
@@ -60,7 +60,7 @@ def check(
     """Run a provider RUNS times; raise `WrongResult` unless its result is right, and bit by bit the same each time."""
     inputs = work.make(shape, DTYPES[dtype], device)
     results = [provider(*inputs) for _ in range(RUNS)]
-    errors = [str(accuracy) for accuracy in work.check(inputs, results[0])]
+    errors = {measured.what: (measured.error, measured.bound) for measured in work.check(inputs, results[0])}
     for again in results[1:]:
         for one, other in zip(tensors(results[0]), tensors(again), strict=True):
             if not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
