@@ -273,7 +273,6 @@ MUTANTS = [
             "environment ignored": ('backend == "auto" and (override := os.environ.get("VTC_BACKEND"))', 'False and (override := os.environ.get("VTC_BACKEND"))'),
             "descending indices in place": ('if indices.device.type == "cpu" and (indices[:, 1:] <= indices[:, :-1]).any():', "if False:"),
             "memory may move twice": ('    _check_apart("compact_kv", keys, values)', "    pass"),
-            "distances of one layout": ("question = (other_start - start, layout, other_layout)", "question = (other_start - start, 0, 0)"),
             "expanded views are apart": ("step < _extent(axes[i + 1 :], width)", "step < 0"),
             "views that only touch are apart": ("first = max(1 - b_count,", "first = max(0,"),
             "range not checked": ("if low < 0 or high >= end:", "if low < 0:"),

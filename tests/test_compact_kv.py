@@ -251,6 +251,11 @@ def shared():
         "tokens that overlap": ([x[:, :, :11]], [x[:, :, 9:]], r"keys\[0\] and values\[0\]"),
         "every other token": ([x[:, :, ::2]], [x[:, :, :10]], r"keys\[0\] and values\[0\]"),
         "interleaved, one feature in common": ([pairs[..., 0, :]], [pairs.flatten(3)[..., 7:15]], r"keys\[0\] and val"),
+        "rows that reach into the next head": (
+            [x[:1, :2, :10]],
+            [x.flatten().as_strided((1, 2, 10, 8), (480, 160, 8, 1), 15 * 8)],
+            r"keys\[0\] and values\[0\]",
+        ),
         "bytes of another type": ([x], [x.view(torch.bfloat16)], r"keys\[0\] and values\[0\]"),
     }
 
