@@ -228,7 +228,12 @@ def _tests(out: Path, end: float, mode: Mode, log: IO[str]) -> str | None:
     many = ["-n", str(2 if mode.rehearse else TESTS_AT_ONCE)] if importlib.util.find_spec("xdist") else []
     arguments = ["-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.pytest_log"]
     arguments += ["--continue-on-collection-errors", *many, "--rootdir", str(checkout.ROOT), "--gpu-tests"]
-    arguments += ["--log-json", str(out / PARTS["tests"].file), "--test-limit", str(15 if mode.plant else TEST_LIMIT)]
+    arguments += [
+        "--log-json",
+        str(out / PARTS["tests"].file),
+        "--test-limit",
+        str(TEST_LIMIT / 2 if mode.plant else TEST_LIMIT),
+    ]
     with tempfile.TemporaryDirectory() as folder, checkout.packages(environment=mode.environment) as options:
         where = [checkout.ROOT / "tests" / name for name in (REHEARSED if mode.rehearse else ("",))]
         if mode.plant:

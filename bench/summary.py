@@ -249,7 +249,7 @@ def _as_graphs(found: dict[tuple[str, str, int], Record], variant: str, batch: i
 
 
 def _counters(out: Path, ran: dict[str, Ran]) -> list[str]:
-    if "ncu" not in ran or ran["ncu"].trouble:
+    if "ncu" not in ran or ran["ncu"].trouble or ran["ncu"].note:
         return []
     try:
         return ncu.profiles(out / "ncu.csv")

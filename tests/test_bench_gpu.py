@@ -226,6 +226,8 @@ def test_each_fault_costs_the_test_it_befalls_and_no_other(tmp_path):
     assert names["test_planted_gpu_wrong"] == "AssertionError: planted"
     assert names["test_planted_gpu_memory"] == "torch.OutOfMemoryError: planted"
     assert names["test_planted_gpu_broken"] == "RuntimeError: planted"
+    broken = [one for one in record.lines(tmp_path / "log.jsonl") if "gpu_broken" in one.get("test", "")]
+    assert len(broken) == 2  # it failed, and then its worker ended
     for killed in ("test_planted_gpu_hangs", "test_planted_gpu_killed"):
         assert re.match(rf"worker 'gw\d+' crashed while running 'test_planted.py::{killed}'", names[killed])
 
@@ -557,3 +559,6 @@ def test_the_page_says_what_is_right_wrong_fast_and_slow(tmp_path):
     assert "tests: 2 of 5" in sections["NOT REACHED"]
     assert "gate: 1 numbers, from four to four" in sections["NOT REACHED"]
     assert "before it the GPU was BUSY: processes 7" in sections["PARTS"]
+    without = summary.page(tmp_path, {"ncu": Ran(note="there is no ncu here")}, ["ncu"])
+    assert "COUNTERS" not in without
+    assert "ncu: 0 of 0 s, there is no ncu here" in without
