@@ -158,13 +158,21 @@ def test_installing_without_a_network(tmp_path: Path) -> None:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         source.mkdir(exist_ok=True)
         copy(ROOT / name, source / name)
+    there = tmp_path / "site"  # what the machine has of its own
+    there.mkdir()
+    for pattern in ("setuptools*", "_distutils_hack"):
+        for found in Path(sysconfig.get_path("purelib")).glob(pattern):
+            (there / found.name).symlink_to(found)
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python3"
-    paths = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}  # everything but the project's own packages
-    subprocess.run([python, *shlex.split(line)[1:]], cwd=source, check=True, env=paths)
-    code = "import os, vtc, vtc_kernels; print(os.path.realpath(vtc.__file__), *vtc_kernels.__path__)"
-    found = subprocess.run([python, "-c", code], cwd=tmp_path, check=True, env=paths, capture_output=True, text=True)
-    assert found.stdout.split() == [str(source / "vtc/__init__.py"), str(source / "kernels")]
+    environment = {**os.environ, "PYTHONPATH": str(there)}
+    subprocess.run([python, *shlex.split(line)[1:]], cwd=source, check=True, env=environment)
+    code = "from importlib.util import find_spec as find\n"
+    code += "print(find('vtc').origin, *find('vtc_kernels').submodule_search_locations)"
+    done = subprocess.run(
+        [python, "-c", code], cwd=tmp_path, check=True, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split()[:2] == [str(source / "vtc/__init__.py"), str(source / "kernels")]
     assert (tmp_path / "venv/bin/vtc").exists()
 
 

@@ -213,7 +213,8 @@ def env(as_json: AsJson = False) -> None:
         from vtc import attention, ops
 
         versions: dict[str, str | None] = {"vtc": vtc.__version__, "python": platform.python_version()}
-        versions |= {name: _version(name) for name in ("torch", "triton", "transformers", "pillow")}
+        versions["torch"] = str(torch.__version__)  # with the CUDA it was built for
+        versions |= {name: _version(name) for name in ("triton", "transformers", "pillow")}
         devices = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
         for number in range(torch.cuda.device_count()):
             about = torch.cuda.get_device_properties(number)
