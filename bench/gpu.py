@@ -62,7 +62,10 @@ class Mode:
     @property
     def environment(self) -> dict[str, str | None]:
         """Variables for workers, tests and profiles; None unsets one."""
-        return {"HF_HUB_OFFLINE": "1", "VTC_BACKEND": None, "TRITON_INTERPRET": "1" if self.rehearse else None}
+        variables = {"HF_HUB_OFFLINE": "1", "VTC_BACKEND": None, "TRITON_INTERPRET": None}
+        if self.rehearse:  # one thread: several wait for one another where others use the processor
+            variables |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        return variables
 
 
 def run(
