@@ -45,7 +45,9 @@ def packages(root: Path = ROOT, environment: Mapping[str, str | None] | None = N
     with tempfile.TemporaryDirectory() as folder:
         for name, target in {"bench": ROOT / "bench", "vtc": root / "vtc", "vtc_kernels": root / "kernels"}.items():
             (Path(folder) / name).symlink_to(target.resolve(), target_is_directory=True)
-        path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+        # Absolute: the working directory is another one.
+        given = [os.path.abspath(one) for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
+        path = os.pathsep.join([folder, *given])
         variables = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(environment or {})}
         yield {"cwd": folder, "env": {name: value for name, value in variables.items() if value is not None}}
 

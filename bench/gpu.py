@@ -228,7 +228,8 @@ def _ncu(path: str, out: Path, end: float, mode: Mode, log: IO[str]) -> str | No
 
 def _tests(out: Path, end: float, mode: Mode, log: IO[str]) -> str | None:
     """Run the tests that use the GPU; returns why there are no results of some, if so."""
-    many = ["-n", str(2 if mode.rehearse else TESTS_AT_ONCE)] if importlib.util.find_spec("xdist") else []
+    many = ["-n", str(2 if mode.rehearse else TESTS_AT_ONCE), "--max-worker-restart", "10000"]  # one for each bad test
+    many = many if importlib.util.find_spec("xdist") else []
     arguments = ["-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.pytest_log"]
     arguments += ["--continue-on-collection-errors", *many, "--rootdir", str(checkout.ROOT), "--gpu-tests"]
     arguments += [
@@ -249,4 +250,6 @@ def _tests(out: Path, end: float, mode: Mode, log: IO[str]) -> str | None:
             process.end(grace=10.0)
     if status is None:
         return "its time was up"
-    return None if status in (0, 1) else f"pytest ended with exit status {status}"
+    if status not in (0, 1) or not summary.tests(out / PARTS["tests"].file).collected:
+        return f"pytest ended with exit status {status}"
+    return None

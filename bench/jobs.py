@@ -23,7 +23,7 @@ import torch
 
 from bench import checkout, processes, record, timing
 
-BROKEN = 75  # exit status of a worker whose GPU context is gone: another process can go on
+BROKEN = 75  # exit status of a worker that cannot use its GPU any more: another process can go on
 TIME_IS_UP = "the time is up"
 
 
@@ -64,7 +64,7 @@ def run(
             if out and made:
                 record.append(out, made)
         note({"ended": number})
-        if job.name in failed and not works():
+        if timing.spoiled or (job.name in failed and not works()):
             raise SystemExit(BROKEN)
     return records, failed
 

@@ -157,7 +157,7 @@ def version(name: str) -> str | None:
 
 def _output(*command: str) -> str | None:
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
         return None
     return "\n".join(dict.fromkeys(result.stdout.strip().splitlines()))

@@ -12,7 +12,7 @@ import torch
 from test_bench import make_record
 
 from bench import __main__ as command
-from bench import checkout, faults, gate, gpu, jobs, ncu, processes, record, summary
+from bench import checkout, faults, gate, gpu, jobs, ncu, processes, record, summary, timing
 from bench.accuracy import WrongResult
 from bench.gate import Checked
 from bench.jobs import Job, Outcome
@@ -138,6 +138,40 @@ def test_a_process_that_lost_its_gpu_ends(monkeypatch):
         )
     assert ended.value.code == jobs.BROKEN
     assert not done
+
+
+def test_a_process_whose_capture_failed_ends_with_its_record_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "spoiled", True)
+    with pytest.raises(SystemExit) as ended:
+        jobs.run([Job("first", lambda: [CHECKED]), Job("next", lambda: [CHECKED])], tmp_path / "gate.jsonl")
+    assert ended.value.code == jobs.BROKEN
+    assert record.read(tmp_path / "gate.jsonl", Checked) == [CHECKED]
+
+
+def test_transformers_does_under_a_capture_as_without(monkeypatch):
+    from transformers.utils import import_utils
+
+    if not hasattr(import_utils, "is_cuda_stream_capturing"):
+        pytest.skip("this transformers does not ask")
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+    assert import_utils.is_tracing(torch.ones(1))
+    with timing._uncaptured():
+        assert not import_utils.is_tracing(torch.ones(1))
+
+
+def test_a_relative_python_path_reaches_the_workers(tmp_path, monkeypatch):
+    (tmp_path / "carried").mkdir()
+    (tmp_path / "carried/carried_module.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "carried")
+    assert checkout.run(["-c", "import carried_module; print('found')"]) == (0, "found\n")
+
+
+def test_no_pytest_is_no_clean_part(tmp_path, monkeypatch):
+    """`python -m pytest` without pytest exits as if a test had failed."""
+    monkeypatch.setattr(gpu, "REHEARSED", ("no_such_file.py",))
+    assert gpu.run(tmp_path, 2, ["tests"], gpu.Mode(rehearse=True), lambda line: None) == 1
+    assert "pytest ended with exit status" in (tmp_path / "summary.txt").read_text()
 
 
 # --- jobs in workers -------------------------------------------------------------------------------------------------
