@@ -1,1 +1,6 @@
 """Benchmarks: ``python -m bench --help`` in a checkout. Not installed with the package."""
+
+import time
+
+STARTED = time.monotonic()
+"""When this process began, before the imports that take longest: what `bench gpu --minutes` counts from."""

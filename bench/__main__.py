@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import bench
 from bench import checkout, compare, e2e, gpu, kernels, micro, plots, record
 
 
@@ -112,7 +113,9 @@ def _timed(suite: str, chosen: Any, run: Any) -> int:
 
 
 def _gpu(chosen: Any, rest: list[str]) -> int:
-    return gpu.run(chosen.out, chosen.minutes, chosen.parts, gpu.Mode(chosen.rehearse, chosen.plant))
+    return gpu.run(
+        chosen.out, chosen.minutes, chosen.parts, gpu.Mode(chosen.rehearse, chosen.plant), started=bench.STARTED
+    )
 
 
 def _worker(chosen: Any, rest: list[str]) -> int:

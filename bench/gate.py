@@ -49,7 +49,7 @@ def jobs(device: torch.device, played: bool = False) -> list[Job]:
                         where = f"{op} {model.name} {dtype} {table.shape_text(shape)} {name}"
                         names = {"op": op, "model": model.name, "dtype": dtype, "backend": name}
                         run = functools.partial(check, work, shape, device, provider, **names)
-                        made.append(Job(where, run, limit=15))
+                        made.append(Job(where, run))
     return made
 
 

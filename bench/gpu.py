@@ -33,18 +33,18 @@ class Part:
 
 # What matters most comes first, should the time run out: is it right, then whole models, then single operations.
 PARTS = {
-    "probe": Part(25, "probe.jsonl"),
+    "probe": Part(35, "probe.jsonl"),
     "gate": Part(60, "gate.jsonl"),
     "e2e": Part(130, "e2e.jsonl"),
-    "micro": Part(110, "micro.jsonl"),
+    "micro": Part(95, "micro.jsonl"),
     "attention": Part(45, "micro.jsonl"),
-    "ncu": Part(35, "ncu.csv"),
-    "tests": Part(120, "tests.jsonl"),
+    "ncu": Part(50, "ncu.csv"),
+    "tests": Part(115, "tests.jsonl"),
 }
 WORKER = ("-m", "bench", "worker")  # what Python runs for a part
 IDLE_WAIT = 8.0  # seconds for the GPU to become idle
 TESTS_AT_ONCE = 8  # each is a process with a GPU context of half a GiB
-TEST_LIMIT = 60.0
+TEST_LIMIT = 100.0
 REHEARSED = ("test_compact.py", "test_config.py")  # all of the first, and what the selection leaves of the other
 
 
@@ -74,8 +74,11 @@ def run(
     parts: Sequence[str] = (),
     mode: Mode = Mode(),
     say: Callable[[str], None] = print,
+    started: float | None = None,
 ) -> int:
     """Run `parts`, by default all, within `minutes`; at most 8 files in `out`, among them log.txt and summary.txt.
+
+    The minutes count from `started` on the clock `time.monotonic`, by default from now.
 
     Returns the exit status: 1 if anything failed or was not reached. With faults planted: if anything else was lost.
 
@@ -94,16 +97,18 @@ def run(
         raise ValueError(f"{out} has results already ({', '.join(old)}); give --out another folder")
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
-    end = time.monotonic() + 60 * minutes - processes.GRACE  # for what ends last
+    end = (started or time.monotonic()) + 60 * minutes - processes.GRACE  # for what ends last
+    wait = IDLE_WAIT
     ran: dict[str, Ran] = {}
     with (out / "log.txt").open("a", encoding="utf-8") as log, _interruptible():
         try:
             for number, part in enumerate(chosen):
                 share = PARTS[part].seconds / sum(PARTS[other].seconds for other in chosen[number:])
                 try:
-                    ran[part] = _run_part(part, out, share * (end - time.monotonic()), mode, log)
+                    ran[part] = _run_part(part, out, share * (end - time.monotonic()), mode, log, wait)
                 except Exception as error:  # a fault of this file costs one part
                     ran[part] = Ran(trouble=timing.reason(error))
+                wait = 0.0 if "BUSY" in ran[part].idle else wait  # whoever stayed so long stays
                 say(summary.line(part, ran[part]))
                 _summarise(out, ran, chosen)
         except KeyboardInterrupt:
@@ -163,9 +168,9 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run_part(part: str, out: Path, seconds: float, mode: Mode, log: IO[str]) -> Ran:
+def _run_part(part: str, out: Path, seconds: float, mode: Mode, log: IO[str], wait: float) -> Ran:
     start = time.monotonic()
-    idle = "rehearsed" if mode.rehearse else processes.wait_until_idle(IDLE_WAIT)
+    idle = "rehearsed" if mode.rehearse else processes.wait_until_idle(min(wait, seconds))
     print(f"\n=== {part}, {seconds:.0f} s, GPU {idle}", file=log, flush=True)
     ran = Ran(idle=idle)
     end = start + seconds
@@ -188,9 +193,6 @@ def _run_part(part: str, out: Path, seconds: float, mode: Mode, log: IO[str]) ->
 def work(part: str, out: Path, journal: Path, skip: int, mode: Mode) -> None:
     """What a worker does: the jobs of a part from number `skip` on."""
     device = torch.device("cpu" if mode.rehearse else "cuda")
-    if part == "ncu":
-        ncu.launch_once(device, mode.rehearse)
-        return
     made = part_jobs(part, device, mode.rehearse)
     if mode.rehearse:  # a CPU that others use, too, is no GPU
         made = [dataclasses.replace(job, limit=8 * job.limit) for job in made]
@@ -215,7 +217,7 @@ def part_jobs(part: str, device: torch.device, played: bool) -> list[Job]:
 def _ncu(path: str, out: Path, end: float, mode: Mode, log: IO[str]) -> str | None:
     """Profile each kernel once; returns why not, if not."""
     with checkout.packages(environment=mode.environment) as options:
-        command = ncu.command(path, out, [*WORKER, "ncu", *mode.options])
+        command = ncu.command(path, out, ["-m", "bench.ncu", *mode.options])
         process = processes.Group(command, log, **options)
         try:
             status = process.wait(end - time.monotonic())
@@ -223,7 +225,7 @@ def _ncu(path: str, out: Path, end: float, mode: Mode, log: IO[str]) -> str | No
             process.end()
     if status is None:
         return "its time was up"
-    return None if status == 0 else f"exit status {status}"
+    return None if status == 0 else f"exit status {status}: {ncu.error(out) or 'see log.txt'}"
 
 
 def _tests(out: Path, end: float, mode: Mode, log: IO[str]) -> str | None:
@@ -236,7 +238,7 @@ def _tests(out: Path, end: float, mode: Mode, log: IO[str]) -> str | None:
         "--log-json",
         str(out / PARTS["tests"].file),
         "--test-limit",
-        str(TEST_LIMIT / 2 if mode.plant else TEST_LIMIT),
+        str(30.0 if mode.plant else TEST_LIMIT),
     ]
     with tempfile.TemporaryDirectory() as folder, checkout.packages(environment=mode.environment) as options:
         where = [checkout.ROOT / "tests" / name for name in (REHEARSED if mode.rehearse else ("",))]

@@ -20,7 +20,7 @@ from bench.record import Record
 from bench.workloads import Model, Shape, Workload
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SETS = 4  # inputs in different memory that a provider is timed on in turn
+SETS = 4, 64  # inputs in different memory that a provider is timed on in turn: at least, and at most
 
 
 @dataclasses.dataclass
@@ -140,10 +140,10 @@ def time_provider(
         If it does not pass the gate.
     """
     size = DTYPES[dtype].itemsize
-    fitting = _most_bytes(device) // max(1, work.needs_bytes(shape, size))
-    if not fitting:
-        raise ValueError(f"its inputs take {work.needs_bytes(shape, size) / 2**30:.0f} GiB, too much for this device")
-    inputs = [work.make(shape, DTYPES[dtype], device) for _ in range(min(1 if played else SETS, fitting))]
+    needed = work.needs_bytes(shape, size)
+    if not (count := 1 if played else number_of_sets(needed, device)):
+        raise ValueError(f"its inputs take {needed / 2**30:.0f} GiB, too much for this device")
+    inputs = [work.make(shape, DTYPES[dtype], device) for _ in range(count)]
     calls = [functools.partial(provider, *one) for one in inputs]
     with torch.no_grad():
         work.check(inputs[0], calls[0]())
@@ -158,9 +158,12 @@ def time_provider(
     return [made]
 
 
-def _most_bytes(device: torch.device) -> int:
-    """What the inputs may take."""
-    return int(0.4 * torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 2**32
+def number_of_sets(needed: int, device: torch.device) -> int:
+    """How many inputs of `needed` bytes take turns: twice what the L2 cache holds, and at most 0.4 of the memory."""
+    if device.type != "cuda":
+        return min(SETS[0], 2**32 // needed)
+    about = torch.cuda.get_device_properties(device)
+    return min(max(SETS[0], -(-2 * about.L2_cache_size // needed)), SETS[1], int(0.4 * about.total_memory) // needed)
 
 
 @functools.cache

@@ -36,7 +36,14 @@ def path() -> str | None:
 
 def command(ncu: str, out: Path, arguments: list[str]) -> list[str]:
     """Profile `python ARGUMENTS`: the kernels of this project alone, with the clocks as they are."""
-    options = ["--clock-control", "none", "--target-processes", "all", "--kernel-name", "regex:^_.*_kernel"]
+    options = [
+        "--clock-control",
+        "none",
+        "--target-processes",
+        "application-only",
+        "--kernel-name",
+        "regex:^_.*_kernel",
+    ]
     options += ["--metrics", ",".join(METRICS), "--csv", "--page", "raw", "--log-file", str(out)]
     return [ncu, *options, sys.executable, *arguments]
 
@@ -52,6 +59,12 @@ def launch_once(device: torch.device, played: bool = False) -> None:
             work.providers()["triton"](*inputs)
 
 
+def error(out: Path) -> str | None:
+    """What ncu says went wrong, in its file."""
+    told = out.read_text(encoding="utf-8", errors="replace").splitlines() if out.exists() else []
+    return next((line for line in told if line.startswith("==ERROR==")), None)
+
+
 def profiles(out: Path) -> list[str]:
     """A line for each kernel of the file that `command` has written: the counters, with ncu's units.
 
@@ -65,7 +78,7 @@ def profiles(out: Path) -> list[str]:
     text = [line for line in out.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith('"')]
     head, units, *rows = csv.reader(text) if len(text) > 2 else ([], [])
     if "Kernel Name" not in head or not set(METRICS) & set(head):
-        raise ValueError(f"{out.name} has no table of kernels: {' '.join(text[:3])[:300]}")
+        raise ValueError(f"{out.name} has no table of kernels: {error(out) or 'and no error'}")
     found = []
     for row in rows:
         told = dict(zip(head, row, strict=False))
@@ -73,3 +86,7 @@ def profiles(out: Path) -> list[str]:
         counters = [f"{name} {told[m]} {unit[m]}".strip() for m, name in METRICS.items() if told.get(m)]
         found.append(f"{told['Kernel Name']}: {', '.join(counters)}")
     return found
+
+
+if __name__ == "__main__":  # apart from the command line: what it imports takes longer than the kernels do
+    launch_once(torch.device("cpu" if "--rehearse" in sys.argv else "cuda"), "--rehearse" in sys.argv)

@@ -92,4 +92,4 @@ def _on_gpu() -> list[str] | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return [process for process in done.stdout.split() if process != str(os.getpid())]
+    return [process for process in done.stdout.split() if process.isdigit() and int(process) != os.getpid()]

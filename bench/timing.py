@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 QUANTILES = (0.2, 0.5, 0.8)
 SAMPLES = 7  # at least: with fewer, three quantiles say nothing
 MOST_SAMPLES = 200
+BUSY_CYCLES = 400_000  # a fifth of a millisecond or so
 
 spoiled = False  # a capture has failed: PyTorch's allocator may be left within it, so another process should go on
 
@@ -39,7 +41,7 @@ def measure(
     not_captured: str | None = None,
     played: bool = False,
 ) -> Times:
-    """Time one call, given as several `calls` of it over inputs in different memory, so that no cache holds them all.
+    """Time one call, given as several `calls` of it over inputs in different memory, which take turns.
 
     Each of the two times is measured for about `rep_ms` milliseconds after a warm-up. The device's time is that of a
     captured graph: no host is in it. Without a GPU there is none, or, if it is `played`, a loop stands in for the graph
@@ -54,8 +56,7 @@ def measure(
         return Times(host, None, f"not captured: {not_captured}")
     if device.type != "cuda" and not played:
         return Times(host, None, "no GPU")
-    rounds = max(1, 10 // len(calls)) if host[1] < 5 else 1
-    captured = calls * rounds
+    captured = calls * max(1, min(100, int(2 / host[1])) // len(calls))  # two milliseconds or so
     try:
         replay = _play(captured) if played else _capture(captured)
     except Exception as error:
@@ -112,6 +113,7 @@ def _device_ms(replay: Callable[[], Any], count: int, device: torch.device, rep_
             replay()
             return (time.perf_counter() - start) * 1e3
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(BUSY_CYCLES)  # the launch of the graph is over before the GPU comes to `begin`
         begin.record()
         replay()
         end.record()
@@ -124,7 +126,7 @@ def _device_ms(replay: Callable[[], Any], count: int, device: torch.device, rep_
 
 def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None]:
     """A CUDA graph of `calls`, one after the other. What they return is let go: replays write the same memory."""
-    stream = torch.cuda.Stream()
+    stream = _stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # libraries set themselves up for each stream: not within the capture
         calls[0]()
@@ -138,10 +140,15 @@ def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None]:
     return graph.replay
 
 
-def _uncaptured() -> Any:
-    """Within it, transformers does as without a capture; nothing where it does not ask."""
-    from transformers.utils import import_utils
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    """One for all captures: libraries keep memory for each stream."""
+    return torch.cuda.Stream()
 
+
+def _uncaptured() -> Any:
+    """Within it, transformers does as without a capture; nothing where it is not imported, or does not ask."""
+    import_utils = sys.modules.get("transformers.utils.import_utils")
     if not hasattr(import_utils, "is_cuda_stream_capturing"):
         return contextlib.nullcontext()
     return mock.patch.object(import_utils, "is_cuda_stream_capturing", return_value=False)

@@ -87,8 +87,9 @@ class Workload:
         raise NotImplementedError
 
 
-def _random(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(size, device=device, generator=torch.Generator(device).manual_seed(sum(size))).to(dtype)
+def _random(*size: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    generator = torch.Generator(device).manual_seed(sum(size) + 10_007 * seed)
+    return torch.randn(size, device=device, generator=generator).to(dtype)
 
 
 def _layers(shape: Shape, count: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -218,8 +219,12 @@ class CompactKV(Workload):
         """The caches of B prompts: the patches of all T tiles lie in one row."""
         count = shape["T"] * (shape["N"] - 1)
         size = shape["B"], shape["G"], count, shape["F"]
-        keys, values = ([_random(*size, dtype=dtype, device=device) for _ in range(shape["L"])] for _ in range(2))
-        return keys, values, _indices(shape["B"], count, shape["T"] * shape["K"], device)
+        tensors = [_random(*size, dtype=dtype, device=device, seed=seed) for seed in range(2 * shape["L"])]
+        return (
+            tensors[: shape["L"]],
+            tensors[shape["L"] :],
+            _indices(shape["B"], count, shape["T"] * shape["K"], device),
+        )
 
     def bytes_moved(self, shape: Shape, size: int) -> int:
         """keys and values of L layers read and written: 4·L·B·G·T·K·F·size, indices: 8·B·T·K."""

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,15 @@ def test_the_gate_refuses_a_wrong_result(op, number):
     WORKLOADS[op].check(inputs, result)
     with pytest.raises(WrongResult):
         WORKLOADS[op].check(inputs, altered(result, *WRONG[op][number]))
+
+
+def test_the_gate_sees_layers_that_changed_places():
+    """No two layers of a cache are alike, keys or values."""
+    _, inputs = inputs_of("compact_kv")
+    keys, values = WORKLOADS["compact_kv"].providers()["reference"](*inputs)
+    for wrong in ((keys[::-1], values), (keys, values[::-1]), (values, keys)):
+        with pytest.raises(WrongResult):
+            WORKLOADS["compact_kv"].check(inputs, wrong)
 
 
 def nbytes(x):
@@ -311,6 +321,20 @@ def small_images(monkeypatch):
     monkeypatch.setattr(e2e, "build", lambda device, image_size: build(device, 168))
 
 
+def test_decoding_leaves_the_prompts_own_cache(small_images):
+    """Or a captured graph would read tensors that its own capture has made."""
+    bench = e2e.Bench(CPU, 168)
+    with bench.running(e2e.VARIANTS[1]) as model:
+        stages = bench.stages(model, 1, e2e.VARIANTS[1])
+        before = [(layer.keys, layer.values) for layer in stages.cache.layers]
+        first, second = stages.decode(), stages.decode()
+    assert torch.equal(first, second)
+    assert stages.cache.get_seq_length() == stages.embeds.shape[1]
+    for layer, (keys, values) in zip(stages.cache.layers, before, strict=True):
+        assert layer.keys is keys
+        assert layer.values is values
+
+
 def test_e2e_times_every_stage(tmp_path, small_images):
     said = []
     assert e2e.run(CPU, (1,), tmp_path / "e2e.jsonl", rep_ms=1.0, say=said.append) == 0
@@ -340,6 +364,16 @@ def test_e2e_gives_no_number_for_the_wrong_patches(tmp_path, monkeypatch, small_
 def test_micro_refuses_more_tokens_than_there_are(tmp_path):
     with pytest.raises(ValueError, match="keep must be less than the 145 tokens of small, got 145"):
         micro.run(dataclasses.replace(QUICK, keeps=(145,)), CPU, None)
+
+
+def test_inputs_are_as_many_as_take_twice_the_cache(monkeypatch):
+    about = SimpleNamespace(L2_cache_size=50 * 10**6, total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    sets = {
+        needed: micro.number_of_sets(needed, torch.device("cuda"))
+        for needed in (10**4, 10**7, 10**9, 2 * 10**10, 10**11)
+    }
+    assert list(sets.values()) == [64, 10, 4, 1, 0]
 
 
 def test_compiled_providers_are_timed_when_asked_for():

@@ -388,7 +388,7 @@ def test_profiles_are_read(tmp_path, monkeypatch):
     (line,) = ncu.profiles(tmp_path / "ncu.csv")
     assert line.startswith("_topk_kernel: time 4.25 us, read 1,2 Mbyte, written 0")
     (tmp_path / "ncu.csv").write_text("==ERROR== no permission\n")
-    with pytest.raises(ValueError, match=r"ncu.csv has no table of kernels"):
+    with pytest.raises(ValueError, match=r"ncu.csv has no table of kernels: ==ERROR== no permission"):
         ncu.profiles(tmp_path / "ncu.csv")
     with pytest.raises(ValueError, match=r"ncu wrote no none.csv"):
         ncu.profiles(tmp_path / "none.csv")
@@ -473,6 +473,33 @@ def test_minutes_are_honoured(tmp_path, monkeypatch):
     for part in ("probe", "gate"):
         assert f"{part}: 1 numbers, from slow to slow" in page
         assert re.search(rf"{part}: \d+ of \d+ s, 2 of 3 done, 1 not reached", page)
+
+
+def test_minutes_count_from_the_start_of_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "WORKER", ("-c", SLOW))
+    start = time.monotonic()
+    mode = gpu.Mode(rehearse=True)
+    assert gpu.run(tmp_path, 1, ["probe"], mode, lambda line: None, started=start - 45) == 1
+    assert time.monotonic() - start <= 15 + 20
+
+
+def test_whoever_stays_on_the_gpu_is_waited_for_once(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(gpu, "WORKER", ("-c", WORKER % "made[:1]"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(processes, "wait_until_idle", lambda seconds: waits.append(seconds) or "BUSY: processes 7")
+    gpu.run(tmp_path, 2, ["probe", "gate", "e2e"], say=lambda line: None)
+    assert waits == [gpu.IDLE_WAIT, 0.0, 0.0]
+
+
+def test_a_profile_that_failed_says_why(tmp_path, monkeypatch):
+    play_ncu(tmp_path, monkeypatch)
+    script = tmp_path / "bin/ncu"
+    script.write_text(
+        script.read_text().replace("sys.exit(status)", "open(out, 'w').write('==ERROR== no counters\\n'); sys.exit(9)")
+    )
+    assert gpu.run(tmp_path / "out", 2, ["ncu"], gpu.Mode(rehearse=True), lambda line: None) == 1
+    assert "ncu: exit status 9: ==ERROR== no counters" in (tmp_path / "out/summary.txt").read_text()
 
 
 def test_whoever_ends_it_from_outside_gets_the_summary(tmp_path):
