@@ -24,7 +24,7 @@ from vtc.llava import Plan, encode, settings
 from vtc.methods import Tower
 
 TEXT_TOKENS = 40
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 NOT_CAPTURED = {
     "first token": "transformers reads values back",
     "first token, new length": "each call is longer than the last",
@@ -42,6 +42,11 @@ class Variant(NamedTuple):
     @property
     def name(self) -> str:
         return ("sdpa" if self.keep is None else f"vtc {self.keep}") + ("" if self.cudnn else ", no cudnn")
+
+    @property
+    def stock(self) -> Variant:
+        """What it is compared with."""
+        return self._replace(keep=None)
 
 
 VARIANTS = (Variant(None), Variant(128), Variant(64))
@@ -207,7 +212,7 @@ class Bench:
 
     def __init__(self, device: torch.device, image_size: int) -> None:
         self.device, self.image_size = device, image_size
-        self._ready: tuple[Any, Stages | Exception] | None = None
+        self._ready: dict[tuple[int, Variant], Stages | Exception] = {}
 
     @functools.cached_property
     def model(self) -> tuple[str, str, LlavaForConditionalGeneration]:
@@ -231,28 +236,46 @@ class Bench:
                 torch.backends.cuda.enable_cudnn_sdp(before)
 
     def stages(self, model: LlavaForConditionalGeneration, batch: int, variant: Variant) -> Stages:
-        """Those of the last call if it asked for the same. What failed fails again at once."""
-        if self._ready is None or self._ready[0] != (batch, variant):
-            self._ready = None  # frees the last one's memory first
+        """Kept as long as the batch is the same. What failed fails again at once."""
+        self._ready = {key: ready for key, ready in self._ready.items() if key[0] == batch}
+        if (batch, variant) not in self._ready:
             try:
                 stages = Stages(model, make_inputs(model, batch), variant.keep)
                 stages.check()
-                self._ready = (batch, variant), stages
+                self._ready[batch, variant] = stages
             except Exception as error:  # out of memory, say
-                self._ready = (batch, variant), error
-        ready = self._ready[1]
+                self._ready[batch, variant] = error
+        ready = self._ready[batch, variant]
         if isinstance(ready, Exception):
             raise ready
         return ready
 
+    def base(self, batch: int, variant: Variant, stage: str) -> Callable[[], float] | None:
+        """What times the stock model's stage once; None if there is nothing to compare, or it has failed itself."""
+        if variant == variant.stock or stage == "select":
+            return None
+        try:
+            with self.running(variant.stock) as model:
+                call, _ = self.stages(model, batch, variant.stock).call(stage)
+        except Exception:  # the stock model's own number says why
+            return None
+
+        def stock_ms() -> float:
+            with self.running(variant.stock):
+                return timing.host_ms(call, self.device)
+
+        return stock_ms
+
     def number(self, batch: int, variant: Variant, stage: str, rep_ms: float, played: bool) -> list[Record]:
+        base = self.base(batch, variant, stage)
         with self.running(variant) as model:
             name, dtype, _ = self.model
             stages = self.stages(model, batch, variant)
             call, moved = stages.call(stage)
-            why = NOT_CAPTURED.get(stage)
-            profiled = stages.decode if stage == "generate" else call  # of 32 tokens, one tells as much
-            times = timing.measure([call], self.device, rep_ms, not_captured=why, played=played)
+            profiled = stages.decode if stage == "generate" else call  # of many tokens, one tells as much
+            times = timing.measure(
+                [call], self.device, rep_ms, not_captured=NOT_CAPTURED.get(stage), played=played, base=base
+            )
             made = record.make(
                 suite="e2e", op=stage, model=name, dtype=dtype, backend=variant.name, times=times, moved=moved,
                 shape={"B": batch, "visual": stages.features.shape[1], "text": TEXT_TOKENS}, copy=self.copy,

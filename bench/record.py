@@ -54,6 +54,10 @@ class Record:
     revision: str | None
     dirty: bool | None
     date: str
+    # How many times as long the stock model takes, the host's part included, of samples taken in turn.
+    speedup_20: float | None = None
+    speedup_50: float | None = None
+    speedup_80: float | None = None
 
     @property
     def ms(self) -> float:
@@ -67,6 +71,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 def make(*, times: Times, moved: int, copy: float, device: torch.device, **rest: Any) -> Record:
     """A record of what was measured."""
     low, middle, high = times.device or (None, None, None)
+    slow, typical, fast = times.speedup or (None, None, None)
     rate = moved / (middle or times.host[1]) / 1e6
     return Record(
         ms_20=times.host[0],
@@ -76,6 +81,9 @@ def make(*, times: Times, moved: int, copy: float, device: torch.device, **rest:
         device_ms_50=middle,
         device_ms_80=high,
         no_device_ms=times.why,
+        speedup_20=slow,
+        speedup_50=typical,
+        speedup_80=fast,
         bytes=moved,
         gb_per_s=rate,
         copy_gb_per_s=copy,
@@ -106,11 +114,12 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def git_state(root: Path) -> tuple[str | None, bool | None]:
     """The revision of a checkout and whether it differs from it (new files included).
 
-    Without .git (an unpacked archive, a copy of the files alone) the environment variable VTC_REVISION tells the
-    revision, and nothing tells whether the files differ.
+    The environment variable VTC_REVISION goes before, for an unpacked archive or a copy of the files alone; then
+    nothing tells whether the files differ.
     """
-    if not (root / ".git").exists():  # a repository further up is not ours
-        return os.environ.get("VTC_REVISION"), None
+    told = os.environ.get("VTC_REVISION")
+    if told or not (root / ".git").exists():  # a repository further up is not ours
+        return told, None
     revision = _output("git", "-C", str(root), "rev-parse", "HEAD")
     status = _output("git", "-C", str(root), "status", "--porcelain")
     return revision, None if status is None else bool(status)

@@ -221,15 +221,17 @@ def _models(records: list[Record]) -> list[tuple[str, float]]:
                 for (stage, name, batch), ours in found.items()
                 if (stage, name) == (op, variant) and (op, stock, batch) in found
             ]
-            cases = [
-                f"B={batch} {other.ms:.2f} -> {ours.ms:.2f} ms = {other.ms / ours.ms:.2f}x"
-                + ("" if ours.device_ms_50 is None else f" (host {other.ms_50 / ours.ms_50:.2f}x)")
-                for batch, other, ours in pairs
-            ]
+            cases, ratios = [], []
+            for batch, other, ours in pairs:
+                host = ours.speedup_50 or other.ms_50 / ours.ms_50
+                ratios.append(host if ours.device_ms_50 is None else other.ms / ours.ms)
+                cases.append(
+                    f"B={batch} {other.ms:.2f} -> {ours.ms:.2f} ms = {ratios[-1]:.2f}x"
+                    + ("" if ours.device_ms_50 is None else f" (host {host:.2f}x)")
+                )
             if cases:
                 kind = "host: " if pairs[0][2].device_ms_50 is None else ""
-                ratio = min(other.ms / ours.ms for _, other, ours in pairs)
-                told.append((f"{variant}, {op}: {kind}{', '.join(cases)}", ratio))
+                told.append((f"{variant}, {op}: {kind}{', '.join(cases)}", min(ratios)))
         cases, ratios = [], []
         for batch in dict.fromkeys(batch for _, _, batch in found):
             both = [_as_graphs(found, name, batch) for name in (stock, variant)]

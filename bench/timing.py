@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ class Times:
     host: Quantiles  # from the call to the end of its work, the host's part included, as a user sees it
     device: Quantiles | None  # the device's work alone: replays of a captured graph
     why: str | None = None  # there is no device time
+    speedup: Quantiles | None = None  # how many times as long the `base` takes, the host's part included
 
 
 def measure(
@@ -40,6 +42,7 @@ def measure(
     *,
     not_captured: str | None = None,
     played: bool = False,
+    base: Callable[[], float] | None = None,
 ) -> Times:
     """Time one call, given as several `calls` of it over inputs in different memory, which take turns.
 
@@ -47,23 +50,26 @@ def measure(
     captured graph: no host is in it. Without a GPU there is none, or, if it is `played`, a loop stands in for the graph
     and refuses what a capture would refuse. A call that cannot be captured has no device time, and `why` says so; where
     that is known, `not_captured` is the reason, and no capture is tried.
+
+    `base` times what the call is compared with, once: it takes turns with the call, for a host may be twice as slow a
+    second later.
     """
     calls = list(calls)
     for call in calls:  # compiles, fills caches; a capture allows neither
         call()
-    host = _host_ms(calls, device, rep_ms)
+    host, speedup = _host_ms(calls, device, rep_ms, base)
     if not_captured:
-        return Times(host, None, f"not captured: {not_captured}")
+        return Times(host, None, f"not captured: {not_captured}", speedup)
     if device.type != "cuda" and not played:
-        return Times(host, None, "no GPU")
+        return Times(host, None, "no GPU", speedup)
     captured = calls * max(1, min(100, int(2 / host[1])) // len(calls))  # two milliseconds or so
     try:
         replay = _play(captured) if played else _capture(captured)
     except Exception as error:
         global spoiled
         spoiled = device.type == "cuda"
-        return Times(host, None, f"not captured: {reason(error)}")
-    return Times(host, _device_ms(replay, len(captured), device, rep_ms))
+        return Times(host, None, f"not captured: {reason(error)}", speedup)
+    return Times(host, _device_ms(replay, len(captured), device, rep_ms), speedup=speedup)
 
 
 def reason(error: BaseException) -> str:
@@ -87,20 +93,32 @@ def _samples(sample: Callable[[], float], rep_ms: float) -> list[float]:
     return taken
 
 
-def _host_ms(calls: list[Callable[[], Any]], device: torch.device, rep_ms: float) -> Quantiles:
-    turn = 0
+def host_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds from one call to the end of its work, with a cold L2 cache."""
+    _flush(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _host_ms(
+    calls: list[Callable[[], Any]], device: torch.device, rep_ms: float, base: Callable[[], float] | None
+) -> tuple[Quantiles, Quantiles | None]:
+    """Of one call; and how many times as long `base` takes, of pairs of samples."""
+    turns = itertools.cycle(calls)
+    if base is None:
+        return _quantiles(_samples(lambda: host_ms(next(turns), device), rep_ms)), None
+    base()  # compiles, fills caches
+    ratios = []
 
     def sample() -> float:
-        nonlocal turn
-        _flush(device)
-        call = calls[turn % len(calls)]
-        turn += 1
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        return (time.perf_counter() - start) * 1e3
+        other = base()
+        ours = host_ms(next(turns), device)
+        ratios.append(other / ours)
+        return ours
 
-    return _quantiles(_samples(sample, rep_ms))
+    return _quantiles(_samples(sample, rep_ms)), _quantiles(ratios)
 
 
 def _device_ms(replay: Callable[[], Any], count: int, device: torch.device, rep_ms: float) -> Quantiles:

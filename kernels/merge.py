@@ -619,13 +619,18 @@ def _mix_kernel(
     mixed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     start = 0
     while start < end:
-        in_row = start + tl.arange(0, BLOCK_N) < num_tokens
-        mix = tl.load(mix_ptr + mix_offsets, mask=in_rows & in_row[None, :], other=0.0)
-        x = tl.load(x_ptr + x_offsets, mask=in_row[:, None] & in_outputs, other=0.0)
-        mixed = tl.dot(mix, x.to(tl.float32), mixed, input_precision="ieee")
-        start += BLOCK_N
-        mix_ptr += BLOCK_N
-        x_ptr += BLOCK_N * tl.cast(x_stride_n, tl.int64)
+        # Two blocks are summed on their own: the error of one chain of N additions would be several times as large. Of
+        # a single block the compiler would make that chain.
+        pair = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        for _ in tl.static_range(2):
+            in_row = start + tl.arange(0, BLOCK_N) < num_tokens
+            mix = tl.load(mix_ptr + mix_offsets, mask=in_rows & in_row[None, :], other=0.0)
+            x = tl.load(x_ptr + x_offsets, mask=in_row[:, None] & in_outputs, other=0.0)
+            pair = tl.dot(mix, x.to(tl.float32), pair, input_precision="ieee")
+            start += BLOCK_N
+            mix_ptr += BLOCK_N
+            x_ptr += BLOCK_N * tl.cast(x_stride_n, tl.int64)
+        mixed += pair
 
     if ROUND:
         bits = mixed.to(tl.int32, bitcast=True)

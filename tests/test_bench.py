@@ -178,8 +178,6 @@ def test_the_revision_is_that_of_the_checkout(tmp_path, monkeypatch):
 
     monkeypatch.delenv("VTC_REVISION", raising=False)
     assert record.git_state(tmp_path) == (None, None)
-    monkeypatch.setenv("VTC_REVISION", "c27cee3")  # a copy of the files alone
-    assert record.git_state(tmp_path) == ("c27cee3", None)
     git("init", "-q")
     (tmp_path / "file").write_text("1")
     git("add", "file")
@@ -187,6 +185,8 @@ def test_the_revision_is_that_of_the_checkout(tmp_path, monkeypatch):
     assert record.git_state(tmp_path) == (git("rev-parse", "HEAD"), False)
     (tmp_path / "another").touch()
     assert record.git_state(tmp_path) == (git("rev-parse", "HEAD"), True)
+    monkeypatch.setenv("VTC_REVISION", "c27cee3")  # files copied over an older .git, or without one
+    assert record.git_state(tmp_path) == ("c27cee3", None)
 
 
 def test_speed_ups_are_against_every_other_and_losses_stay():
@@ -240,6 +240,15 @@ def test_inputs_take_turns():
     seen = []
     timing.measure([lambda: seen.append("a"), lambda: seen.append("b")], CPU, rep_ms=0.0)
     assert "".join(seen) == "ab" + "abababa"
+
+
+def test_what_a_call_is_compared_with_takes_turns_with_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(timing, "host_ms", lambda call, device: call() or 2.0)
+    times = timing.measure([lambda: seen.append("a")], CPU, rep_ms=0.0, base=lambda: seen.append("b") or 6.0)
+    assert "".join(seen) == "ab" + 7 * "ba"
+    assert times.host == (2.0, 2.0, 2.0)
+    assert times.speedup == (3.0, 3.0, 3.0)
 
 
 def test_a_played_graph_gives_a_time_and_refuses_what_a_capture_refuses():
@@ -347,7 +356,30 @@ def test_e2e_times_every_stage(tmp_path, small_images):
     assert torch.backends.cuda.cudnn_sdp_enabled()
     assert all(found == {"sdpa", "vtc 128", "vtc 64"} for found in variants.values())
     assert {r.shape["visual"] for r in records} == {144, 128, 64}
+    assert {r.backend for r in records if r.speedup_50 is None and r.op != "select"} == {"sdpa", "sdpa, no cudnn"}
     assert sum("of the stock tower" in line for line in said) == 2
+
+
+def test_e2e_compares_with_the_stock_model_in_turn(small_images):
+    bench, (_, _, variant) = e2e.Bench(CPU, 168), e2e.VARIANTS
+    prompts = []
+    language = bench.model[2].model.language_model
+    language.register_forward_pre_hook(
+        lambda *call: prompts.append(call[2]["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    (made,) = bench.number(1, variant, "first token", rep_ms=0.0, played=False)
+    assert str(timing.SAMPLES * [40 + 144, 40 + 64])[1:-1] in str(prompts)
+    assert made.speedup_20 <= made.speedup_50 <= made.speedup_80
+
+
+def test_a_stock_model_that_fails_costs_no_other_number(monkeypatch, small_images):
+    prefill = e2e.Stages.prefill
+    monkeypatch.setattr(e2e.Stages, "prefill", lambda stages: prefill(stages) if stages.keep else 1 / 0)
+    bench = e2e.Bench(CPU, 168)
+    (made,) = bench.number(1, e2e.VARIANTS[2], "projector", rep_ms=0.0, played=False)
+    assert made.speedup_50 is None
+    with pytest.raises(ZeroDivisionError):
+        bench.number(1, e2e.VARIANTS[0], "projector", rep_ms=0.0, played=False)
 
 
 def test_e2e_gives_no_number_for_the_wrong_patches(tmp_path, monkeypatch, small_images):

@@ -44,8 +44,10 @@ def cls_attention(
     # A product and a sum, as in `row_scores`: an image's row must not depend on its batch mates.
     logits = (query[:, :, :1].float() * key.float()).sum(dim=3) * scale  # [B, H, N]
     row = logits.softmax(dim=2)
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
-    return out.transpose(1, 2).contiguous(), row if rows is None else rows.copy_(row)
+    # Not SDPA: some of its implementations give NaN for keys of -inf, and some refuse strides that are not aligned.
+    weights = (query.float() @ key.float().mT * scale).softmax(dim=3)  # [B, H, N, N]
+    out = (weights @ value.float()).to(value.dtype).transpose(1, 2).contiguous()
+    return out, row if rows is None else rows.copy_(row)
 
 
 def row_scores(

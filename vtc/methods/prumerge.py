@@ -119,8 +119,7 @@ class PruMergePlus(PruMerge):
         if self.adaptive_count:
             outliers = _outliers(scores)
             best, count = max(1, num_tokens // 4), _fraction_count(outliers, num_tokens)
-            fraction = outliers.double() / num_tokens
-            stride = torch.where(outliers > 0, 1 / fraction, 3 * num_tokens).long()
+            stride = torch.where(outliers > 0, 1 / _fraction(outliers, num_tokens), 3 * num_tokens).long()
             step = (stride // 3).unsqueeze(1)  # [B, 1]
         else:
             best, fixed_step = top_and_step(num_tokens, keep)
@@ -174,4 +173,9 @@ def _outliers(scores: Tensor) -> Tensor:
 
 def _fraction_count(outliers: Tensor, num_tokens: int) -> Tensor:
     """⌊N · (outliers / N)⌋ in float64, which is how the paper's code counts; for some N it is one less."""
-    return (outliers.double() / num_tokens * num_tokens).long()
+    return (_fraction(outliers, num_tokens) * num_tokens).long()
+
+
+def _fraction(outliers: Tensor, num_tokens: int) -> Tensor:
+    """outliers / N in float64. N is a tensor: to divide by a number, PyTorch multiplies by its inverse on a GPU."""
+    return outliers.double() / torch.full_like(outliers, num_tokens, dtype=torch.float64)
