@@ -285,11 +285,16 @@ class Bench:
 
 
 def jobs(device: torch.device, batches: tuple[int, ...], rep_ms: float = 100.0, played: bool = False) -> list[Job]:
-    """One for each stage of each variant and batch size; what new lengths cost comes last, at the first size alone."""
+    """One for each stage of each variant and batch size; what new lengths cost is asked at the first size alone."""
     bench = Bench(device, image_size=168 if played else 336)
     *stages, new_length, generate = STAGES
-    asked = [(b, v, s) for b in batches for v in VARIANTS for s in stages if s != "select" or v.keep]
-    asked += [(batches[0], v, s) for v in LENGTHS for s in (new_length, generate)]
+
+    def of(batch: int) -> list[tuple[int, Variant, str]]:
+        return [(batch, v, s) for v in VARIANTS for s in stages if s != "select" or v.keep]
+
+    first, *others = batches
+    lengths = [(first, v, s) for v in LENGTHS for s in (new_length, generate)]
+    asked = of(first) + lengths + [one for batch in others for one in of(batch)]
     # Whichever comes first, after a crash too, builds the model: all may take as long.
     return [
         Job(f"B={b} {v.name} {s}", functools.partial(bench.number, b, v, s, rep_ms, played), limit=60)

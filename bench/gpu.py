@@ -33,13 +33,13 @@ class Part:
 
 # What matters most comes first, should the time run out: is it right, then whole models, then single operations.
 PARTS = {
-    "probe": Part(35, "probe.jsonl"),
-    "gate": Part(60, "gate.jsonl"),
-    "e2e": Part(130, "e2e.jsonl"),
-    "micro": Part(95, "micro.jsonl"),
-    "attention": Part(45, "micro.jsonl"),
-    "ncu": Part(50, "ncu.csv"),
-    "tests": Part(115, "tests.jsonl"),
+    "probe": Part(30, "probe.jsonl"),
+    "gate": Part(55, "gate.jsonl"),
+    "e2e": Part(165, "e2e.jsonl"),
+    "micro": Part(110, "micro.jsonl"),
+    "attention": Part(35, "micro.jsonl"),
+    "ncu": Part(25, "ncu.csv"),
+    "tests": Part(105, "tests.jsonl"),
 }
 WORKER = ("-m", "bench", "worker")  # what Python runs for a part
 IDLE_WAIT = 8.0  # seconds for the GPU to become idle

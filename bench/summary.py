@@ -244,6 +244,20 @@ def _models(records: list[Record]) -> list[tuple[str, float]]:
     return told
 
 
+def first_tokens(records: list[Record]) -> str:
+    """A table of the time to the first token: how many times as long the stock model takes, by batch size."""
+    found = {(r.op, r.backend, r.shape["B"]): r for r in records}
+    batches = dict.fromkeys(r.shape["B"] for r in records)
+    rows = []
+    for name in dict.fromkeys(r.backend for r in records if r.op == "first token" and r.speedup_50):
+        tokens = name.removeprefix("vtc ")
+        called = [found["first token", name, batch].speedup_50 for batch in batches]
+        alone = [_as_graphs(found, "sdpa", batch) / _as_graphs(found, name, batch) for batch in batches]
+        for kind, ratios in (("model(...)", called), ("the GPU's work alone", alone)):
+            rows.append([tokens, kind, *(f"{ratio:.2f}x" for ratio in ratios)])
+    return table.markdown(["tokens", "what is timed", *(f"B = {batch}" for batch in batches)], rows)
+
+
 def _as_graphs(found: dict[tuple[str, str, int], Record], variant: str, batch: int) -> float:
     """The device's milliseconds of the stages up to the first token; 0 if one of them has none."""
     stages = [found.get((stage, variant, batch)) for stage in ("vision", "projector", "prefill")]

@@ -4,6 +4,8 @@ Streaming softmax, as in flash attention: a program holds a block of query rows 
 running maximum and a running sum. The program with the [CLS] query in its block leaves that row's logits behind in
 `rows` as it goes. Their maximum and sum are known at the end, so the same program turns them into probabilities in
 place: no N x N matrix, no second reading of the keys, no atomics, and the same inputs give the same bits.
+
+In fp32 the kernels of `row_scores` overwrite the row, for they are more exact there.
 """
 
 import torch
@@ -12,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtc_kernels import tuning
+from vtc_kernels.scores import _row_probabilities
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_FEATURES = 256  # a program holds whole rows of queries and of the output
@@ -56,6 +59,7 @@ def cls_attention(
         devices = f"{query.device}, {key.device}, {value.device}, {rows.device}"
         raise ValueError(f"tensors on different devices: {devices}")
 
+    scale = num_features**-0.5 if scale is None else float(scale)
     out = torch.empty((num_images, num_tokens, num_heads, num_features), dtype=value.dtype, device=value.device)
     block_m, block_n, block_d, num_warps, num_stages = tuning.attention_blocks(num_features, query.element_size())
     with torch.cuda.device_of(query):
@@ -74,7 +78,7 @@ def cls_attention(
             # scalars
             num_heads,
             num_tokens,
-            num_features**-0.5 if scale is None else float(scale),
+            scale,
             # constexprs
             WIDEN=tuning.INTERPRETED and query.dtype == torch.bfloat16,
             NUM_FEATURES=num_features,
@@ -85,6 +89,9 @@ def cls_attention(
             num_warps=num_warps,
             num_stages=num_stages,
         )
+    if query.dtype == torch.float32:
+        # Off the tensor cores a dot product is one chain of D additions, with twice the error of a sum in a tree.
+        rows.copy_(_row_probabilities(query[:, :, 0], key, scale))
     return out, rows
 
 

@@ -70,13 +70,35 @@ def row_scores(
     if len(devices) > 1:
         raise ValueError(f"tensors on different devices: {', '.join(map(str, devices))}")
 
+    logits, block_max, block_sum = _logits(query, key, mask, position, scale)
+    _head_mean(logits, block_max, block_sum, out, skip, accumulate)
+    return out
+
+
+def _row_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Launch the two kernels for the probabilities of each head, ``[B, H, N]`` float32, contiguous.
+
+    `query` [B, H, D] and `key` [B, Hkv, N, D] as `row_scores` takes them; nothing is checked.
+    """
+    logits, block_max, block_sum = _logits(query, key, None, None, scale)
+    rows = torch.empty_like(logits)
+    # A mean over one head is that head: every head goes for an image.
+    one = [x.flatten(0, 1).unsqueeze(1) for x in (logits, block_max, block_sum)]
+    _head_mean(*one, rows.flatten(0, 1), skip=0, accumulate=False)
+    return rows
+
+
+def _logits(
+    query: Tensor, key: Tensor, mask: Tensor | None, position: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the first kernel: logits ``[B, H, N]``, and the maxima and sums of their blocks ``[B, H, S]``."""
+    num_images, num_key_heads, num_tokens, num_features = key.shape
+    num_heads = query.shape[1]
     block_n, block_d = tuning.score_blocks(num_features)
     num_blocks = triton.cdiv(num_tokens, block_n)
     logits = torch.empty((num_images, num_heads, num_tokens), dtype=torch.float32, device=key.device)
     block_max = torch.empty((num_images, num_heads, num_blocks), dtype=torch.float32, device=key.device)
     block_sum = torch.empty((num_images, num_heads, num_blocks), dtype=torch.float32, device=key.device)
-    mean_block_h, mean_block_n, mean_block_s = tuning.head_mean_blocks(num_heads, num_blocks)
-
     with torch.cuda.device_of(key):
         _logits_kernel[(num_images * num_key_heads * num_blocks,)](
             # tensors
@@ -102,7 +124,16 @@ def row_scores(
             BLOCK_N=block_n,
             BLOCK_D=block_d,
         )
-        _head_mean_kernel[(num_images * triton.cdiv(num_tokens - skip, mean_block_n),)](
+    return logits, block_max, block_sum
+
+
+def _head_mean(logits: Tensor, block_max: Tensor, block_sum: Tensor, out: Tensor, skip: int, accumulate: bool) -> None:
+    """Launch the second kernel: the heads' mean ``[B, N - skip]`` is written or added to `out`."""
+    num_images, num_heads, num_tokens = logits.shape
+    num_blocks = block_max.shape[2]
+    block_h, block_n, block_s = tuning.head_mean_blocks(num_heads, num_blocks)
+    with torch.cuda.device_of(logits):
+        _head_mean_kernel[(num_images * triton.cdiv(num_tokens - skip, block_n),)](
             # tensors
             logits,
             block_max,
@@ -117,11 +148,10 @@ def row_scores(
             skip,
             # constexprs
             ACCUMULATE=accumulate,
-            BLOCK_H=mean_block_h,
-            BLOCK_N=mean_block_n,
-            BLOCK_S=mean_block_s,
+            BLOCK_H=block_h,
+            BLOCK_N=block_n,
+            BLOCK_S=block_s,
         )
-    return out
 
 
 @triton.jit

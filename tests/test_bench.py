@@ -13,7 +13,7 @@ import torch
 from kernel_helpers import DEVICE
 
 from bench import __main__ as command
-from bench import checkout, compare, e2e, kernels, micro, plots, quality, record, table, timing, workloads
+from bench import checkout, compare, e2e, kernels, micro, plots, quality, record, summary, table, timing, workloads
 from bench.accuracy import WrongResult
 from bench.workloads import WORKLOADS
 from vtc import ops, tiny
@@ -600,6 +600,31 @@ def test_the_readmes_comparison_of_methods_is_what_was_recorded():
     made = [(r.method, r.options, r.keep) for r in records[1:]]
     settings = quality._settings(quality.KEEPS, METHODS, True, 6)
     assert made == [(name, options, keep) for name, options, keeps in settings for keep in keeps]
+
+
+H100 = checkout.ROOT / "bench/results/h100"
+
+
+def test_what_is_said_of_the_h100_is_what_was_recorded():
+    said = (H100 / "README.md").read_text()
+    whole = record.read(H100 / "second/e2e.jsonl")
+    for text in (said, (checkout.ROOT / "README.md").read_text()):
+        assert summary.first_tokens(whole) in text
+    single = [r for run in ("first", "second") for r in record.read(H100 / run / "micro.jsonl")]
+    rows = re.findall(r"^\| `(\w+)`.*?" + 4 * r"\| ([\d.() ]*) ?" + r"\|$", said, re.MULTILINE)
+    assert {op for op, *_ in rows} == set(WORKLOADS)
+    for op, *cells in rows:
+        for batch, cell in zip((1, 4, 16, 64), cells, strict=True):
+            times = {  # the second run's, if both have one
+                r.backend: f"{1e3 * r.ms:.1f}"
+                for r in single
+                if (r.suite, r.op, r.model, r.shape["B"], r.shape.get("K", 64)) == ("micro", op, "LLaVA-1.5", batch, 64)
+            }
+            ours = [times.pop(name) for name in ("triton", "triton-fused") if name in times]
+            assert cell.strip() == (f"{ours[0]} ({min(times.values(), key=float)})" if ours else "")
+    tests = [line["outcome"] for line in record.lines(H100 / "second/tests.jsonl") if "outcome" in line]
+    assert f"{tests.count('passed')} passed, none failed, {tests.count('skipped')} skipped" in said
+    assert set(tests) == {"passed", "skipped"}
 
 
 def test_the_models_card_agrees_with_the_records():
