@@ -225,7 +225,7 @@ MUTANTS = [
             "ascending patches": ("kept.gather(1, values.sort(dim=1, descending=True, stable=True).indices)", "kept"),
             "third quartile as the bound": ("third + 1.5 * (third - first)", "third"),
             "quartiles without interpolation": ("below + (above - below) * (position - int(position))", "below"),
-            "one count for the batch": ("(outliers.double() / num_tokens * num_tokens).long()", "(outliers.double() / num_tokens * num_tokens).long().amax().expand_as(outliers)"),
+            "one count for the batch": ("(_fraction(outliers, num_tokens) * num_tokens).long()", "(_fraction(outliers, num_tokens) * num_tokens).long().amax().expand_as(outliers)"),
             "keys of half the heads": ("key[:, 1:],", "key[:, 1:, : key.shape[2] // 2],"),
             "[CLS] among the scores": ("skip=1, backend=self.backend)", "skip=0, backend=self.backend)[:, :-1]"),
             "stride not divided": ("step = (stride // 3).unsqueeze(1)", "step = stride.unsqueeze(1)"),
