@@ -250,7 +250,7 @@ class Bench:
             raise ready
         return ready
 
-    def base(self, batch: int, variant: Variant, stage: str) -> Callable[[], float] | None:
+    def stock_timer(self, batch: int, variant: Variant, stage: str) -> Callable[[], float] | None:
         """What times the stock model's stage once; None if there is nothing to compare, or it has failed itself."""
         if variant == variant.stock or stage == "select":
             return None
@@ -267,14 +267,14 @@ class Bench:
         return stock_ms
 
     def number(self, batch: int, variant: Variant, stage: str, rep_ms: float, played: bool) -> list[Record]:
-        base = self.base(batch, variant, stage)
+        stock = self.stock_timer(batch, variant, stage)
         with self.running(variant) as model:
             name, dtype, _ = self.model
             stages = self.stages(model, batch, variant)
             call, moved = stages.call(stage)
             profiled = stages.decode if stage == "generate" else call  # of many tokens, one tells as much
             times = timing.measure(
-                [call], self.device, rep_ms, not_captured=NOT_CAPTURED.get(stage), played=played, base=base
+                [call], self.device, rep_ms, not_captured=NOT_CAPTURED.get(stage), played=played, other=stock
             )
             made = record.make(
                 suite="e2e", op=stage, model=name, dtype=dtype, backend=variant.name, times=times, moved=moved,

@@ -32,7 +32,7 @@ class Times:
     host: Quantiles  # from the call to the end of its work, the host's part included, as a user sees it
     device: Quantiles | None  # the device's work alone: replays of a captured graph
     why: str | None = None  # there is no device time
-    speedup: Quantiles | None = None  # how many times as long the `base` takes, the host's part included
+    speedup: Quantiles | None = None  # how many times as long `other` takes, the host's part included
 
 
 def measure(
@@ -42,7 +42,7 @@ def measure(
     *,
     not_captured: str | None = None,
     played: bool = False,
-    base: Callable[[], float] | None = None,
+    other: Callable[[], float] | None = None,
 ) -> Times:
     """Time one call, given as several `calls` of it over inputs in different memory, which take turns.
 
@@ -51,13 +51,12 @@ def measure(
     and refuses what a capture would refuse. A call that cannot be captured has no device time, and `why` says so; where
     that is known, `not_captured` is the reason, and no capture is tried.
 
-    `base` times what the call is compared with, once: it takes turns with the call, for a host may be twice as slow a
-    second later.
+    `other` times what the call is compared with, once. The two take turns: a host may be much slower a second later.
     """
     calls = list(calls)
     for call in calls:  # compiles, fills caches; a capture allows neither
         call()
-    host, speedup = _host_ms(calls, device, rep_ms, base)
+    host, speedup = _host_ms(calls, device, rep_ms, other)
     if not_captured:
         return Times(host, None, f"not captured: {not_captured}", speedup)
     if device.type != "cuda" and not played:
@@ -103,19 +102,19 @@ def host_ms(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _host_ms(
-    calls: list[Callable[[], Any]], device: torch.device, rep_ms: float, base: Callable[[], float] | None
+    calls: list[Callable[[], Any]], device: torch.device, rep_ms: float, other: Callable[[], float] | None
 ) -> tuple[Quantiles, Quantiles | None]:
-    """Of one call; and how many times as long `base` takes, of pairs of samples."""
+    """Of one call; and how many times as long `other` takes, of pairs of samples."""
     turns = itertools.cycle(calls)
-    if base is None:
+    if other is None:
         return _quantiles(_samples(lambda: host_ms(next(turns), device), rep_ms)), None
-    base()  # compiles, fills caches
+    other()  # compiles, fills caches
     ratios = []
 
     def sample() -> float:
-        other = base()
+        theirs = other()
         ours = host_ms(next(turns), device)
-        ratios.append(other / ours)
+        ratios.append(theirs / ours)
         return ours
 
     return _quantiles(_samples(sample, rep_ms)), _quantiles(ratios)

@@ -245,7 +245,7 @@ def test_inputs_take_turns():
 def test_what_a_call_is_compared_with_takes_turns_with_it(monkeypatch):
     seen = []
     monkeypatch.setattr(timing, "host_ms", lambda call, device: call() or 2.0)
-    times = timing.measure([lambda: seen.append("a")], CPU, rep_ms=0.0, base=lambda: seen.append("b") or 6.0)
+    times = timing.measure([lambda: seen.append("a")], CPU, rep_ms=0.0, other=lambda: seen.append("b") or 6.0)
     assert "".join(seen) == "ab" + 7 * "ba"
     assert times.host == (2.0, 2.0, 2.0)
     assert times.speedup == (3.0, 3.0, 3.0)

@@ -16,8 +16,9 @@ from kernel_helpers import (
     property_test,
     reserves,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vtc import ops
+from vtc import ops, reference
 from vtc_kernels import attention
 
 # NumPy's words on -inf minus -inf and on a maximum of nothing but NaN, in the interpreter.
@@ -147,6 +148,25 @@ def test_rows_is_written_in_place_and_nothing_else(layout, backend):
     assert torch.equal(out, expected_out)
     assert torch.equal(layers[2], expected_rows)
     assert memory.isnan().sum() == memory.numel() - expected_rows.numel()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation has returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_the_reference_never_makes_an_n_by_n_matrix():
+    tensors = make(1, 1, 600, 16)
+    with Largest() as largest:
+        reference.cls_attention(*tensors)
+    assert 600 * 16 <= largest.elements <= 600 * 64
 
 
 def test_rows_in_fp32_are_those_of_row_scores():

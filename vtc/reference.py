@@ -45,8 +45,10 @@ def cls_attention(
     logits = (query[:, :, :1].float() * key.float()).sum(dim=3) * scale  # [B, H, N]
     row = logits.softmax(dim=2)
     # Not SDPA: some of its implementations give NaN for keys of -inf, and some refuse strides that are not aligned.
-    weights = (query.float() @ key.float().mT * scale).softmax(dim=3)  # [B, H, N, N]
-    out = (weights @ value.float()).to(value.dtype).transpose(1, 2).contiguous()
+    # Some queries at a time, so that there is never an N x N matrix.
+    wide_key, wide_value = key.float().mT, value.float()
+    blocks = [(block.float() @ wide_key * scale).softmax(dim=3) @ wide_value for block in query.split(64, dim=2)]
+    out = torch.cat(blocks, dim=2).to(value.dtype).transpose(1, 2).contiguous()
     return out, row if rows is None else rows.copy_(row)
 
 
