@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["vtc", "vtc.methods", "vtc.tiny", "vtc_kernels"],
+    packages=["vtc", "vtc.cli", "vtc.hf", "vtc.methods", "vtc.ops", "vtc.tiny", "vtc_kernels"],
     package_dir={"vtc_kernels": "kernels"},
     package_data={"vtc.tiny": ["checkpoint/*"], "vtc": ["py.typed"]},
     install_requires=[
@@ -33,5 +33,5 @@ setup(
         "dev": ["ruff", "mypy"],
         "flash": ["flash-attn"],
     },
-    entry_points={"console_scripts": ["vtc = vtc.cli:main"]},
+    entry_points={"console_scripts": ["vtc = vtc.cli.__main__:main"]},
 )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import bench
-from bench import checkout, compare, e2e, gpu, kernels, micro, plots, record
+from bench import checkout, compare, e2e, gpu, micro, plots, readme, record
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -124,7 +124,7 @@ def _worker(chosen: Any, rest: list[str]) -> int:
 
 
 def _kernels(chosen: Any, rest: list[str]) -> int:
-    made = kernels.kernels()
+    made = readme.kernels()
     if chosen.readme is None:
         print(made)
         return 0

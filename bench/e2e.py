@@ -20,7 +20,7 @@ from bench.jobs import Job
 from bench.jobs import run as run_jobs
 from bench.record import Record
 from vtc import ops, reference
-from vtc.llava import Plan, encode, settings
+from vtc.hf.patch import Plan, encode, settings
 from vtc.methods import Tower
 
 TEXT_TOKENS = 40

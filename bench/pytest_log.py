@@ -19,7 +19,7 @@ from bench import jobs, record
 
 # What runs on the GPU: tests of operations and methods, and single tests elsewhere by their names.
 ON_GPU = re.compile(
-    r"tests/test_(cls_attention|row_scores|topk|compact|compact_kv|merge|ops|methods)\.py::"
+    r"tests/(ops|methods)/test_\w+\.py::"
     r"|::.*(cuda|gpu|stream|every_provider_passes|triton_backend)",
     re.IGNORECASE,
 )

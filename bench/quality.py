@@ -13,8 +13,9 @@ from unittest import mock
 import torch
 
 from bench import record, table
-from vtc import llava, tiny
+from vtc import tiny
 from vtc.config import METHODS, PRUNE_LAYER
+from vtc.hf import patch as llava
 from vtc.tiny.evaluate import Answers, answer, batches
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 

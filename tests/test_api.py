@@ -6,11 +6,11 @@ import pickle
 import subprocess
 import sys
 
-import golden
-import models
 import pytest
 import torch
-from models import TOKENS, ids
+from support import models
+from support.golden import llava as golden
+from support.models import TOKENS, ids
 from transformers import LlavaForConditionalGeneration, LlavaModel
 
 import vtc
@@ -93,7 +93,7 @@ def test_import_is_cheap_and_complete():
         "from transformers import LlavaForConditionalGeneration as Model; import vtc",
         "import vtc; from transformers import AutoModelForImageTextToText as Model",
         "import vtc; vtc.enable; from transformers import LlavaForConditionalGeneration as Model",
-        "import vtc.llava; from transformers import LlavaForConditionalGeneration as Model",
+        "import vtc.hf.patch; from transformers import LlavaForConditionalGeneration as Model",
     ],
 )
 def test_import_alone_registers_in_any_order(saved, imports):
@@ -326,7 +326,7 @@ def test_saved_model_is_stock_without_vtc_and_remembers_its_settings_with_it(sto
     answers = python(
         "import json, sys\n"
         "sys.path.insert(0, sys.argv[2])\n"
-        "import models\n"
+        "from support import models\n"
         "from transformers import LlavaForConditionalGeneration\n"
         "model = LlavaForConditionalGeneration.from_pretrained(sys.argv[1])\n"
         "rows = [models.ids(3, 'image', 5), models.ids(2, 'image', 'image', 4, seed=1)]\n"

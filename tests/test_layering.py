@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from vtc import ops, reference
-from vtc_kernels import attention, compact, merge, scores, topk
+from vtc_kernels import cls_attention, compact, merge, row_scores, topk
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 VTC = sorted((ROOT / "vtc").rglob("*.py"))
 LAUNCHERS = {
-    "cls_attention": attention.cls_attention,
-    "row_scores": scores.row_scores,
+    "cls_attention": cls_attention.cls_attention,
+    "row_scores": row_scores.row_scores,
     "topk": topk.topk,
     "compact": compact.compact,
     "compact_kv": compact.compact_kv,
@@ -77,7 +77,7 @@ def test_every_kernel_has_its_namesakes():
     launchers = set().union(*(public_functions(path) for path in KERNELS if path.name != "tuning.py"))
     assert launchers == set(LAUNCHERS) == set(ops.OPS) == public_functions(ROOT / "vtc" / "reference.py")
     for op in ops.OPS:
-        assert (ROOT / "tests" / f"test_{op}.py").exists()
+        assert (ROOT / "tests/ops" / f"test_{op}.py").exists()
 
 
 @pytest.mark.parametrize("op", ops.OPS)

@@ -14,14 +14,14 @@ import venv
 from importlib import metadata
 from pathlib import Path
 
-import golden
-import golden_methods
-import models
 import pytest
 import test_methods_model as through_the_model
 import torch
 from packaging.requirements import Requirement
 from PIL import Image
+from support import models
+from support.golden import llava as golden
+from support.golden import methods as golden_methods
 
 import vtc
 from bench import gpu

@@ -4,8 +4,8 @@
     model = LlavaForConditionalGeneration.from_pretrained(ID, attn_implementation="vtc")
 
 `import vtc` alone makes "vtc" known to transformers, yet imports neither torch nor transformers: the `vtc` command
-must answer `--help` at once. So the names below are imported on first use (PEP 562), and the hooks of `vtc.llava` are
-put in place when transformers' LLaVA module has been imported, or right now if it has been already.
+must answer `--help` at once. So the names below are imported on first use (PEP 562), and the hooks of
+`vtc.hf.patch` are put in place when transformers' LLaVA module has been imported, or right now if it has been already.
 """
 
 import importlib
@@ -16,15 +16,15 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from vtc.adapters import MODELS
+from vtc.hf.families import MODELS
 
 if TYPE_CHECKING:
     from vtc import ops, tiny
+    from vtc.api import Run, compress, configure, disable, enable, select
     from vtc.config import VTCConfig, kept_count
-    from vtc.control import Run, compress, configure, disable, enable, select
+    from vtc.hf.patch import Selection
     from vtc.images import load_image
-    from vtc.llava import Selection
-    from vtc.viz import overlay
+    from vtc.overlay import overlay
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,7 +43,13 @@ __all__ = [
     "tiny",
 ]
 
-_HOME = {"VTCConfig": "config", "kept_count": "config", "load_image": "images", "overlay": "viz", "Selection": "llava"}
+_HOME = {
+    "VTCConfig": "config",
+    "kept_count": "config",
+    "load_image": "images",
+    "overlay": "overlay",
+    "Selection": "hf.patch",
+}
 _MODULES = ("ops", "tiny")
 
 
@@ -52,7 +58,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'vtc' has no attribute {name!r}")
     if name in _MODULES:
         return importlib.import_module(f"vtc.{name}")
-    value = getattr(importlib.import_module(f"vtc.{_HOME.get(name, 'control')}"), name)
+    value = getattr(importlib.import_module(f"vtc.{_HOME.get(name, 'api')}"), name)
     globals()[name] = value
     return value
 
@@ -62,8 +68,8 @@ def __dir__() -> list[str]:
 
 
 class _AfterLlava(importlib.abc.MetaPathFinder):
-    """Imports `vtc.llava` as soon as transformers has executed the module of a known model, and lets it put its hooks
-    there; has no part in any other import."""
+    """Imports `vtc.hf.patch` as soon as transformers has executed the module of a known model, and lets it put its
+    hooks there; has no part in any other import."""
 
     TARGETS = frozenset(model.module for model in MODELS.values())
 
@@ -78,7 +84,7 @@ class _AfterLlava(importlib.abc.MetaPathFinder):
 
             def execute_and_install(module: ModuleType) -> None:
                 execute(module)
-                importlib.import_module("vtc.llava").install()
+                importlib.import_module("vtc.hf.patch").install()
 
             spec.loader.exec_module = execute_and_install  # type: ignore[method-assign]
         return spec
@@ -86,4 +92,4 @@ class _AfterLlava(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, _AfterLlava())
 if _AfterLlava.TARGETS & sys.modules.keys():
-    importlib.import_module("vtc.llava")
+    importlib.import_module("vtc.hf.patch")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import vtc
-from vtc import ask, tiny
+from vtc import tiny
+from vtc.cli import ask
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 
 

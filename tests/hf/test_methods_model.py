@@ -1,0 +1,562 @@
+"""Every method through a whole model: `generate()` and `forward()` against its slow transcription, prompt by prompt.
+
+The golden path runs the stock model with eager attentions on one image, lets `golden_methods` reduce it, and splices
+the prompt by hand.
+"""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+from support import models
+from support.golden import llava as golden
+from support.golden import methods as golden_methods
+from support.models import GRID, IMAGE, TOKENS, ids
+
+import vtc
+from vtc import api as control
+from vtc import config
+from vtc.hf import families as adapters
+from vtc.hf import patch as llava
+from vtc.methods import METHODS, Method, Needs, Tokens
+
+DEPTH, KEEP, STEPS = 6, 9, 5
+ROWS = [[2, "image", 3], [8], [4, "image", 2, "image", 1], [1, "image", 7]]  # left-padded, one without an image
+ADAPTIVE = ("prumerge", "prumerge+", "prumerge+ adaptive")
+SEED = 28  # of images whose counts differ
+
+
+class Seen:
+    """What the stock model's tower leaves of one image `[3, height, width]`, float64 and unsplit."""
+
+    def __init__(self, model, image, feature_layer=DEPTH - 1):
+        tower, self.queries, self.keys = model.model.vision_tower, [], []
+        hooks = []
+        for name, part in tower.named_modules():
+            for ends, outputs in ((("q_proj", "query"), self.queries), (("k_proj", "key"), self.keys)):
+                if name.endswith(ends):
+                    hooks.append(part.register_forward_hook(lambda *a, outputs=outputs: outputs.append(a[-1][0])))
+        with torch.no_grad():
+            out = tower(image[None], output_hidden_states=True, output_attentions=True)
+        for hook in hooks:
+            hook.remove()
+        layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+        self.hidden = torch.cat([out.hidden_states[layer][0] for layer in layers], -1).double()
+        self.attentions = [layer[0].double() for layer in out.attentions]
+        self.queries, self.keys = ([x.double() for x in each] for each in (self.queries, self.keys))
+        self.image, self.end = image, min(max(layers), DEPTH - 1)
+        assert len(self.queries) == len(self.keys) == DEPTH
+
+    @property
+    def last(self):
+        return self.hidden, self.queries[-1], self.keys[-1]
+
+
+def random(seen, seed=0):
+    scores = golden_methods.random_scores(seen.image, len(seen.hidden) - 1, seed)
+    kept = sorted(golden_methods.by_score(scores, KEEP))
+    return kept, seen.hidden[1:][kept]
+
+
+def visionzip(seen, dominant, contextual):
+    f = seen.end - 1
+    return golden_methods.visionzip(seen.hidden, seen.attentions[f], seen.keys[f], 4, dominant, contextual)
+
+
+# By name: the settings, and of an image which patches are kept (None: not to be said) and the features.
+CASES = {
+    "vtc-cls": ({}, lambda s: golden_methods.vtc_cls(s.hidden, s.attentions[s.end - 3 : s.end], KEEP)),
+    "vtc-cls max": (
+        {"ensemble": "max", "ensemble_layers": 2},
+        lambda s: golden_methods.vtc_cls(s.hidden, s.attentions[s.end - 2 : s.end], KEEP, max),
+    ),
+    "fastervlm": ({}, lambda s: golden_methods.fastervlm(s.hidden, s.attentions[s.end - 1], KEEP)),
+    "visionzip": ({}, lambda s: visionzip(s, KEEP - 1, 1)),
+    "visionzip contextual": ({"contextual": 3}, lambda s: visionzip(s, KEEP - 3, 3)),
+    "prumerge": ({}, lambda s: golden_methods.prumerge(*s.last)),
+    "prumerge neighbors": ({"neighbors": 4}, lambda s: golden_methods.prumerge(*s.last, neighbors=4)),
+    "prumerge fixed": ({"adaptive_count": False}, lambda s: golden_methods.prumerge(*s.last, KEEP - 1)),
+    "prumerge+": ({}, lambda s: golden_methods.prumerge_plus(*s.last, 2, 15)),
+    "prumerge+ adaptive": ({"adaptive_count": True}, lambda s: golden_methods.prumerge_plus(*s.last)),
+    "random": ({"seed": 3}, lambda s: random(s, 3)),
+    "pool": ({}, lambda s: (None, golden_methods.pool(s.hidden, (GRID, GRID), KEEP))),
+}
+
+
+def options(case):
+    return {"method": case.split()[0], "keep": KEEP, **CASES[case][0]}
+
+
+@pytest.fixture(scope="module")
+def built():
+    """(family, tower) -> a model with SDPA, and its golden twin."""
+    made = {}
+
+    def get(family="llava", tower="clip_vision_model", **overrides):
+        key = (family, tower, *overrides.items())
+        if key not in made:
+            model = models.build(DEPTH, family=family, tower=tower, **overrides)
+            made[key] = model, golden.eager(model)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def model(built):
+    yield (model := built()[0])
+    vtc.disable(model)
+
+
+@pytest.fixture(scope="module")
+def eager(built):
+    return built()[1]
+
+
+@pytest.fixture(scope="module")
+def call():
+    return {**models.batch([ids(*row, seed=i) for i, row in enumerate(ROWS)]), "pixel_values": models.images(4, SEED)}
+
+
+@pytest.fixture(scope="module")
+def seen(eager, call):
+    return [Seen(eager, image) for image in call["pixel_values"]]
+
+
+@torch.no_grad()
+def projected(model, features):
+    return model.model.multi_modal_projector(features.float())
+
+
+def spliced(eager, seen, transcription, rows=None):
+    """Golden embeddings `[1, L', D]` of each row."""
+    rows = [ids(*row, seed=i) for i, row in enumerate(ROWS)] if rows is None else rows
+    visuals = iter([(TOKENS, projected(eager, transcription(s)[1])) for s in seen])
+    with torch.no_grad():
+        return [
+            golden.splice_features(eager, row, [next(visuals) for _ in range(row.count(IMAGE) // TOKENS)])
+            for row in rows
+        ]
+
+
+def detailed(**kwargs):
+    return dict(max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True, output_logits=True, **kwargs)
+
+
+def check_generated(out, call, eager, embeds):
+    length = call["input_ids"].shape[1]
+    assert torch.equal(out.sequences[:, :length], call["input_ids"])
+    for i, own in enumerate(embeds):
+        new, logits = golden.decode(eager, own, STEPS)
+        assert out.sequences[i, length:].tolist() == new
+        golden.close(torch.stack(out.logits)[:, i], logits)
+
+
+def test_every_method_is_here():
+    assert {case.split()[0] for case in CASES} | {"none", "fastv"} == set(config.METHODS)  # for fastv, see test_prune
+    assert {case.split()[0] for case in ADAPTIVE} == {name for name in config.METHODS if METHODS[name].adaptive}
+
+
+def test_the_images_are_worth_testing_with(seen):
+    """Methods differ, and so do the counts of an adaptive one within the batch: or the tests could not fail."""
+    for case in ADAPTIVE:
+        assert len({len(CASES[case][1](s)[1]) for s in seen}) > 1, case
+    kept = {case: tuple(tuple(CASES[case][1](s)[0]) for s in seen) for case in CASES if case != "pool"}
+    same = [("prumerge", "prumerge neighbors")]  # these differ in what is merged
+    assert len(set(kept.values())) >= len(kept) - len(same)
+
+
+# --- generate() and forward() -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generate(model, eager, call, seen, case):
+    vtc.enable(model, **options(case))
+    check_generated(model.generate(**call, **detailed()), call, eager, spliced(eager, seen, CASES[case][1]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward(model, eager, call, seen, case):
+    embeds = spliced(eager, seen, CASES[case][1])
+    with torch.no_grad(), vtc.compress(model, **options(case)) as run:
+        logits = model(**call).logits
+    assert logits.shape[1] == run.prompt_after == max(own.shape[1] for own in embeds)
+    for i, own in enumerate(embeds):
+        golden.close(logits[i, -own.shape[1] :], golden.logits(eager, own).detach())
+    counts = [len(CASES[case][1](s)[1]) for s in seen]
+    assert (run.images, run.tokens_before, run.tokens_after) == (4, TOKENS, round(sum(counts) / 4))
+    assert f"{TOKENS} -> {run.tokens_after} visual tokens" in run.report()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_sample_alone_is_as_in_a_batch(model, call, case):
+    vtc.enable(model, **options(case))
+    together = model.generate(**call, **detailed())
+    length, at = call["input_ids"].shape[1], 0
+    for i, row in enumerate(ROWS):
+        one = models.batch([ids(*row, seed=i)])
+        if count := row.count("image"):
+            one["pixel_values"] = call["pixel_values"][at : at + count]
+            at += count
+        out = model.generate(**one, **detailed())
+        assert out.sequences[0, one["input_ids"].shape[1] :].tolist() == together.sequences[i, length:].tolist()
+        golden.close(torch.stack(out.logits)[:, 0], torch.stack(together.logits)[:, i])
+
+
+@pytest.mark.parametrize("how", [{"cache_implementation": "static"}, {"use_cache": False}], ids=["static", "none"])
+@pytest.mark.parametrize("case", ADAPTIVE)
+def test_other_caches(model, eager, call, seen, case, how):
+    vtc.enable(model, **options(case))
+    check_generated(model.generate(**call, **detailed(**how)), call, eager, spliced(eager, seen, CASES[case][1]))
+
+
+@pytest.mark.parametrize("case", ["prumerge", "prumerge+ adaptive", "visionzip"])
+def test_beams(model, eager, call, seen, case):
+    """One image a prompt, which every transformers can copy; images of different counts."""
+    vtc.enable(model, **options(case))
+    rows = [ids(3, "image", 2, seed=i) for i in range(4)]
+    own = {**models.batch(rows), "pixel_values": call["pixel_values"]}
+    out = model.generate(**own, max_new_tokens=STEPS, do_sample=False, num_beams=3, num_return_sequences=2)
+    for i, embeds in enumerate(spliced(eager, seen, CASES[case][1], rows)):
+        alone = eager.generate(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2]),
+            max_new_tokens=STEPS,
+            num_beams=3,
+            num_return_sequences=2,
+        )
+        assert torch.equal(out[2 * i : 2 * i + 2, len(rows[0]) :], alone)
+
+
+@pytest.mark.parametrize("case", ADAPTIVE)
+def test_a_second_turn(model, eager, call, seen, case):
+    vtc.enable(model, **options(case))
+    first = model.generate(**call, **detailed())
+    question = torch.tensor([[5, 6, 7]] * len(ROWS))
+    whole = torch.cat([first.sequences, question], 1)
+    mask = torch.cat([call["attention_mask"], torch.ones(len(ROWS), STEPS + 3, dtype=torch.long)], 1)
+    second = model.generate(input_ids=whole, attention_mask=mask, past_key_values=first.past_key_values, **detailed())
+    length = call["input_ids"].shape[1]
+    rows = [ids(*row, seed=i) + whole[i, length:].tolist() for i, row in enumerate(ROWS)]
+    check_generated(second, {"input_ids": whole}, eager, spliced(eager, seen, CASES[case][1], rows))
+
+
+def test_a_further_image_wants_the_cache_s_method(model, call):
+    vtc.enable(model, keep=KEEP, method="prumerge")
+    one = {**models.batch([ids(2, "image", 3)]), "pixel_values": call["pixel_values"][:1]}
+    first = model.generate(**one, **detailed())
+    whole = models.batch([first.sequences[0].tolist() + ids("image", 2)])
+    more = {**whole, "pixel_values": call["pixel_values"][1:2], "past_key_values": first.past_key_values}
+    for other in ("visionzip", "none"):
+        vtc.configure(model, method=other)
+        with pytest.raises(ValueError, match=rf"compressed with method='prumerge', keep=9.* say method='{other}'"):
+            model.generate(**more, max_new_tokens=2)
+    vtc.configure(model, method="prumerge")
+    assert model.generate(**more, max_new_tokens=2).shape[1] == whole["input_ids"].shape[1] + 2
+
+
+@pytest.mark.parametrize("case", ["prumerge", "prumerge+", "visionzip", "pool"])
+def test_loss_and_gradients(model, eager, call, seen, case):
+    """To the projector, of prompts whose lengths differ by what their images keep."""
+    labels = call["input_ids"].masked_fill((call["attention_mask"] == 0) | (call["input_ids"] == IMAGE), -100)
+    with vtc.compress(model, **options(case)):
+        loss = model(**call, labels=labels).loss
+    loss.backward()
+    total, terms, images = 0, 0, iter(seen)
+    for i, parts in enumerate(ROWS):
+        row, short, own = ids(*parts, seed=i), [], []
+        for _ in range(parts.count("image")):
+            own.append((TOKENS, eager.model.multi_modal_projector(CASES[case][1](next(images))[1].float())))
+        marks = iter(own)
+        at = 0
+        while at < len(row):
+            short += [-100] * len(next(marks)[1]) if row[at] == IMAGE else [row[at]]
+            at += TOKENS if row[at] == IMAGE else 1
+        part, count = golden.loss(eager, golden.splice_features(eager, row, own), short)
+        total, terms = total + part, terms + count
+    (total / terms).backward()
+    golden.close(loss.detach(), (total / terms).detach())
+    for ours, theirs in zip(
+        model.model.multi_modal_projector.parameters(), eager.model.multi_modal_projector.parameters(), strict=True
+    ):
+        scale = theirs.grad.abs().max()
+        assert scale > 0
+        golden.close(ours.grad / scale, theirs.grad / scale)
+    model.zero_grad()
+    eager.zero_grad()
+
+
+def test_none_is_the_stock_model(model, call):
+    """Bit by bit, also where compression would have to refuse, and with a `keep` of more than there is."""
+    stock = model.generate(**call, **detailed())
+    with torch.no_grad():
+        logits = model(**call).logits
+        features = torch.cat(list(model.get_image_features(call["pixel_values"]).pooler_output))
+        full = model(**call, logits_to_keep=torch.tensor([3, 5])).logits
+    with vtc.compress(model, method="none") as run:
+        ours = model.generate(**call, **detailed())
+        assert torch.equal(ours.sequences, stock.sequences)
+        assert all(map(torch.equal, ours.logits, stock.logits))
+        assert (run.images, run.tokens_before, run.tokens_after) == (4, TOKENS, TOKENS)
+        assert run.prompt_before == run.prompt_after == call["input_ids"].shape[1]
+        assert run.kv_bytes_before == run.kv_bytes_after > 0
+        assert run.report().startswith(f"{TOKENS} -> {TOKENS} visual tokens per image, 4 image(s)")
+        with torch.no_grad():
+            assert torch.equal(model(**call).logits, logits)
+            assert torch.equal(torch.cat(list(model.get_image_features(call["pixel_values"]).pooler_output)), features)
+            assert torch.equal(model(**call, logits_to_keep=torch.tensor([3, 5])).logits, full)
+
+
+def test_none_continues_a_compressed_cache(model, call):
+    """Its columns are what they are, whatever the settings have become."""
+    vtc.enable(model, keep=KEEP)
+    first, again = (model.generate(**call, **detailed()) for _ in range(2))
+    whole = torch.cat([first.sequences, torch.tensor([[5, 6, 7]] * len(ROWS))], 1)
+    mask = torch.cat([call["attention_mask"], torch.ones(len(ROWS), STEPS + 3, dtype=torch.long)], 1)
+    expected = model.generate(whole, attention_mask=mask, past_key_values=first.past_key_values, **detailed())
+    vtc.configure(model, method="none")
+    ours = model.generate(whole, attention_mask=mask, past_key_values=again.past_key_values, **detailed())
+    assert torch.equal(ours.sequences, expected.sequences)
+
+
+# --- other towers, feature layers and models --------------------------------------------------------------------------
+
+
+def check_features(model, eager, case, transcription, **seen):
+    pixels = models.images(3, SEED)
+    with torch.no_grad(), vtc.compress(model, **options(case)):
+        features = model.get_image_features(pixels).pooler_output
+    for image, own in zip(pixels, features, strict=True):
+        golden.close(own, projected(eager, transcription(Seen(eager, image, **seen))[1]))
+
+
+@pytest.mark.parametrize("case", ["vtc-cls", "fastervlm", "visionzip contextual", "prumerge", "prumerge+"])
+@pytest.mark.parametrize("tower", [name for name in models.TOWERS if name != "siglip_vision_model"])
+def test_towers(built, tower, case):
+    """Register tokens are ranked and merged like patches; the best and the step of PruMerge+ are those for all 38."""
+    transcription = CASES[case][1]
+    if case == "prumerge+" and "registers" in tower:
+        transcription = lambda s: golden_methods.prumerge_plus(*s.last, 2, 18)  # noqa: E731
+    check_features(*built(tower=tower), case, transcription)
+
+
+@pytest.mark.parametrize("case", ["random", "pool"])
+def test_a_tower_without_cls(built, case):
+    def transcription(seen):
+        seen.hidden = torch.cat([torch.zeros_like(seen.hidden[:1]), seen.hidden])  # transcriptions expect a [CLS] row
+        return CASES[case][1](seen)
+
+    model, eager = built(tower="siglip_vision_model", vision_feature_select_strategy="full")
+    check_features(model, eager, case, transcription)
+
+
+@pytest.mark.parametrize("case", ["visionzip", "prumerge", "fastervlm"])
+@pytest.mark.parametrize("layer", [-1, -3, 2])
+def test_feature_layers(built, case, layer):
+    """The last layer's keys whatever the feature layer is; scores of the feature layer, never of the last."""
+    model, eager = built(vision_feature_layer=layer)
+    check_features(model, eager, case, CASES[case][1], feature_layer=layer % (DEPTH + 1))
+
+
+@pytest.mark.parametrize("case", ["fastervlm", "visionzip", "random", "pool"])
+def test_features_of_several_layers(built, case):
+    check_features(*built("vipllava"), case, CASES[case][1], feature_layer=[DEPTH - 1, DEPTH - 3, 2])
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_next_video"])
+def test_tiles_and_frames_take_one_layer_of_fastervlm(built, family):
+    """FasterVLM is VTC-CLS with one layer, here too; Random differs."""
+    model, _ = built(family)
+    visual = adapters.MODELS[family].visuals[-1]
+    call = {visual.pixels: models.images(2)[None]}
+    if visual.layout == "tiles":
+        call = {visual.pixels: models.images(3)[None], "image_sizes": torch.tensor([[84, 160]])}
+    features = {}
+    for method, layers in (("fastervlm", 3), ("vtc-cls", 1), ("random", 3)):
+        with torch.no_grad(), vtc.compress(model, keep=7, method=method, ensemble_layers=layers):
+            features[method] = getattr(model.model, visual.get)(**call).pooler_output[0]
+    assert torch.equal(features["fastervlm"], features["vtc-cls"])
+    assert not torch.equal(features["fastervlm"], features["random"])
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_next_video"])
+def test_none_is_the_stock_model_with_tiles_and_frames(built, family):
+    model, _ = built(family)
+    visual = adapters.MODELS[family].visuals[-1]
+    pixels, sizes = models.images(2)[None], {}
+    if visual.layout == "tiles":
+        pixels, sizes = models.images(3)[None], {"image_sizes": torch.tensor([[84, 160]])}
+    encode = getattr(model.model, visual.get)
+    with torch.no_grad():
+        stock = encode(pixels, **sizes).pooler_output[0]
+        with vtc.compress(model, method="none", keep=5000) as run:
+            assert torch.equal(encode(pixels, **sizes).pooler_output[0], stock)
+    assert run.images == 1
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+"])
+def test_a_tower_without_cls_is_explained(built, method):
+    model, _ = built(tower="siglip_vision_model", vision_feature_select_strategy="full")
+    says = (
+        rf"method '{re.escape(method)}' needs a vision tower with a \[CLS\] token, and SigLIP has none; methods that "
+        r"work with it: 'fastv', 'random', 'pool', 'none', e.g. vtc.configure\(model, method='fastv'\)"
+    )
+    with pytest.raises(ValueError, match=says):
+        vtc.configure(model, keep=KEEP, method=method)
+
+
+@pytest.mark.parametrize("method", ["visionzip", "prumerge", "prumerge+", "pool"])
+@pytest.mark.parametrize("family", ["llava_next", "llava_next_video"])
+def test_merging_across_tiles_and_frames_is_explained(built, family, method):
+    model, _ = built(family)
+    says = (
+        rf"method '{re.escape(method)}' makes new tokens .* several pictures; "
+        "methods that work with it: 'vtc-cls', 'fastervlm', 'random', 'none'"
+    )
+    with pytest.raises(ValueError, match=says):
+        vtc.configure(model, keep=KEEP, method=method)
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "says"),
+    [
+        ({"family": "vipllava"}, {"method": "prumerge"}, "different numbers of tokens, and VipLLaVA takes as many"),
+        (
+            {"tower": "dinov2_with_registers"},
+            {"method": "pool"},
+            "'pool' needs patches alone, and DINOv2 with registers",
+        ),
+        ({}, {"method": "visionzip", "keep": 1}, "visionzip keeps .* got keep=1; use keep=2 or more"),
+        ({}, {"method": "visionzip", "contextual": 8}, "8 contextual tokens, got keep=9; .* from 0 to keep - 2"),
+        ({}, {"method": "prumerge+", "keep": 1}, "got keep=1; use 2 or more"),
+        ({}, {"method": "prumerge", "adaptive_count": False, "keep": 1}, "got keep=1; use 2 or more"),
+        ({}, {"method": "pool", "keep": TOKENS + 1}, f"only {TOKENS} visual tokens"),
+        ({}, {"method": "tome"}, "method must be one of 'vtc-cls', .*'none', got 'tome'"),
+    ],
+)
+def test_configure_refuses(built, build, settings, says):
+    model, _ = built(**build)
+    with pytest.raises(ValueError, match=says):
+        vtc.configure(model, **{"keep": KEEP, **settings})
+    assert not hasattr(model.config, "vtc")
+
+
+def test_more_tokens_than_places_are_explained(model, call):
+    """PruMerge+ may keep every patch of an image, and then there is the one more row."""
+    vtc.enable(model, keep=KEEP, method="prumerge+", adaptive_count=True)
+    with pytest.raises(ValueError, match=f"made {TOKENS + 1} tokens of image 0, .* a prompt has {TOKENS} places"):
+        model.generate(**{**call, "pixel_values": models.images(4)})
+
+
+# --- select and overlay -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "pool"])
+def test_select(model, call, seen, case):
+    """Ascending patches; of what a method merges those that stay; -1 after the patches of an image with fewer."""
+    selection = vtc.select(model, call["pixel_values"], **options(case))
+    assert selection.scores.shape == (4, TOKENS)
+    for b, image in enumerate(seen):
+        kept = sorted(CASES[case][1](image)[0])
+        own = selection.indices[b].tolist()
+        assert own == kept + [-1] * (len(own) - len(kept))
+        assert selection.counts is None or selection.counts[b] == len(kept)
+    picture = Image.new("RGB", (84, 84), "red")
+    drawn = vtc.overlay(picture, selection, index=2, side=84)
+    kept = torch.tensor([sorted(CASES[case][1](seen[2])[0])])
+    alone = llava.Selection(kept, selection.scores[2:3], selection.grid)
+    assert drawn.tobytes() == vtc.overlay(picture, alone, side=84).tobytes()
+
+
+@pytest.mark.parametrize("method", ["pool", "none"])
+def test_nothing_to_select(model, call, method):
+    with pytest.raises(ValueError, match=rf"'{method}' chooses no patches.*by the image: 'vtc-cls', 'fastervlm'"):
+        vtc.select(model, call["pixel_values"], keep=KEEP, method=method)
+    with pytest.raises(ValueError, match=f"method '{method}' chooses no patches"):
+        control.must_choose(method)
+
+
+def test_a_method_that_says_it_chooses_and_does_not(model, call, monkeypatch):
+    class Vague(Method):
+        name, scores, paper = "pool", "nothing", ""
+
+        def compress(self, tower, keep):
+            return Tokens(tower.patches[:, :keep])
+
+    monkeypatch.setitem(METHODS, "pool", Vague)
+    with pytest.raises(ValueError, match="Vague has chooses = True, but gave no indices"):
+        vtc.select(model, call["pixel_values"], keep=KEEP, method="pool")
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ADAPTIVE and case != "prumerge neighbors"])
+def test_image_encoding_compiles_into_one_graph(call, case):
+    model = models.build(DEPTH)  # a new one: transformers leaves hooks on a tower that has run as the stock one
+    vtc.enable(model, **options(case))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = torch.stack(list(model.get_image_features(call["pixel_values"]).pooler_output))
+        compiled = torch.compile(model.get_image_features, fullgraph=True, backend="eager")
+        found = torch.stack(list(compiled(call["pixel_values"]).pooler_output))
+    torch._dynamo.reset()
+    golden.close(found, expected)
+
+
+@pytest.mark.parametrize("case", ["vtc-cls", "fastervlm", "visionzip", "random", "pool", "prumerge fixed", "prumerge"])
+def test_which_layers_run(model, call, case):
+    """None after those that the method needs; the last one never."""
+    ran = []
+    layers = model.model.vision_tower.encoder.layers
+    hooks = [layer.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, layer in enumerate(layers)]
+    vtc.enable(model, **options(case))
+    with torch.no_grad():
+        model.get_image_features(call["pixel_values"])
+    for hook in hooks:
+        hook.remove()
+    assert ran == list(range(DEPTH - 1))
+
+
+@pytest.mark.parametrize("case", ADAPTIVE)
+def test_counts_are_read_back_once(model, call, case, monkeypatch):
+    """Between pixels and features; between pixels and logits once more, for the prompt's length, as with any method."""
+    reads, stock = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or stock(self))
+    vtc.enable(model, **options(case))
+    with torch.no_grad():
+        model.get_image_features(call["pixel_values"])
+        assert reads == [(4,)]
+        reads.clear()
+        model(**call)
+    assert reads == [(4,), (2, len(ROWS)), (4,)]  # the last on the CPU: how many rows the encoded images have
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if METHODS[case.split()[0]].adaptive is False])
+def test_nothing_waits_for_the_device(case, call):
+    """Tensors without values: whatever asks for one, as `.item()` does, is an error. Only the prompt is real."""
+    model = models.build(DEPTH).to("meta")
+    vtc.enable(model, **options(case))
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: (args[0].to("meta"),))
+    own = models.batch([ids(2, "image", 3), ids(4, "image", 1)])
+    with torch.no_grad():
+        out = model(input_ids=own["input_ids"][1:, :-1], pixel_values=call["pixel_values"][:1].to("meta"))
+    assert out.image_hidden_states.shape == (KEEP, 64)
+
+
+def test_keys_without_scores(built, monkeypatch):
+    """A method that compares the feature layer's keys and scores by nothing gets them, too."""
+
+    class Keys(Method):
+        name, scores, paper, needs = "pool", "nothing", "", Needs(keys="feature")
+
+    monkeypatch.setitem(METHODS, "pool", Keys)
+    model, _ = built()
+    with torch.no_grad(), vtc.compress(model, method="pool", keep=KEEP):
+        tower, _ = llava.run_tower(model.model, models.images(2), llava.Plan.of(model.model))
+    assert tower.keys.shape == (2, 4, 1 + TOKENS, 16)
+    assert tower.rows is None

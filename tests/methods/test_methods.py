@@ -1,0 +1,449 @@
+"""Methods: the same tokens and features as their slow transcriptions, in batches and one at a time."""
+
+import dataclasses
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from support.golden import methods as golden
+from support.kernels import DEVICE, DTYPES
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vtc import config, methods, ops, tiny
+from vtc.methods import METHODS, Tower
+from vtc.methods.prumerge import _fraction_count, _outliers, top_and_step
+from vtc.tiny.evaluate import prepare
+from vtc.tiny.scenes import balanced_questions
+
+LAYERS = 3  # scored, the last of them the feature layer; one more has keys and queries
+
+
+class Images:
+    """What a tower of `LAYERS` + 1 layers leaves: q and k `[L + 1, B, 1 + N, C]`, hidden `[B, 1 + N, C]`, pixels."""
+
+    def __init__(self, query, key, hidden, pixel_values, grid, num_heads):
+        self.query, self.key, self.hidden, self.pixel_values = query, key, hidden, pixel_values
+        self.grid, self.num_heads = grid, num_heads
+
+    def tower(self, needs, images=slice(None), mean=False, dtype=torch.float32):
+        """The answer to `needs`, as the product gets it: nothing that was not asked for."""
+        query, key = (
+            x[:, images].to(DEVICE, dtype).unflatten(3, (self.num_heads, -1)).transpose(2, 3)
+            for x in (self.query, self.key)
+        )
+        layers = {"ensemble": range(LAYERS), "feature": [LAYERS - 1], None: []}[needs.rows]
+        rows = [ops.cls_attention(query[n], key[n], key[n])[1][:, :, 1:] for n in layers]
+        if mean:
+            rows = [ops.row_scores(query[n][:, :, 0], key[n], skip=1).unsqueeze(1) for n in layers]
+        compared = {"feature": LAYERS - 1, "last": LAYERS, None: None}[needs.keys]
+        return Tower(
+            hidden=self.hidden[images].to(DEVICE, dtype),
+            grid=self.grid,
+            rows=torch.stack(rows) if rows else None,
+            keys=None if compared is None else key[compared],
+            query=query[compared][:, :, 0] if needs.query else None,
+            pixel_values=self.pixel_values[images].to(DEVICE) if needs.pixels else None,
+        )
+
+    def attentions(self, image, layers=range(LAYERS)):
+        """Full probabilities [H, 1 + N, 1 + N] of the layers, float64."""
+        probabilities = []
+        for layer in layers:
+            q, k = (x[layer, image].double().chunk(self.num_heads, dim=1) for x in (self.query, self.key))
+            logits = [a @ b.T / a.shape[1] ** 0.5 for a, b in zip(q, k, strict=True)]
+            probabilities.append([one.softmax(dim=1) for one in logits])
+        return probabilities
+
+
+def random_images(num_images, grid, num_heads=2, size=8):
+    generator = torch.Generator().manual_seed(grid[0])
+    shape = num_images, 1 + grid[0] * grid[1], num_heads * size
+    query, key = (torch.randn(LAYERS + 1, *shape, generator=generator) * 1.2 for _ in range(2))
+    pixels = torch.randn(num_images, 3, 14 * grid[0], 14 * grid[1], generator=generator)
+    return Images(query, key, torch.randn(shape, generator=generator), pixels, grid, num_heads)
+
+
+@torch.no_grad()
+def bundled_images():
+    """Two scenes as the bundled model's tower sees them: its last `LAYERS` + 1 layers."""
+    model, processor = tiny.load()
+    tower = model.model.vision_tower
+    pixels = prepare(model, processor, balanced_questions("test", 2)).pixel_values
+    seen = {"q_proj": [], "k_proj": []}
+    for layer in tower.encoder.layers[-LAYERS - 1 :]:
+        for name, outputs in seen.items():
+            getattr(layer.self_attn, name).register_forward_hook(lambda *a, outputs=outputs: outputs.append(a[-1]))
+    hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
+    side = tower.config.image_size // tower.config.patch_size
+    query, key = (torch.stack(outputs) for outputs in seen.values())
+    return Images(query, key, hidden, pixels, (side, side), tower.config.num_attention_heads)
+
+
+@pytest.fixture(scope="module")
+def images():
+    made = {}
+    makers = {"small": lambda: random_images(4, (6, 6)), "576": lambda: random_images(2, (24, 24))}
+    makers |= {"oblong": lambda: random_images(2, (3, 7)), "bundled": bundled_images}
+    return lambda name: made.setdefault(name, None) or made.update({name: makers[name]()}) or made[name]
+
+
+def run(method, data, keep, images=slice(None), **options):
+    with torch.no_grad():
+        return method.compress(data.tower(method.needs, images, **options), keep)
+
+
+def assert_same(tokens, data, expected):
+    """`expected`: of each image the indices as selected, or None, and the features."""
+    for b, (kept, features) in enumerate(expected):
+        count = tokens.rows.shape[1] if tokens.counts is None else int(tokens.counts[b])
+        assert count == len(features)
+        if kept is not None:
+            assert tokens.indices[b, : len(kept)].tolist() == kept
+        actual = tokens.rows[b, :count].double().cpu()
+        error = (actual - features).abs().max() / data.hidden.abs().max()
+        assert error < 1e-5, f"image {b}: features differ by {error:.2g}"
+        assert not tokens.rows[b, count:].any()
+
+
+def last(data, b):
+    return data.hidden[b].double(), data.query[LAYERS, b].double(), data.key[LAYERS, b].double()
+
+
+def vtc_cls(data, b, keep, ensemble):
+    combine = {"sum": sum, "mean": lambda x: sum(x) / len(x), "max": max, "min": min}[ensemble]
+    return golden.vtc_cls(data.hidden[b].double(), data.attentions(b), keep, combine)
+
+
+def fastervlm(data, b, keep):
+    return golden.fastervlm(data.hidden[b].double(), data.attentions(b)[-1], keep)
+
+
+def visionzip(data, b, dominant, contextual):
+    hidden, key = data.hidden[b].double(), data.key[LAYERS - 1, b].double()
+    return golden.visionzip(hidden, data.attentions(b)[-1], key, data.num_heads, dominant, contextual)
+
+
+# Data, method, keep, and its transcription for image b.
+CASES = [
+    *(
+        (name, METHODS["vtc-cls"](ensemble=ensemble), keep, lambda d, b, k=keep, e=ensemble: vtc_cls(d, b, k, e))
+        for name, keep in (("small", 9), ("bundled", 64))
+        for ensemble in ("sum", "mean", "max", "min")
+    ),
+    *(
+        (name, METHODS["fastervlm"](), keep, lambda d, b, k=keep: fastervlm(d, b, k))
+        for name, keep in (("small", 1), ("small", 36), ("bundled", 64))
+    ),
+    ("small", METHODS["visionzip"](contextual=3), 9, lambda d, b: visionzip(d, b, 6, 3)),
+    ("small", METHODS["visionzip"](contextual=0), 5, lambda d, b: visionzip(d, b, 5, 0)),
+    ("small", METHODS["visionzip"](), 2, lambda d, b: visionzip(d, b, 2, 0)),
+    ("small", METHODS["visionzip"](), 36, lambda d, b: visionzip(d, b, 31, 5)),
+    ("oblong", METHODS["visionzip"](contextual=18), 20, lambda d, b: visionzip(d, b, 2, 18)),
+    ("576", METHODS["visionzip"](), 128, lambda d, b: visionzip(d, b, 108, 20)),
+    ("bundled", METHODS["visionzip"](), 64, lambda d, b: visionzip(d, b, 54, 10)),
+    ("bundled", METHODS["visionzip"](), 192, lambda d, b: visionzip(d, b, 162, 30)),
+    *((name, METHODS["prumerge"](), 64, lambda d, b: golden.prumerge(*last(d, b))) for name in ("small", "bundled")),
+    ("oblong", METHODS["prumerge"](), 1, lambda d, b: golden.prumerge(*last(d, b))),
+    ("small", METHODS["prumerge"](adaptive_count=False), 8, lambda d, b: golden.prumerge(*last(d, b), 7)),
+    *(
+        (name, METHODS["prumerge+"](), keep, lambda d, b, c=c, s=s: golden.prumerge_plus(*last(d, b), c, s))
+        for name, keep, c, s in (("576", 64, 13, 33), ("bundled", 64, 13, 33), ("576", 128, 40, 18))
+    ),
+    *(
+        (name, METHODS["prumerge+"](adaptive_count=True), 1, lambda d, b: golden.prumerge_plus(*last(d, b)))
+        for name in ("small", "oblong", "bundled")
+    ),
+    *(
+        (name, METHODS["pool"](), keep, lambda d, b, k=keep: (None, golden.pool(d.hidden[b].double(), d.grid, k)))
+        for name, keep in (("small", 9), ("small", 17), ("oblong", 4), ("bundled", 128))
+    ),
+    ("small", METHODS["none"](), 5, lambda d, b: (None, d.hidden[b, 1:].double())),
+]
+IDS = [f"{number}-{name}-{method.name}-{keep}" for number, (name, method, keep, _) in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("name", "method", "keep", "transcription"), CASES, ids=IDS)
+def test_same_as_the_transcription(name, method, keep, transcription, images):
+    data = images(name)
+    tokens = run(method, data, keep)
+    assert tokens.rows.shape == (len(data.hidden), method.capacity(len(data.hidden[0]) - 1, keep), data.hidden.shape[2])
+    assert_same(tokens, data, [transcription(data, b) for b in range(len(data.hidden))])
+
+
+@pytest.mark.parametrize(("name", "method", "keep", "transcription"), CASES, ids=IDS)
+def test_an_image_alone_and_in_a_batch_has_the_same_bits(name, method, keep, transcription, images):
+    data = images(name)
+    batch = run(method, data, keep)
+    for b in range(len(data.hidden)):
+        alone = run(method, data, keep, slice(b, b + 1))
+        for one, many in zip(alone, batch, strict=True):
+            assert (one is None) == (many is None)
+            assert one is None or torch.equal(one[0], many[b])
+
+
+def test_counts_differ_between_the_images_of_a_batch(images):
+    """Or the tests above would say little about padding."""
+    for name, method in (("small", METHODS["prumerge"]()), ("576", METHODS["prumerge+"]())):
+        assert len(set(run(method, images(name), 64).counts.tolist())) > 1
+
+
+def test_heads_averaged_before(images):
+    """Layers that were scored without a kernel for all heads hand over their mean."""
+    data = images("small")
+    for method in (METHODS["vtc-cls"](), METHODS["fastervlm"](), METHODS["visionzip"]()):
+        one, other = run(method, data, 9), run(method, data, 9, mean=True)
+        assert torch.equal(one.indices, other.indices)
+        torch.testing.assert_close(one.scores, other.scores)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_random_is_splitmix64_of_the_pixels(seed, images):
+    data = images("oblong")
+    tokens = run(METHODS["random"](seed=seed), data, 5)
+    for b in range(2):
+        scores = golden.random_scores(data.pixel_values[b], 21, seed)
+        assert tokens.scores[b].tolist() == scores
+        assert tokens.indices[b].tolist() == sorted(golden.by_score(scores, 5))
+        assert torch.equal(tokens.rows[b].cpu(), data.hidden[b, 1:][tokens.indices[b].cpu()])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 6, 7, 36, 49])
+def test_outliers_are_counted_as_the_paper_counts(num_tokens):
+    """Interpolated quartiles; a share in float64, times N, cut off: of 49 that is sometimes one less than there are."""
+    scores = torch.randn(300, num_tokens, generator=torch.Generator().manual_seed(num_tokens)).mul(0.8).exp()
+    counts = _outliers(scores.to(DEVICE))
+    fractions = [golden.outlier_fraction(row) for row in scores.tolist()]
+    assert [count / num_tokens for count in counts.tolist()] == fractions
+    assert counts.max() <= num_tokens // 4  # what `capacity` rests on
+    every = torch.arange(num_tokens + 1, device=DEVICE)
+    assert _fraction_count(every, num_tokens).tolist() == [
+        int(num_tokens * (n / num_tokens)) for n in range(len(every))
+    ]
+
+
+def test_no_outlier_leaves_the_one_more_row(images):
+    """Equal scores: nothing is kept but the sum; PruMerge+ still has the first patch of its sample."""
+    data = images("oblong")
+    tower = data.tower(METHODS["prumerge"].needs)
+    tower = tower._replace(query=torch.zeros_like(tower.query))
+    tokens = METHODS["prumerge"]().compress(tower, 5)
+    assert tokens.counts.tolist() == [1, 1]
+    torch.testing.assert_close(tokens.rows[:, 0], tower.hidden[:, 1:].sum(dim=1) / 22)
+    tokens = METHODS["prumerge+"](adaptive_count=True).compress(tower, 5)
+    assert tokens.counts.tolist() == [2, 2]
+    assert tokens.indices[:, 0].tolist() == [0, 0]
+
+
+def test_a_bad_image_stays_within_its_promise(images):
+    """NaN everywhere: wrong numbers, but the shapes, counts and indices that were promised, and nobody else's rows."""
+    data = images("small")
+    for method in (METHODS["prumerge"](), METHODS["prumerge+"](adaptive_count=True), METHODS["visionzip"]()):
+        tower = data.tower(method.needs)
+        good = method.compress(tower, 9)
+        keys = tower.keys.clone()
+        keys[1] = float("nan")
+        rows = tower.rows
+        if rows is not None:
+            rows = rows.clone()
+            rows[:, 1] = float("nan")
+        bad = method.compress(tower._replace(keys=keys, rows=rows), 9)
+        assert bad.rows.shape == good.rows.shape
+        assert ((bad.indices >= 0) & (bad.indices < 36)).all()
+        for b in (0, 2, 3):
+            assert torch.equal(bad.rows[b], good.rows[b])
+
+
+@pytest.mark.parametrize("keep", [2, 16, 32, 192, 288, 576])
+def test_prumerge_plus_for_other_numbers(keep):
+    """About as many as asked for: the best, a sample at most 5/6 of them, less what is in both by chance."""
+    best, step = top_and_step(576, keep)
+    sample = len(range(0, 575, step))
+    assert sample <= 5 * keep / 6
+    assert abs(best + sample - best / step - keep) <= 1
+    assert METHODS["prumerge+"]().capacity(576, keep) == min(576, best + sample) + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "fastv"])
+def test_rows_have_the_dtype_of_the_hidden_states(name, dtype, images):
+    data = images("oblong")
+    method = METHODS[name]()
+    tokens = run(method, data, 4, dtype=dtype)
+    assert tokens.rows.dtype == dtype
+    assert tokens.rows.shape == (2, method.capacity(21, 4), 16)
+    assert (tokens.counts is not None) == method.adaptive
+    if tokens.scores is not None:
+        assert tokens.scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["vtc-cls", "visionzip", "prumerge", "prumerge+"])
+def test_kernels_choose_the_same(name, images):
+    data = images("oblong")
+    tower = data.tower(METHODS[name].needs)
+    one, other = (METHODS[name](backend=backend).compress(tower, 3) for backend in ("torch", "triton"))
+    counts = torch.full_like(one.indices[:, 0], one.indices.shape[1]) if one.counts is None else one.counts - 1
+    for b, count in enumerate(counts.tolist()):
+        assert torch.equal(one.indices[b, :count], other.indices[b, :count])
+    torch.testing.assert_close(one.rows, other.rows, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "fastv"])
+def test_nothing_waits_for_the_device(name, images):
+    """Fake tensors have shapes and no values: whatever asks for one, as `.item()` does, is an error."""
+    tower = images("small").tower(METHODS[name].needs)
+    real = METHODS[name]().compress(tower, 9)
+    with FakeTensorMode() as mode:
+        fake = Tower(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in tower))
+        tokens = METHODS[name]().compress(fake, 9)
+    for one, other in zip(real, tokens, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+@pytest.mark.filterwarnings("error:.*custom operator:UserWarning")  # outputs that alias
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "fastv"])
+def test_compilers_trace_through(name, images):
+    tower = images("oblong").tower(METHODS[name].needs)
+    compiled = torch.compile(METHODS[name]().compress, fullgraph=True, backend="aot_eager")
+    for one, other in zip(METHODS[name]().compress(tower, 5), compiled(tower, 5), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+def test_gradients_reach_the_hidden_states(images):
+    for name in ("vtc-cls", "visionzip", "prumerge", "prumerge+", "pool", "random", "none"):
+        tower = images("oblong").tower(METHODS[name].needs)
+        hidden = tower.hidden.clone().requires_grad_()
+        METHODS[name]().compress(tower._replace(hidden=hidden), 5).rows.sum().backward()
+        assert hidden.grad[:, 1:].abs().sum() > 0
+
+
+# --- inside the language model ----------------------------------------------------------------------------------------
+
+
+def test_fastv_in_a_left_padded_batch():
+    """Prompts of different lengths, with two images, one and none, against each alone."""
+    generator = torch.Generator().manual_seed(5)
+    num_heads, size, longest = 4, 8, 40
+    lengths, layouts = (40, 31, 17), ([(3, 12), (20, 29)], [(5, 14)], [])
+    query = torch.randn(3, num_heads, longest, size, generator=generator)
+    key = torch.randn(3, num_heads // 2, longest, size, generator=generator)  # grouped queries
+    is_image = torch.zeros(3, longest, dtype=torch.bool)
+    mask = torch.zeros(3, longest, dtype=torch.bool)
+    for b, (length, spans) in enumerate(zip(lengths, layouts, strict=True)):
+        mask[b, longest - length :] = True
+        for start, end in spans:
+            is_image[b, longest - length + start : longest - length + end] = True
+    keep = torch.tensor([8, 4, 0])
+    fastv = METHODS["fastv"]()
+    scores = ops.row_scores(query[:, :, -1].to(DEVICE), key.to(DEVICE), mask=mask.to(DEVICE))
+    stays = fastv.keep_prompt(scores, is_image.to(DEVICE), keep.to(DEVICE))
+    for b, length in enumerate(lengths):
+        start = longest - length
+        keys = key[b, :, start:].double().repeat_interleave(2, dim=0)
+        logits = query[b, :, start:].double() @ keys.mT * size**-0.5
+        causal = torch.ones(length, length).tril() == 0
+        attention = logits.masked_fill(causal, float("-inf")).softmax(dim=2)
+        kept = golden.fastv(attention, is_image[b, start:].tolist(), int(keep[b]))
+        assert stays[b].nonzero().flatten().tolist() == [*range(start), *(start + n for n in kept)]
+    same = fastv.keep_prompt(scores[1:2], is_image[1:2].to(DEVICE), 4)
+    assert torch.equal(same, stays[1:2])
+
+    counts = stays.sum(dim=1)
+    length = int(counts.max())
+    indices, valid = methods.prompt_indices(stays, length)
+    assert (indices[:, 1:] > indices[:, :-1]).all()
+    assert torch.equal(valid.sum(dim=1), counts)
+    for b in range(3):
+        assert indices[b][valid[b]].tolist() == stays[b].nonzero().flatten().tolist()
+
+
+def test_patches_that_stay_in_prompts_with_several_images():
+    """Two images, none, and one, of 6 patches each."""
+    prompts = ["..iiiiii.iiiiii", "...............", ".....iiiiii...."]
+    is_image = torch.tensor([[token == "i" for token in prompt] for prompt in prompts], device=DEVICE)
+    indices = torch.tensor([[0, 5], [1, 2], [3, 4]], device=DEVICE)
+    stays = methods.keep_patches(is_image, indices, 6)
+    first = [0, 1, 2, 7, 8, 10, 11]
+    third = [0, 1, 2, 3, 4, 8, 9, 11, 12, 13, 14]
+    assert [row.nonzero().flatten().tolist() for row in stays] == [first, list(range(15)), third]
+    positions, valid = methods.prompt_indices(stays, 15)
+    assert positions.tolist() == [list(range(15))] * 3
+    assert torch.equal(valid, stays)
+
+
+@pytest.mark.parametrize(
+    ("scores", "is_image", "keep", "expected"),
+    [
+        ([9.0, 1.0, 1.0, 1.0, 9.0], [0, 1, 1, 1, 0], 2, [0, 1, 2, 4]),  # ties: the earlier
+        ([9.0, 0.0, 0.0, 3.0, 9.0], [0, 1, 1, 1, 0], 0, [0, 4]),
+        ([9.0, 0.0, 0.0, 3.0, 9.0], [0, 1, 1, 1, 0], 3, [0, 1, 2, 3, 4]),
+        ([9.0, float("nan"), -float("inf"), 3.0, 9.0], [0, 1, 1, 1, 0], 2, [0, 1, 3, 4]),
+        ([float("nan")] * 5, [0, 1, 1, 1, 0], 1, [0, 1, 4]),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], [0, 0, 0, 0, 0], 2, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_fastv_ties_and_nan(scores, is_image, keep, expected):
+    scores, is_image = torch.tensor([scores], device=DEVICE), torch.tensor([is_image], device=DEVICE).bool()
+    assert METHODS["fastv"]().keep_prompt(scores, is_image, keep)[0].nonzero().flatten().tolist() == expected
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+
+def test_every_method_is_registered_once_and_documented():
+    found = {}
+    for path in Path(methods.__file__).parent.glob("*.py"):
+        module = importlib.import_module(f"vtc.methods.{path.stem}")
+        for value in vars(module).values():
+            if inspect.isclass(value) and issubclass(value, methods.Method) and value is not methods.Method:
+                found[value.name] = value
+                assert value.__doc__
+                assert value.scores
+                assert value.paper or value.name in ("random", "pool", "none")
+                assert value.paper in value.__doc__
+                for field in dataclasses.fields(value):
+                    assert field.name == "backend" or f"{field.name} :" in value.__doc__, f"{value.name}: {field.name}"
+    assert found == METHODS
+    assert tuple(METHODS) == config.METHODS  # torch is not needed to read the former
+
+
+def test_built_from_settings():
+    settings = dataclasses.asdict(config.VTCConfig(ensemble="max", seed=3, backend="torch"))
+    assert methods.build("vtc-cls", **settings) == METHODS["vtc-cls"](ensemble="max", backend="torch")
+    assert methods.build("random", **settings) == METHODS["random"](seed=3, backend="torch")
+    with pytest.raises(ValueError, match=r"one of vtc-cls, fastervlm, .*, none, got 'tome'"):
+        methods.build("tome")
+
+
+def test_what_a_method_needs():
+    assert {name for name, method in METHODS.items() if method.needs_cls()} == {
+        *("vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+")
+    }
+    assert {name for name, method in METHODS.items() if "language" in method.prunes} == {"vtc-cls", "fastv"}
+    assert {name for name, method in METHODS.items() if method.adaptive} == {"prumerge", "prumerge+"}
+
+
+@pytest.mark.parametrize("name", ["vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "random"])
+def test_a_tower_without_what_is_needed_is_explained(name, images):
+    tower = images("small").tower(methods.Needs())
+    with pytest.raises(ValueError, match=rf"{name.replace('+', '.')} needs the vision tower's \w+, got None"):
+        METHODS[name]().compress(tower, 9)
+
+
+@pytest.mark.parametrize(
+    ("method", "keep", "message"),
+    [
+        (METHODS["visionzip"](), 1, r"got keep=1; use keep=2 or more"),
+        (METHODS["visionzip"](contextual=8), 9, r"8 contextual tokens, got keep=9.*from 0 to keep - 2"),
+        (METHODS["visionzip"](contextual=-1), 9, r"-1 contextual"),
+        (METHODS["prumerge"](adaptive_count=False), 1, "one more row, got keep=1; use 2 or more"),
+        (METHODS["prumerge+"](), 1, "a sample, got keep=1; use 2 or more"),
+        (METHODS["fastv"](), 9, "fastv does not choose patches of the vision tower"),
+    ],
+)
+def test_too_few_tokens_are_explained(method, keep, message, images):
+    with pytest.raises(ValueError, match=message):
+        method.compress(images("small").tower(method.needs), keep)

@@ -1,0 +1,360 @@
+"""Every kernel compiles to machine code for NVIDIA and AMD GPUs, without one, and stays within its budget.
+
+`compile_budgets.csv` holds each kernel's budget for each minor version of Triton and each GPU: registers a thread, and
+bytes of shared memory. No kernel may spill, whatever the version. After a change that is worth more registers:
+`python tests/ops/test_compile.py --write`, with each version of Triton.
+"""
+
+import ast
+import csv
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+SHARED_LIMIT = 64 * 1024  # gfx942 has the least
+WRITE = "python tests/ops/test_compile.py --write"
+BUDGETS = Path(__file__).resolve().parent / "compile_budgets.csv"
+INTEGERS = {"fp32": "i32", "fp16": "i16", "bf16": "i16"}
+
+
+FLOATS = ("fp32", "fp16", "bf16")
+COPIED = ("fp32", "fp16")  # by bytes: bf16 is no different from fp16
+
+
+class Variant(NamedTuple):
+    kernel: str
+    name: str
+    dtypes: tuple[str, ...]
+    types: dict  # of pointers and tuples; P is the dtype under test, INT the integer of its size
+    constexprs: dict
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def variants():
+    """Each kernel as its launcher starts it for real models.
+
+    ViT-L at 336 px and SigLIP, head dims up to 128, three scored layers, a row of 16,384, a cache of 32 layers.
+    """
+    from vtc_kernels import tuning
+
+    four = {"query_ptr": "*P", "key_ptr": "*P", "value_ptr": "*P", "out_ptr": "*P", "rows_ptr": "*fp32"}
+    for num_features in (64, 80, 128):
+        for size, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
+            m, n, d, warps, stages = tuning.attention_blocks(num_features, size)
+            blocks = {
+                "BLOCK_M": m,
+                "BLOCK_N": n,
+                "BLOCK_D": d,
+                "NUM_BLOCKS": -(-577 // n),
+                "NUM_FEATURES": num_features,
+            }
+            name = f"D={num_features} {8 * size} bit"
+            yield Variant(
+                "cls_attention._cls_attention_kernel", name, dtypes, four, blocks | {"WIDEN": False}, warps, stages
+            )
+
+    stats = {"logits_ptr": "*fp32", "block_max_ptr": "*fp32", "block_sum_ptr": "*fp32"}
+    row = {"query_ptr": "*P", "key_ptr": "*P", **stats}  # 1024: heads that are not split
+    hidden = {"mask_ptr": "*u8", "position_ptr": "*i64"}
+    for num_features, group, extra in ((64, 1, {}), (128, 1, {}), (1024, 1, {}), (128, 4, hidden)):
+        n, d = tuning.score_blocks(num_features)
+        constexprs = {"GROUP": group, "BLOCK_N": n, "BLOCK_D": d} | dict.fromkeys(set(hidden) - set(extra))
+        yield Variant("row_scores._logits_kernel", f"D={num_features} G={group}", FLOATS, row | extra, constexprs)
+    for num_tokens in (577, 16384, 131072):
+        h, n, s = tuning.head_mean_blocks(32, -(-num_tokens // tuning.score_blocks(128)[0]))
+        blocks = {"ACCUMULATE": True, "BLOCK_H": h, "BLOCK_N": n, "BLOCK_S": s}
+        yield Variant(
+            "row_scores._head_mean_kernel", f"H=32 N={num_tokens}", ("fp32",), stats | {"out_ptr": "*fp32"}, blocks
+        )
+
+    for num_tokens, num_layers, num_heads in ((576, 1, 1), (576, 3, 16), (16384, 1, 1)):
+        n, warps = tuning.topk_block(num_tokens)
+        blocks = {"NUM_LAYERS": num_layers, "NUM_HEADS": num_heads, "ENSEMBLE": "sum", "BITS": 32}
+        blocks |= {"BLOCK_N": n, "NUM_BLOCKS": -(-num_tokens // n)}
+        pointers = {"scores_ptr": "*P", "indices_ptr": "*i64"}
+        if num_tokens > n or num_layers > 1:
+            pointers["total_ptr"] = "*fp32"
+        else:
+            blocks["total_ptr"] = None
+        yield Variant(
+            "topk._topk_kernel", f"N={num_tokens} L={num_layers} H={num_heads}", FLOATS, pointers, blocks, warps
+        )
+
+    for types in (("*INT",), ("*INT", "*i64", "*u8")):  # hidden states, positions, a mask
+        k, d = tuning.compact_blocks(1024)
+        pointers = {"x_ptrs": types, "indices_ptr": "*i64", "out_ptrs": types}
+        pointers |= {"x_strides": (("i64",) * 3,) * len(types), "num_features": ("i32",) * len(types)}
+        yield Variant(
+            "compact._compact_kernel", f"{len(types)} tensors", COPIED, pointers, {"BLOCK_K": k, "BLOCK_D": d}
+        )
+    k, d, warps = tuning.compact_kv_blocks(128)
+    pointers = {"x_ptrs": ("*INT",) * 64, "indices_ptr": "*i64", "out_ptrs": ("*INT",) * 64}
+    yield Variant("compact._compact_kv_kernel", "64 tensors", COPIED, pointers, {"BLOCK_K": k, "BLOCK_D": d}, warps)
+
+    # PruMerge has counts, VisionZip has none.
+    counted = {"targets_ptr": "*i64", "counts_ptr": "*i64"}
+    for size, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
+        k, n, c, warps = tuning.similarity_blocks(size)
+        blocks = {"WIDEN": False, "BLOCK_K": k, "BLOCK_N": n, "BLOCK_C": c, "NUM_FEATURES": 1024}
+        pointers = counted | {"key_ptr": "*P", "similarity_ptr": "*fp32"}
+        yield Variant("merge._similarity_kernel", f"{8 * size} bit", dtypes, pointers, blocks, warps, num_stages=2)
+    row = {"targets_ptr": "*i64", "weight_ptr": "*fp32"}
+    for num_tokens in (576, 16384):
+        n, warps = tuning.mix_row_block(num_tokens)
+        blocks = {"NUM_BLOCKS": -(-num_tokens // n), "BLOCK_N": n}
+        pointers = row | {"similarity_ptr": "*fp32", "counts_ptr": "*i64", "mix_ptr": "*fp32"}
+        yield Variant("merge._neighbors_kernel", f"N={num_tokens}", ("fp32",), pointers, blocks, warps)
+        pointers, blocks = row | {"nearest_ptr": "*i32", "mix_ptr": "*fp32"}, blocks | {"counts_ptr": None}
+        yield Variant("merge._members_kernel", f"N={num_tokens}", ("fp32",), pointers, blocks, warps)
+    k, n = tuning.nearest_blocks()
+    pointers = row | {"similarity_ptr": "*fp32", "nearest_ptr": "*i32"}
+    yield Variant("merge._nearest_kernel", "", ("fp32",), pointers, {"counts_ptr": None, "BLOCK_K": k, "BLOCK_N": n})
+    r, n, d = tuning.mix_blocks()
+    blocks = {"ROUND": False, "BLOCK_R": r, "BLOCK_N": n, "BLOCK_D": d}
+    pointers = {"mix_ptr": "*fp32", "x_ptr": "*P", "rows_ptr": "*P"}
+    for name, counts, constant in (("counts", {"counts_ptr": "*i64"}, {}), ("no counts", {}, {"counts_ptr": None})):
+        yield Variant("merge._mix_kernel", name, FLOATS, pointers | counts, blocks | constant, num_stages=1)
+
+
+def compile_all(target_name: str) -> list[dict]:
+    """Compile everything for one target; runs in a process of its own, where the kernels are not interpreted."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    results = []
+    for variant in variants():
+        module, function = variant.kernel.split(".")
+        kernel = getattr(importlib.import_module(f"vtc_kernels.{module}"), function)
+        types = variant.types
+        # As most tensors are: last axis contiguous, everything 16-byte aligned; and once as none of that.
+        for dtype, dense in [(dtype, True) for dtype in variant.dtypes] + [(variant.dtypes[-1], False)]:
+            signature = {a: "i64" if "stride" in a else "i32" for a in kernel.arg_names}
+            signature |= {"scale": "fp32"} if "scale" in signature else {}
+            signature |= {argument: concrete(kind, dtype) for argument, kind in types.items()}
+            constants, attributes = dict(variant.constexprs), {}
+            if dense:
+                strides = [a for a in kernel.arg_names if "_stride_" in a]
+                following = [*strides[1:], ""]
+                ends = [a for a, b in zip(strides, following, strict=True) if a.split("_")[0] != b.split("_")[0]]
+                constants |= dict.fromkeys(ends, 1)
+                aligned = [*types, *(set(strides) - set(ends))]
+                for argument in set(aligned) - set(constants) - {"x_strides", "num_features"}:
+                    at = kernel.arg_names.index(argument)
+                    width = len(types[argument]) if isinstance(types.get(argument), tuple) else 0
+                    for path in [(at, i) for i in range(width)] or [(at,)]:
+                        attributes[path] = [["tt.divisibility", 16]]
+            source = ASTSource(
+                kernel, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=attributes
+            )
+            compiled = triton.compile(
+                source,
+                target=GPUTarget(*TARGETS[target_name]),
+                options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+            )
+            registers, spilled = usage(compiled)
+            results.append(
+                {
+                    "kernel": variant.kernel,
+                    "variant": variant.name,
+                    "what": f"{dtype}, {'dense' if dense else 'strided'}",
+                    "registers": registers,
+                    "spilled": spilled,
+                    "shared": compiled.metadata.shared,
+                }
+            )
+    return results
+
+
+def concrete(kind, dtype: str):
+    """A type, or a tuple of types, with P and INT replaced."""
+    if isinstance(kind, tuple):
+        return tuple(concrete(one, dtype) for one in kind)
+    return {"*P": f"*{dtype}", "*INT": f"*{INTEGERS[dtype]}"}.get(kind, kind)
+
+
+def usage(compiled) -> tuple[int, int]:
+    """Registers a thread, and bytes (NVIDIA) or registers (AMD) that went to memory.
+
+    AMD's are vector registers; its scalar ones spill into those.
+    """
+    if "amdgcn" in compiled.asm:
+        assembly = compiled.asm["amdgcn"]
+        (registers,) = re.findall(r"\.vgpr_count:\s+(\d+)", assembly)
+        (spilled,) = re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+        return int(registers), int(spilled)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = importlib.import_module("triton").knobs.nvidia.cuobjdump.path
+        text = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+    (registers,), (stack,), (local,) = (re.findall(rf"{word}:(\d+)", text) for word in ("REG", "STACK", "LOCAL"))
+    return int(registers), int(stack) + int(local)
+
+
+def compile_apart(target: str, cache: str) -> list[dict]:
+    """`compile_all` in a fresh process without Triton's environment variables."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    environment["TRITON_CACHE_DIR"] = cache
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), target], env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return json.loads(done.stdout)
+
+
+COLUMNS = ("triton", "kernel", "variant", "target", "registers", "shared")
+
+
+def installed() -> str:
+    """The minor version of Triton, such as "3.6"."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def read_budgets() -> dict[tuple[str, str, str], dict[str, int]]:
+    """The budgets of the installed version."""
+    with BUDGETS.open(newline="", encoding="utf-8") as file:
+        return {
+            (row["kernel"], row["variant"], row["target"]): {
+                "registers": int(row["registers"]),
+                "shared": int(row["shared"]),
+            }
+            for row in csv.DictReader(file)
+            if row["triton"] == installed()
+        }
+
+
+def write_budgets() -> None:
+    """What every kernel needs with the installed Triton, and an eighth more. Rows of other versions are kept."""
+    with BUDGETS.open(newline="", encoding="utf-8") as file:
+        rows = [[row[column] for column in COLUMNS] for row in csv.DictReader(file) if row["triton"] != installed()]
+    for target in TARGETS:
+        most: dict[tuple[str, str], dict[str, int]] = {}
+        with tempfile.TemporaryDirectory() as cache:
+            for result in compile_apart(target, cache):
+                row = most.setdefault((result["kernel"], result["variant"]), {"registers": 0, "shared": 0})
+                for what in row:
+                    row[what] = max(row[what], result[what])
+        for (kernel, variant), row in most.items():
+            registers = min(255 if target != "gfx942" else 512, -(-row["registers"] * 9 // 8) // 8 * 8 + 8)
+            rows.append([installed(), kernel, variant, target, str(registers), str(row["shared"] * 9 // 8)])
+    with BUDGETS.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(sorted(rows))
+
+
+def complaints(target: str, results: list[dict], budgets: dict) -> list[str]:
+    """Every variant that spills, does not fit, or needs more than its budget, if there are budgets."""
+    found = []
+    for result in results:
+        limits = {"spilled": 0, "shared": SHARED_LIMIT}
+        if budgets:
+            budget = budgets[result["kernel"], result["variant"], target]
+            limits |= budget | {"shared": min(budget["shared"], SHARED_LIMIT)}
+        found += [
+            f"{result['kernel']} {result['variant']} ({result['what']}) on {target}: {what} {result[what]} > {limit}"
+            for what, limit in limits.items()
+            if result[what] > limit
+        ]
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes of a processor; runs on machines without a GPU")
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_stay_within_their_budgets(target, tmp_path):
+    budgets = read_budgets()
+    results = compile_apart(target, str(tmp_path))
+    assert not complaints(target, results, {})
+    if not budgets:
+        pytest.skip(
+            f"no kernel spills, but {BUDGETS.name} has no budgets of Triton {installed()}; to write them: {WRITE}"
+        )
+    compiled = {(r["kernel"], r["variant"], target) for r in results}
+    assert compiled == {key for key in budgets if key[2] == target}, f"{BUDGETS.name} has other rows; {WRITE}"
+    assert not complaints(target, results, budgets)
+
+
+def test_a_spill_or_an_excess_is_a_complaint():
+    result = {
+        "kernel": "a._b_kernel",
+        "variant": "D=1",
+        "what": "fp16, dense",
+        "registers": 64,
+        "spilled": 0,
+        "shared": 9,
+    }
+    budgets = {("a._b_kernel", "D=1", "sm_90"): {"registers": 64, "shared": 9}}
+    assert not complaints("sm_90", [result], budgets)
+    assert not complaints("sm_90", [result | {"registers": 65}], {})
+    for what, amount in (("registers", 65), ("spilled", 1), ("shared", 10)):
+        (complaint,) = complaints("sm_90", [result | {what: amount}], budgets)
+        assert complaint == f"a._b_kernel D=1 (fp16, dense) on sm_90: {what} {amount} > {amount - 1}"
+    assert complaints("sm_90", [result | {"spilled": 1}], {})
+    assert complaints("sm_90", [result | {"shared": SHARED_LIMIT + 1}], {})
+
+
+def test_writing_budgets_keeps_those_of_other_versions(tmp_path, monkeypatch):
+    module = sys.modules[__name__]
+    result = {"kernel": "k", "variant": "v", "what": "w", "registers": 64, "spilled": 0, "shared": 80}
+    monkeypatch.setattr(module, "BUDGETS", tmp_path / "budgets.csv")
+    monkeypatch.setattr(module, "TARGETS", {"sm_90": ("cuda", 90, 32)})
+    monkeypatch.setattr(module, "compile_apart", lambda target, cache: [result])
+    old = f"{','.join(COLUMNS)}\n0.1,k,v,sm_90,8,0\n{installed()},gone,v,sm_90,8,0\n"
+    BUDGETS.write_text(old, encoding="utf-8")
+    write_budgets()
+    _, kept, written = BUDGETS.read_text(encoding="utf-8").splitlines()
+    assert kept == "0.1,k,v,sm_90,8,0"
+    assert written == f"{installed()},k,v,sm_90,80,90"
+    assert read_budgets() == {("k", "v", "sm_90"): {"registers": 80, "shared": 90}}
+
+
+def test_every_loop_runs_in_the_interpreter_of_every_version():
+    """Triton 3.6's cannot take a tensor as a bound of `range` with NumPy 2.4 or newer; `while` takes one.
+
+    A `while` is not pipelined, so a loop whose loads feed `tl.dot` has a bound that is known at compile time.
+    """
+    for path in sorted((Path(__file__).resolve().parents[2] / "kernels").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for function in [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]:
+            for node in ast.walk(function):
+                if isinstance(node, ast.For):
+                    names = {name.id for name in ast.walk(node.iter) if isinstance(name, ast.Name)}
+                    changing = {name for name in names - {"range", "tl", "len", "x_ptrs"} if name != name.upper()}
+                    assert not changing, f"{path.name}:{node.lineno} {ast.unparse(node.iter)}"
+
+
+def test_every_kernel_is_compiled_here():
+    sources = sorted((Path(__file__).resolve().parents[2] / "kernels").glob("*.py"))
+    found = {
+        f"{path.stem}.{name}"
+        for path in sources
+        for name in re.findall(r"@triton\.jit\s+def (_\w+_kernel)\(", path.read_text(encoding="utf-8"))
+    }
+    assert found == {variant.kernel for variant in variants()}
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--write":
+        write_budgets()
+    else:
+        print(json.dumps(compile_all(sys.argv[1])))

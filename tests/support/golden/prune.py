@@ -1,0 +1,101 @@
+"""The slow golden path of pruning inside the language model: stock layers, one prompt, no cache. No code of `vtc`.
+
+Every step runs the layers one after the other on the prompt and all tokens so far, with a mask written out: what is
+dropped after layer r, and in which layers the tokens that follow the prompt still see it.
+"""
+
+import torch
+
+from support.golden import llava as golden
+from support.golden import methods as golden_methods
+
+
+class Pruned:
+    """One prompt's embeddings `[1, L, D]`, all of its patches among them, pruned after layer `layer`.
+
+    `is_image`: list of L bools. `kept`: the columns that stay, or None: FastV's, with `keep` image tokens in all.
+    `compact`: whether tokens after the prompt see what was dropped in no layer (True) or in those before `layer`.
+    """
+
+    def __init__(self, model, embeds, is_image, layer, compact, kept=None, keep=None):
+        self.model, self.embeds, self.is_image, self.layer, self.compact = model, embeds, is_image, layer, compact
+        self.length, self.kept, self.keep = embeds.shape[1], kept, keep
+
+    def logits(self, embeds):
+        """Logits `[S', V]` of the prompt and what came after it, dropped tokens left out."""
+        text = self.model.model.language_model
+        hidden, positions = embeds, list(range(embeds.shape[1]))
+        for number, layer in enumerate(text.layers):
+            if number == self.layer:
+                positions = self.kept + positions[self.length :]
+                hidden = hidden[:, positions]
+            seen = torch.zeros(len(positions), len(positions), dtype=torch.bool)
+            for row, query in enumerate(positions):
+                for column, key in enumerate(positions[: row + 1]):
+                    new = query >= self.length
+                    seen[row, column] = not (new and self.compact and key < self.length and key not in self.kept_set())
+            attentions = []
+            hook = layer.self_attn.register_forward_hook(lambda _, args, out, to=attentions: to.append(out[1]))
+            where = torch.tensor([positions])
+            hidden = layer(
+                hidden,
+                attention_mask=torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None],
+                position_ids=where,
+                position_embeddings=text.rotary_emb(hidden, where),
+                use_cache=False,
+            )
+            hook.remove()
+            if number == self.layer - 1 and self.kept is None:
+                self.scores = attentions[0][0, :, -1].mean(0)
+                self.kept = golden_methods.fastv(attentions[0][0].double(), self.is_image, self.keep)
+        return self.model.lm_head(text.norm(hidden))[0]
+
+    def kept_set(self):
+        return set(range(self.length)) if self.kept is None else set(self.kept)
+
+    def after(self, tokens):
+        """The prompt's embeddings followed by those of a list of ids."""
+        if not tokens:
+            return self.embeds
+        return torch.cat([self.embeds, self.model.get_input_embeddings()(torch.tensor([tokens]))], 1)
+
+    @torch.no_grad()
+    def decode(self, steps, before=()):
+        """Greedy: `steps` new ids after `before`, and their logits `[steps, V]`."""
+        self.logits(self.embeds)  # FastV chooses here
+        tokens, seen = list(before), []
+        for _ in range(steps):
+            seen.append(self.logits(self.after(tokens))[-1])
+            tokens.append(int(seen[-1].argmax()))
+        return tokens[len(before) :], torch.stack(seen)
+
+    @torch.no_grad()
+    def beams(self, steps, width):
+        """The `width` most probable continuations that a beam of that width finds, best first."""
+        self.logits(self.embeds)
+        beams = [(0.0, [])]
+        for _ in range(steps):
+            grown = []
+            for score, tokens in beams:
+                log_p = self.logits(self.after(tokens))[-1].log_softmax(-1)
+                grown += [(score + float(p), [*tokens, token]) for token, p in enumerate(log_p)]
+            beams = sorted(grown, key=lambda beam: -beam[0])[:width]
+        return [tokens for _, tokens in beams]
+
+
+def prompt(model, row, images, keep, layers, tokens, method, layer, compact):
+    """A `Pruned` for one unpadded prompt (list of ids) with `images` of `tokens` patches each."""
+    with torch.no_grad():
+        embeds, _ = golden.splice(model, row, images, tokens, layers, tokens)
+        is_image = [token == model.config.image_token_id for token in row]
+        if method == "fastv":
+            return Pruned(model, embeds, is_image, layer, compact, keep=keep * len(images))
+        kept, images, at = [], list(images), 0
+        while at < len(row):
+            if is_image[at]:
+                kept += [at + patch for patch in golden.top(golden.scores(model, images.pop(0), layers), keep)]
+                at += tokens
+            else:
+                kept.append(at)
+                at += 1
+        return Pruned(model, embeds, is_image, layer, compact, kept=kept)

@@ -1,0 +1,324 @@
+"""Break every kernel in many ways, and see at least one test go red for each: `python -m tests.support.mutate [NAME ...]`.
+
+A mutant is a small edit of one file. It is made in a copy of the packages, so the tree is not touched, and the tests of
+that file run against the copy. A mutant that no test notices is a survivor: the command names it and exits with 1.
+Names choose mutants by substring. Takes about ten seconds a mutant on one core; they run two at a time.
+"""
+
+# ruff: noqa: E501  (an edit beside what it replaces, on one line, is a table)
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Mutant(NamedTuple):
+    """One edit: `old`, which occurs exactly once in `file`, becomes `new`; `tests` are the files that must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _of(file: str, tests: str, edits: dict[str, tuple[str, str]]) -> list[Mutant]:
+    files = tuple(f"tests/{name}.py" for name in tests.split())
+    return [Mutant(f"{Path(file).stem}: {name}", file, *edit, files) for name, edit in edits.items()]
+
+
+MUTANTS = [
+    *_of(
+        "kernels/cls_attention.py",
+        "ops/test_cls_attention",
+        {
+            "scale dropped": ("num_features**-0.5 if scale is None else float(scale)", "1.0"),
+            "given scale ignored": ("if scale is None else float(scale)", "if True else float(scale)"),
+            "padded keys have weight": ('tl.where(in_row, 0.0, float("-inf"))[None, :]', "0.0"),
+            "accumulator not rescaled": ("summed * rescale[:, None]", "summed"),
+            "sum not rescaled": ("row_sum * rescale +", "row_sum +"),
+            "row of the second query": ("is_cls = m == 0", "is_cls = m == 1"),
+            "row left as logits": ("tl.exp(cls_logits - cls_max) / cls_sum", "cls_logits"),
+            "row not divided": ("tl.exp(cls_logits - cls_max) / cls_sum", "tl.exp(cls_logits - cls_max)"),
+            "row without its maximum": ("tl.exp(cls_logits - cls_max)", "tl.exp(cls_logits)"),
+            "output not divided": ("summed / row_sum[:, None]", "summed"),
+            "value's head stride is the key's": ("h * value_stride_h", "h * key_stride_h"),
+            "query's token stride is the key's": ("m[:, None].to(tl.int64) * query_stride_n", "m[:, None].to(tl.int64) * key_stride_n"),
+            "output of the next head": ("* num_heads + h) * NUM_FEATURES", "* num_heads + (h + 1) % num_heads) * NUM_FEATURES"),
+            "last block left out": ("NUM_BLOCKS=triton.cdiv(num_tokens, block_n)", "NUM_BLOCKS=num_tokens // block_n"),
+            "rows ignores its stride": ("h * rows_stride_h", "h * num_tokens"),
+        },
+    ),
+    *_of(
+        "kernels/row_scores.py",
+        "ops/test_row_scores",
+        {
+            "scale dropped": ("tl.sum(query[None, :] * key, axis=1) * scale", "tl.sum(query[None, :] * key, axis=1)"),
+            "[CLS] key out of the denominator": ("seen = in_row\n", "seen = in_row & (n > 0)\n"),
+            "skip ignored": ("head[:, None] * num_tokens + skip + column", "head[:, None] * num_tokens + column"),
+            "last block unmasked": ("seen = in_row\n", "seen = n >= 0\n"),
+            "heads summed, not averaged": ("axis=0) / num_heads", "axis=0)"),
+            "padded heads counted": ("tl.where(in_heads, probabilities, 0.0)", "probabilities"),
+            "maximum of the first block for all": ("tl.max(block_max, axis=1))", "tl.sum(tl.where(s[None, :] == 0, block_max, 0.0), axis=1))"),
+            "sums not rescaled": ("block_sum * tl.exp(block_max - shift[:, None])", "block_sum"),
+            "running sum not rescaled": ("row_sum * tl.exp(row_max - shift)", "row_sum"),
+            "statistics of the first blocks alone": ("while start < num_blocks:", "while start < tl.minimum(num_blocks, BLOCK_S):"),
+            "the first blocks' statistics again": ("block_sum_ptr += BLOCK_S", "block_sum_ptr += 0"),
+            "maximum not subtracted": ("probabilities = tl.exp(logits - row_max[:, None])", "probabilities = tl.exp(logits)"),
+            "token stride of the wrong axis": ("n[:, None] * key_stride_n", "n[:, None] * key_stride_d"),
+            "feature stride of the query": ("d * query_stride_d", "d"),
+            "out overwritten": ("scores += tl.load(out_ptr + out_offsets, mask=in_row, other=0.0)", "scores += 0.0"),
+            "out's stride ignored": ("column * out_stride_n", "column"),
+            "group reads the first query": ("(h * GROUP + member) * query_stride_h", "(h * GROUP) * query_stride_h"),
+            "groups interleaved": ("(h * GROUP + member) * query_stride_h", "(h + member * num_key_heads) * query_stride_h"),
+            "mask inverted": ("mask=in_row, other=0) != 0", "mask=in_row, other=0) == 0"),
+            "mask of the first image": ("mask_ptr + b * mask_stride_b", "mask_ptr"),
+            "position sees one key too few": ("n <= tl.load(position_ptr", "n < tl.load(position_ptr"),
+            "position of the first image": ("position_ptr + b * position_stride_b", "position_ptr"),
+            "32-bit offsets": ("tl.arange(0, BLOCK_N).to(tl.int64)\n    d = tl.arange(0, BLOCK_D).to(tl.int64)\n    key_offsets", "tl.arange(0, BLOCK_N)\n    d = tl.arange(0, BLOCK_D)\n    key_offsets"),
+        },
+    ),
+    *_of(
+        "kernels/topk.py",
+        "ops/test_topk",
+        {
+            "ties go to the higher index": ("tl.cumsum(tie, axis=0) <= wanted_ties", "tl.cumsum(tie, axis=0) > tl.sum(tie, axis=0) - wanted_ties"),
+            "ties of earlier blocks forgotten": ("seen_ties += tl.sum(tie, axis=0)", "seen_ties += 0"),
+            "NaN wins": ('tl.where(score != score, float("-inf"), score)', 'tl.where(score != score, float("inf"), score)'),
+            "-0.0 below 0.0": ("score = tl.where(score == 0.0, 0.0, score)", "score = score"),
+            "negative scores in reverse": ("tl.where(bits < 0, bits ^ -(LOWEST + 1), bits)", "bits"),
+            "padding competes": ("tl.where(in_row, tl.where(bits < 0, bits ^ -(LOWEST + 1), bits), LOWEST)", "tl.where(bits < 0, bits ^ -(LOWEST + 1), bits)"),
+            "float64 narrowed": ("FLOAT: tl.constexpr = tl.float64 if BITS == 64 else tl.float32\n    INT", "FLOAT: tl.constexpr = tl.float32\n    INT"),
+            "last pass left out": ("for i in range(BITS // 2)", "for i in range(BITS // 2 - 1)"),
+            "third candidate forgotten": ("(steps + ((counts >> 42) >= k).to(INT)) * quarter", "steps * quarter"),
+            "one index short": ("tl.store(indices_ptr + b * k + slot, n, mask=kept)", "tl.store(indices_ptr + b * k + slot, n, mask=kept & (slot < k - 1))"),
+            "block offset forgotten": ("        n = block * BLOCK_N + column\n        if NUM_BLOCKS > 1", "        n = column\n        if NUM_BLOCKS > 1"),
+            "token stride ignored": ("offsets = column * scores_stride_n", "offsets = column"),
+            "heads summed": ("heads /= NUM_HEADS", "heads *= 1.0"),
+            "first layer for all": ("layer * stride_l + h * stride_h", "h * stride_h"),
+            "first head for all": ("layer * stride_l + h * stride_h", "layer * stride_l"),
+            "mean is a sum": ('combined / NUM_LAYERS if ENSEMBLE == "mean"', 'combined if ENSEMBLE == "mean"'),
+            "maximum starts at 0": ('both = tl.maximum(combined, heads, propagate_nan=tl.PropagateNan.ALL)\n            combined = tl.where(layer == 0, heads, both)', 'combined = tl.maximum(combined, heads, propagate_nan=tl.PropagateNan.ALL)'),
+            "minimum loses NaN": ("both = tl.minimum(combined, heads, propagate_nan=tl.PropagateNan.ALL)", "both = tl.minimum(combined, heads)"),
+            "total not written": ("            tl.store(total_ptr + column * total_stride_n, total, mask=mask)", "            pass"),
+            "total's stride ignored": ("tl.store(total_ptr + column * total_stride_n", "tl.store(total_ptr + column"),
+        },
+    ),
+    *_of(
+        "kernels/compact.py",
+        "ops/test_compact",
+        {
+            "image 0 for all": ("x_offsets = b * x_strides[t][0]", "x_offsets = 0 * x_strides[t][0]"),
+            "token stride of the wrong axis": ("n[:, None] * x_strides[t][1]", "n[:, None] * x_strides[t][2]"),
+            "feature stride ignored": ("d[None, :] * x_strides[t][2]", "d[None, :]"),
+            "indices' stride ignored": ("num_kept, BLOCK_K)\n    program", "num_kept, BLOCK_K)\n    indices_stride_k = 1\n    program"),
+            "last row left out": ("in_kept = k < num_kept\n\n    # loads and store\n    n = tl.load(indices_ptr + b * indices_stride_b + k * indices_stride_k, mask=in_kept, other=-1)\n    for", "in_kept = k < num_kept - 1\n\n    # loads and store\n    n = tl.load(indices_ptr + b * indices_stride_b + k * indices_stride_k, mask=in_kept, other=-1)\n    for"),
+            "last feature left out": ("(d < num_features[t])", "(d < num_features[t] - 1)"),
+            "writes one feature too many": ("(d < num_features[t])", "(d <= num_features[t])"),
+            "reads outside": ("read = write & ((n >= 0) & (n < num_tokens))[:, None]\n            x_offsets", "read = write & (n < num_tokens + 1)[:, None]\n            x_offsets"),
+            "values, not bytes": ("return x.view(_INTEGER[x.element_size()])", "return x.to(_INTEGER[x.element_size()])"),
+            "conjugate bit dropped": ("x = x.resolve_conj().resolve_neg()", "pass"),
+            "first tensor for all": ("tl.load(x_ptrs[t] + x_offsets", "tl.load(x_ptrs[0] + x_offsets"),
+            "blocks of the first tensor's width": ("triton.cdiv(max(num_features), block_d), len(tensors)", "triton.cdiv(num_features[-1], block_d), len(tensors)"),
+        },
+    ),
+    *_of(
+        "kernels/compact.py",
+        "ops/test_compact_kv",
+        {
+            "kv: moves from the back": ("k = start + tl.arange(0, BLOCK_K)", "k = (num_kept - 1) // BLOCK_K * BLOCK_K - start + tl.arange(0, BLOCK_K)"),
+            "kv: only the first block": ("while start < num_kept:", "while start < tl.minimum(num_kept, 1):"),
+            "kv: first tensor for all": ("x_ptr = tl.where(tensor == t, x_ptrs[t], x_ptr)", "x_ptr = x_ptr"),
+            "kv: written to the first tensor": ("out_ptr = tl.where(tensor == t, out_ptrs[t], out_ptr)", "out_ptr = out_ptr"),
+            "kv: head stride ignored": ("x_ptr += b * x_stride_b + h * x_stride_h", "x_ptr += b * x_stride_b"),
+            "kv: images of one index row": ("n = tl.load(indices_ptr + b * indices_stride_b + k * indices_stride_k, mask=in_kept, other=-1)\n        read", "n = tl.load(indices_ptr + k * indices_stride_k, mask=in_kept, other=-1)\n        read"),
+            "kv: one layout for all": ("alike.setdefault((tensor.shape, tensor.stride(), tensor.dtype), [])", "alike.setdefault(tensor.shape[0], [])"),
+            "kv: keys and values swapped": ("return moved[: len(keys)], moved[len(keys) :]", "return moved[len(keys) :], moved[: len(keys)]"),
+            "kv: a new tensor in place": ("targets = [source[:, :, :num_kept] for source in sources]", "targets = [source[:, :, :num_kept].clone() for source in sources]"),
+            "kv: out's token stride is the cache's": ("k[:, None] * out_stride_k", "k[:, None] * x_stride_n"),
+            "kv: last row left out": ("in_kept = k < num_kept\n        k =", "in_kept = k < num_kept - 1\n        k ="),
+            "kv: reads outside": ("read = write & ((n >= 0) & (n < num_tokens))[:, None]\n        x = tl", "read = write\n        x = tl"),
+        },
+    ),
+    *_of(
+        "kernels/merge.py",
+        "ops/test_merge",
+        {
+            "keys not normalised": ("product / norms", "product"),
+            "targets' norms left out": ("tl.maximum(tl.sqrt(target_square), 1e-12)[:, None] * ", ""),
+            "last features left out": ("for block in range(tl.cdiv(NUM_FEATURES, BLOCK_C)):", "for block in range(NUM_FEATURES // BLOCK_C):"),
+            "padded features unmasked": ("in_key = c < NUM_FEATURES", "in_key = c >= 0"),
+            "key's token stride of the wrong axis": ("t[:, None] * key_stride_n", "t[:, None] * key_stride_c"),
+            "targets' stride ignored": ("b * targets_stride_b + k.to(tl.int64) * targets_stride_k\n", "b * targets_stride_b + k\n"),
+            "targets read outside": ("is_target = ((t >= 0) & (t < num_tokens))[:, None]", "is_target = (t < num_tokens + 1)[:, None]"),
+            "a target is its own neighbor": ("(n < num_tokens) & (n != t), 32)", "n < num_tokens, 32)"),
+            "one neighbor too few": ("min(neighbors, num_tokens - 1)", "min(neighbors, num_tokens - 1) - 1"),
+            "neighbors' ties to the higher index": ("seen_ties + tl.cumsum(tie, axis=0) <= wanted_ties", "tl.cumsum(tie, axis=0) > tl.sum(tie, axis=0) - wanted_ties"),
+            "ties of earlier blocks forgotten": ("seen_ties += tl.sum(tie, axis=0)", "seen_ties += 0"),
+            "last pass left out": ("for i in range(16):", "for i in range(15):"),
+            "third candidate forgotten": ("steps += ((reach >> 42) >= neighbors).to(tl.int32)", "steps += 0"),
+            "target not kept": ("tl.where(n == t, 1.0, tl.where(member, weight, 0.0))", "tl.where(member, weight, 0.0)"),
+            "weight's stride ignored": ("""            seen_ties += tl.sum(tie, axis=0)
+            weight = tl.load(weight_ptr + n * weight_stride_n""", """            seen_ties += tl.sum(tie, axis=0)
+            weight = tl.load(weight_ptr + n"""),
+            "dropped row holds the targets": ("mask=(t >= 0) & (t < num_tokens))", "mask=t < 0)"),
+            "dropped row in the last place": ("tl.where(k == count, weight, 0.0)", "tl.where(k == num_targets, weight, 0.0)"),
+            "counts of the first image": ("counts_ptr + b * counts_stride_b", "counts_ptr"),
+            "counts ignored": ("    if counts_ptr is not None:", "    if False:"),
+            "counts beyond the targets": ("tl.minimum(tl.load(counts_ptr + b * counts_stride_b), num_targets)", "tl.load(counts_ptr + b * counts_stride_b)"),
+            "nearest: NaN wins": ('similarity = tl.where(similarity != similarity, float("-inf"), similarity)', 'similarity = tl.where(similarity != similarity, float("inf"), similarity)'),
+            "nearest: ties to the later target": ("better = (highest > best) | (nearest < 0)", "better = (highest >= best) | (nearest < 0)"),
+            "nearest: last of the best": ("tl.where((similarity == highest[None, :]) & is_target, k[:, None], num_targets)\n        better = (highest > best) | (nearest < 0)\n        nearest = tl.where(better, tl.min(found, axis=0), nearest)", "tl.where((similarity == highest[None, :]) & is_target, k[:, None], -1)\n        better = (highest > best) | (nearest < 0)\n        nearest = tl.where(better, tl.max(found, axis=0), nearest)"),
+            "nearest: targets join targets": ("excluded = excluded | (tl.max(", "excluded = excluded | (0 * tl.max("),
+            "nearest: weight 0 joins": ("mask=in_row, other=0.0) == 0.0", "mask=in_row, other=0.0) == -1.0"),
+            "nearest: first block of targets alone": ("while start < count:\n        k =", "while start < tl.minimum(count, BLOCK_K):\n        k ="),
+            "members summed": ("mask=member, other=0.0) / total", "mask=member, other=0.0) / 1.0"),
+            "members of the first block divide": ("sums += tl.load(weight_ptr + n * weight_stride_n, mask=member, other=0.0)", "sums += tl.load(weight_ptr + n * weight_stride_n, mask=member & (block == 0), other=0.0)"),
+            "last tokens left out of the sum": ("tl.where(first < used, num_tokens, 0)", "tl.where(first < used, num_tokens // BLOCK_N * BLOCK_N, 0)"),
+            "rows of the next image": ("x_ptr += b * x_stride_b", "x_ptr += 0 * x_stride_b"),
+            "32-bit step from block to block": ("BLOCK_N * tl.cast(x_stride_n, tl.int64)", "BLOCK_N * x_stride_n"),
+            "rows' feature stride ignored": ("d[None, :] * x_stride_d", "d[None, :]"),
+            "rows after the count unmasked": ("mixed = tl.where((r < used)[:, None], mixed, 0.0)", "mixed = mixed + 0.0"),
+        },
+    ),
+    *_of(
+        "vtc/reference.py",
+        "ops/test_cls_attention ops/test_row_scores ops/test_topk ops/test_compact ops/test_compact_kv ops/test_merge",
+        {
+            "skipped keys leave the denominator": ("scores = logits.softmax(dim=2).mean(dim=1)[:, skip:]", "scores = logits[:, :, skip:].softmax(dim=2).mean(dim=1)"),
+            "half precision softmax": ("(grouped * key.float().unsqueeze(2))", "(grouped * key.float().unsqueeze(2)).to(key.dtype)"),
+            "unstable sort": ("scores.sort(dim=1, descending=True, stable=True)", "scores.sort(dim=1, descending=True, stable=False)"),
+            "order of scores, not of indices": ("indices[:, :k].sort(dim=1).values", "indices[:, :k]"),
+            "NaN not masked": ('scores.masked_fill(scores.isnan(), float("-inf"))', "scores"),
+            "compact takes image 0": ("return x[images, indices].contiguous()", "return x[images * 0, indices].contiguous()"),
+            "in place leaves the cache": ("x[:, :, : indices.shape[1]].copy_(kept) if in_place", "kept.contiguous() if in_place"),
+            "row of the last query": ("query[:, :, :1].float()", "query[:, :, -1:].float()"),
+            "unstable neighbors": ("sort(dim=2, descending=True, stable=True)", "sort(dim=2, descending=True, stable=False)"),
+            "a target is its own neighbor": ("similarity.masked_fill(itself, -3.0)", "similarity"),
+            "dropped row in the last place": ("mix[images[:, 0], count] =", "mix[:, -1] ="),
+            "members summed": ("share / share.sum(dim=2, keepdim=True)", "share"),
+        },
+    ),
+    *_of(
+        "vtc/methods/visionzip.py",
+        "methods/test_methods",
+        {
+            "[CLS] not kept": ("torch.nn.functional.pad(patches + 1, (1, 0))", "torch.nn.functional.pad(patches, (1, 0))"),
+            "targets of the last rows": ("[:, :contextual]", "[:, -contextual:]"),
+            "metric of the first head": ("keys.mean(dim=1, dtype=torch.float32)", "keys[:, 0].float()"),
+            "dominant rows join": (".scatter(1, kept, 0.0)", ".scatter(1, kept[:, :1], 0.0)"),
+        },
+    ),
+    *_of(
+        "vtc/methods/prumerge.py",
+        "methods/test_methods",
+        {
+            "ascending patches": ("kept.gather(1, values.sort(dim=1, descending=True, stable=True).indices)", "kept"),
+            "third quartile as the bound": ("third + 1.5 * (third - first)", "third"),
+            "quartiles without interpolation": ("below + (above - below) * (position - int(position))", "below"),
+            "one count for the batch": ("(_fraction(outliers, num_tokens) * num_tokens).long()", "(_fraction(outliers, num_tokens) * num_tokens).long().amax().expand_as(outliers)"),
+            "keys of half the heads": ("key[:, 1:],", "key[:, 1:, : key.shape[2] // 2],"),
+            "[CLS] among the scores": ("skip=1, backend=self.backend)", "skip=0, backend=self.backend)[:, :-1]"),
+            "stride not divided": ("step = (stride // 3).unsqueeze(1)", "step = stride.unsqueeze(1)"),
+            "sample to the very end": ("(n < num_tokens - 1)", "(n < num_tokens)"),
+            "sample before the best": ("num_tokens + n, 3 * num_tokens)", "n - num_tokens, 3 * num_tokens)"),
+            "one more row not counted": ("None if counts is None else counts + 1", "counts"),
+            "waits for the device": ("return targets, _fraction_count(", "return targets[:, : int(scores.shape[1] * (scores.max().item() > -1))], _fraction_count("),
+        },
+    ),
+    *_of(
+        "vtc/methods/fastv.py",
+        "methods/test_methods",
+        {
+            "text competes": ("order = order.gather(1, is_image.gather(1, order)", "order = order.gather(1, (is_image | True).gather(1, order)"),
+            "text is dropped": ("return ~is_image | (rank", "return is_image & (rank"),
+        },
+    ),
+    *_of(
+        "vtc/methods/base.py",
+        "methods/test_methods",
+        {
+            "fills get attention": ("return indices, stays.gather(1, indices)", "return indices, torch.ones_like(indices, dtype=torch.bool)"),
+            "patches of the first image": ("masked_scatter(is_image, kept.flatten())", "masked_scatter(is_image, kept[:1].expand_as(kept).flatten())"),
+        },
+    ),
+    *_of(
+        "vtc/methods/pool.py",
+        "methods/test_methods",
+        {
+            "columns before rows": ("unflatten(2, tower.grid)", "unflatten(2, tower.grid[::-1])"),
+            "sums depend on the batch": ("grid.float().contiguous()", "grid.float()"),
+        },
+    ),
+    *_of(
+        "vtc/ops/__init__.py",
+        "ops/test_dispatch ops/test_compact ops/test_compact_kv ops/test_merge",
+        {
+            "fake topk of the wrong type": ("scores.new_empty((scores.shape[scores.ndim > 2], k), dtype=torch.int64)", "scores.new_empty((scores.shape[scores.ndim > 2], k))"),
+            "fake compact_kv too long": ("return [tensor.new_empty((*tensor.shape[:2], count, tensor.shape[3]))", "return [tensor.new_empty((*tensor.shape[:2], count + 1, tensor.shape[3]))"),
+            "out not declared as changed": ("Tensor(a!) out,", "Tensor out,"),
+            "cache not declared as changed": ("compact_kv_(Tensor(a!)[] keys, Tensor(b!)[] values", "compact_kv_(Tensor[] keys, Tensor[] values"),
+            "fake merge without its last row": ("num_rows = targets.shape[1] + int(neighbors is not None)", "num_rows = targets.shape[1]"),
+            "gradient of the mixed rows": ("(mix.mT @ grad.float())", "(mix.mT @ grad.float()).flip(1)"),
+            "gradients do not add up": ("grad, accumulate=True)", "grad)"),
+            "environment ignored": ('backend == "auto" and (override := os.environ.get("VTC_BACKEND"))', 'False and (override := os.environ.get("VTC_BACKEND"))'),
+            "descending indices in place": ('if indices.device.type == "cpu" and (indices[:, 1:] <= indices[:, :-1]).any():', "if False:"),
+            "memory may move twice": ('    _check_apart("compact_kv", keys, values)', "    pass"),
+            "expanded views are apart": ("step < _extent(axes[i + 1 :], width)", "step < 0"),
+            "views that only touch are apart": ("first = max(1 - b_count,", "first = max(0,"),
+            "range not checked": ("if low < 0 or high >= end:", "if low < 0:"),
+        },
+    ),
+]  # fmt: skip
+
+
+def mutated(mutant: Mutant) -> str:
+    """The text of the mutant's file; ValueError if the edit no longer fits it."""
+    text = (ROOT / mutant.file).read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        count = text.count(mutant.old)
+        raise ValueError(f"{mutant.name}: {mutant.old!r} occurs {count} times in {mutant.file}, not once")
+    return text.replace(mutant.old, mutant.new)
+
+
+def run(mutant: Mutant) -> str | None:
+    """The first test that notices the mutant, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "vtc", Path(folder) / "vtc", ignore=shutil.ignore_patterns("__pycache__", "checkpoint"))
+        shutil.copytree(ROOT / "kernels", Path(folder) / "vtc_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        (Path(folder) / "vtc/tiny/checkpoint").symlink_to(ROOT / "vtc/tiny/checkpoint")
+        copy = Path(folder) / mutant.file.replace("kernels/", "vtc_kernels/")
+        copy.write_text(mutated(mutant), encoding="utf-8")
+        environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", *mutant.tests]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return failed[1] if failed else f"the test process ended with status {done.returncode}"
+
+
+def main(names: list[str]) -> int:
+    """Run the mutants whose name contains one of `names`, or all; return the exit status."""
+    chosen = [mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)]
+    survivors = []
+    with ThreadPoolExecutor(2) as pool:
+        for mutant, caught in zip(chosen, pool.map(run, chosen), strict=True):
+            print(f"{mutant.name:<55} {caught or 'SURVIVED'}", flush=True)
+            survivors += [mutant.name] * (caught is None)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants were caught")
+    return 1 if survivors or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
