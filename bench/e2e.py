@@ -21,7 +21,7 @@ from bench.jobs import run as run_jobs
 from bench.record import Record
 from vtc import ops, reference
 from vtc.hf.patch import Plan, encode, settings
-from vtc.methods import Tower
+from vtc.methods import VisionOutputs
 
 TEXT_TOKENS = 40
 NEW_TOKENS = 16
@@ -136,8 +136,8 @@ class Stages:
             ops.row_scores(self.query[:, :, 0], self.key, skip=1, backend=config.backend).unsqueeze(1)
             for _ in self.plan.scored
         ]
-        tower = Tower(self.hidden, self.plan.grid, torch.stack(rows))
-        return self.plan.method.compress(tower, self.plan.kept).rows
+        tower = VisionOutputs(self.hidden, self.plan.grid, torch.stack(rows))
+        return self.plan.method.reduce(tower, self.plan.kept).features
 
     def projector(self) -> Tensor:
         return self.base.multi_modal_projector(self.features)

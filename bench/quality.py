@@ -14,14 +14,17 @@ import torch
 
 from bench import record, table
 from vtc import tiny
-from vtc.config import METHODS, PRUNE_LAYER
+from vtc.config import DEFAULT_PRUNE_LAYER
 from vtc.hf import patch as llava
+from vtc.methods import METHODS
 from vtc.tiny.evaluate import Answers, answer, batches
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 
 KEEPS = (288, 192, 128, 64, 32, 16)
 BASELINE = "vtc-cls"  # what every other method is compared with, on the same questions
-INSIDE = {"prune_layer": PRUNE_LAYER}  # the baseline runs a second time inside the language model, where fastv does
+INSIDE = {
+    "prune_layer": DEFAULT_PRUNE_LAYER
+}  # the baseline runs a second time inside the language model, where fastv does
 ITS_OWN = ("prumerge",)  # keeps as many as it finds, whatever is asked, and so runs once
 SWEEP_KEEP = 64
 Share = tuple[float, float, float]  # a share and its 95 % interval
@@ -104,7 +107,7 @@ def run(
     keeps : sequence of int
         Visual tokens per image.
     methods : sequence of str
-        Of `vtc.config.METHODS`. `BASELINE` is always run, for the paired differences; if it is named, inside the
+        Of `vtc.methods.METHODS`. `BASELINE` is always run, for the paired differences; if it is named, inside the
         language model, too.
     out : Path, optional
         The records go there, JSON lines; a file of that name is overwritten.

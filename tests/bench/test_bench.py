@@ -17,7 +17,7 @@ from bench import checkout, compare, e2e, micro, plots, quality, readme, record,
 from bench.accuracy import WrongResult
 from bench.workloads import WORKLOADS
 from vtc import ops, tiny
-from vtc.config import METHODS
+from vtc.methods import METHODS
 from vtc.methods.vtc_cls import VTCCLS
 from vtc.tiny import evaluate
 from vtc.tiny.evaluate import Answers, answer, batches
