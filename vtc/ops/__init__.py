@@ -1,0 +1,43 @@
+"""The operations of VTC: check the arguments, then run the Triton kernel or the PyTorch reference.
+
+This is the only package that chooses between the two. `vtc.reference` specifies what each operation computes; here it
+takes one more argument, `backend`:
+
+- ``"auto"``: Triton on CUDA (and ROCm) tensors if triton can be imported, PyTorch otherwise. The environment variable
+  ``VTC_BACKEND`` (same three values) replaces "auto", and nothing else.
+- ``"triton"``: the kernel, or a `ValueError` that says why it cannot run.
+- ``"torch"``: the reference.
+
+Where an operation says that an image's result does not depend on the other images of the batch, it means every bit. A
+compiled kernel has one condition: the image's tensors are 16-byte aligned in both calls, or in neither. Triton compiles
+aligned tensors apart, with another order of sums. A slice of an aligned batch is aligned if one image's elements take a
+multiple of 16 bytes, as those of all supported vision towers do.
+
+The first choice of each kind is logged on the logger "vtc" at level INFO. No operation waits for the GPU. Each is also
+an operator of `torch.library` (``torch.ops.vtc.*``) with a fake kernel, so that `torch.compile(fullgraph=True)` and
+`torch.export` trace through it.
+"""
+
+from vtc.ops.cls_attention import cls_attention, fused_is_faster
+from vtc.ops.compact import compact
+from vtc.ops.compact_kv import compact_kv
+from vtc.ops.dispatch import BACKENDS, OPS, backend_for
+from vtc.ops.merge_nearest import merge_nearest
+from vtc.ops.merge_neighbors import merge_neighbors
+from vtc.ops.row_scores import row_scores
+from vtc.ops.topk import ENSEMBLES, topk
+
+__all__ = [
+    "BACKENDS",
+    "ENSEMBLES",
+    "OPS",
+    "backend_for",
+    "cls_attention",
+    "compact",
+    "compact_kv",
+    "fused_is_faster",
+    "merge_nearest",
+    "merge_neighbors",
+    "row_scores",
+    "topk",
+]
