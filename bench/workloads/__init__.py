@@ -1,0 +1,23 @@
+"""One workload per operation, of the operation's name, and `select`: scores, topk and compact as one path."""
+
+from bench.workloads.base import Workload
+from bench.workloads.cls_attention import ClsAttention
+from bench.workloads.compact import Compact
+from bench.workloads.compact_kv import CompactKV
+from bench.workloads.merge_nearest import MergeNearest
+from bench.workloads.merge_neighbors import MergeNeighbors
+from bench.workloads.row_scores import RowScores
+from bench.workloads.select import Select
+from bench.workloads.topk import TopK
+
+# In the order in which they are timed: what matters most first, should the time run out.
+WORKLOADS: dict[str, Workload] = {
+    "select": Select(),
+    "cls_attention": ClsAttention(),
+    "row_scores": RowScores(),
+    "topk": TopK(),
+    "compact": Compact(),
+    "compact_kv": CompactKV(),
+    "merge_neighbors": MergeNeighbors(),
+    "merge_nearest": MergeNearest(),
+}
