@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import ncu, record, table, workloads
+from bench import ncu, record, table
 from bench.jobs import Outcome
 from bench.record import Record
+from bench.workloads.base import NEED_GPU
 
 MOST_LINES = 30  # of one section
 
@@ -179,8 +180,8 @@ def _operations(records: list[Record]) -> list[tuple[str, float]]:
         cases, ratios = [], []
         for case in dict.fromkeys(table.case(r) for r in group):
             same = [r for r in group if table.case(r) == case]
-            ours = _best(r for r in same if r.backend in workloads.NEED_GPU)
-            other = _best(r for r in same if r.backend not in workloads.NEED_GPU)
+            ours = _best(r for r in same if r.backend in NEED_GPU)
+            other = _best(r for r in same if r.backend not in NEED_GPU)
             if ours and other and (ours.shape.get("K", 64) == 64 or ours.device != "cuda"):
                 ratios.append(other.ms / ours.ms)
                 cases.append(
