@@ -193,7 +193,7 @@ def draw(demo: Demo) -> Image.Image:
         title, right = f"{demo.shown}: {METHODS[demo.shown].scores}", "the same, for no patch is chosen."
         if "tower" not in METHODS[demo.shown].prunes:
             right = "the same, for what is kept depends on the question."
-    elif "merge" in METHODS[demo.shown].operations:
+    elif any(op.startswith("merge") for op in METHODS[demo.shown].operations):
         right = f"the patches that {demo.shown} keeps; the dark ones go into merged tokens."
     pen.text((MARGIN, 28), title, INK, _font(36))
     pen.text(
