@@ -483,11 +483,11 @@ def test_a_method_that_says_it_chooses_and_does_not(model, call, monkeypatch):
     class Vague(Method):
         name, scores, paper = "pool", "nothing", ""
 
-        def compress(self, tower, keep):
-            return Tokens(tower.patches[:, :keep])
+        def reduce(self, outputs, keep):
+            return Tokens(outputs.patches[:, :keep])
 
     monkeypatch.setitem(METHODS, "pool", Vague)
-    with pytest.raises(ValueError, match="Vague has chooses = True, but gave no indices"):
+    with pytest.raises(ValueError, match="Vague has selects = True, but gave no indices"):
         vtc.select(model, call["pixel_values"], keep=KEEP, method="pool")
 
 
