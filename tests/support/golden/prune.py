@@ -29,11 +29,12 @@ class Pruned:
             if number == self.layer:
                 positions = self.kept + positions[self.length :]
                 hidden = hidden[:, positions]
-            seen = torch.zeros(len(positions), len(positions), dtype=torch.bool)
-            for row, query in enumerate(positions):
-                for column, key in enumerate(positions[: row + 1]):
-                    new = query >= self.length
-                    seen[row, column] = not (new and self.compact and key < self.length and key not in self.kept_set())
+            seen = torch.ones(len(positions), len(positions)).tril().bool()
+            if self.compact:  # what follows the prompt does not see what was dropped
+                new = torch.tensor(positions) >= self.length
+                kept = self.kept_set()
+                dropped = torch.tensor([at < self.length and at not in kept for at in positions])
+                seen &= ~(new[:, None] & dropped)
             attentions = []
             hook = layer.self_attn.register_forward_hook(lambda _, args, out, to=attentions: to.append(out[1]))
             where = torch.tensor([positions])
@@ -51,7 +52,7 @@ class Pruned:
         return self.model.lm_head(text.norm(hidden))[0]
 
     def kept_set(self):
-        return set(range(self.length)) if self.kept is None else set(self.kept)
+        return set(range(self.length) if self.kept is None else self.kept)
 
     def after(self, tokens):
         """The prompt's embeddings followed by those of a list of ids."""
