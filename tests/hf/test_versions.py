@@ -7,7 +7,7 @@ import torch
 from support import models
 from support.golden import llava as golden
 from support.golden import prune as golden_prune
-from test_generate import STEPS, detailed, inputs, prompts, spliced
+from support.prompts import STEPS, detailed, inputs, prompts, spliced
 from transformers import DynamicCache
 
 import vtc
