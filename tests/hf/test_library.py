@@ -592,14 +592,14 @@ def test_triton_without_a_gpu(stock, call, monkeypatch):
     from vtc_kernels import tuning
 
     monkeypatch.setattr(tuning, "INTERPRETED", False)
-    vtc.ops._triton.cache_clear()
+    vtc.ops.dispatch._triton.cache_clear()
     try:
         vtc.enable(stock, keep=KEEP, backend="triton")
         with pytest.raises(ValueError, match=r"needs CUDA tensors, got tensors on cpu.*use backend='auto' or 'torch'"):
             stock.generate(**call, max_new_tokens=1)
     finally:
         monkeypatch.undo()
-        vtc.ops._triton.cache_clear()
+        vtc.ops.dispatch._triton.cache_clear()
 
 
 def test_output_attentions(stock):
