@@ -36,6 +36,7 @@ def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | N
             *query.stride(),
             *key.stride(),
             *value.stride(),
+            *cls_probs.stride(),
             # scalars
             num_heads,
             num_tokens,
@@ -77,6 +78,9 @@ def _cls_attention_kernel(
     value_stride_h,
     value_stride_n,
     value_stride_d,
+    cls_probs_stride_b,
+    cls_probs_stride_h,
+    cls_probs_stride_n,
     # scalars
     num_heads,
     num_tokens,
@@ -105,10 +109,10 @@ def _cls_attention_kernel(
         are IEEE. With WIDEN, 16-bit operands become fp32, too: Triton's interpreter has no bfloat16 arithmetic.
     out_ptr : same dtype [B, N, H, D], contiguous
         Written, each element once.
-    cls_probs_ptr : fp32 [B, H, N], contiguous
-        Written: first logits, then probabilities. As in `torch.softmax`, a logit of -inf has the probability 0; a row
-        with NaN or inf among its logits is NaN, and so is one of nothing but -inf. The same holds for the rows behind
-        `out`.
+    cls_probs_ptr : fp32 [B, H, N]
+        Strides between images, heads and tokens. Written: first logits, then probabilities. As in `torch.softmax`, a
+        logit of -inf has the probability 0; a row with NaN or inf among its logits is NaN, and so is one of nothing
+        but -inf. The same holds for the rows behind `out`.
 
     Program (b·H + h)·ceil(N / BLOCK_M) + i processes query rows i·BLOCK_M and on of one head of one image against all
     its keys and values, NUM_BLOCKS = ceil(N / BLOCK_N) blocks of them. The programs of a head follow one another: its
@@ -127,7 +131,7 @@ def _cls_attention_kernel(
     query_ptr += b * query_stride_b + h * query_stride_h
     key_ptr += b * key_stride_b + h * key_stride_h
     value_ptr += b * value_stride_b + h * value_stride_h
-    cls_probs_ptr += head.to(tl.int64) * num_tokens
+    cls_probs_ptr += b * cls_probs_stride_b + h * cls_probs_stride_h
     query_offsets = m[:, None].to(tl.int64) * query_stride_n + d[None, :] * query_stride_d
 
     # masks
@@ -156,7 +160,7 @@ def _cls_attention_kernel(
         logits = tl.dot(query, key, input_precision="ieee") * scale + tl.where(in_row, 0.0, float("-inf"))[None, :]
         if block == 0:
             cls_logits = tl.sum(tl.where(is_cls[:, None], logits, 0.0), axis=0)
-            tl.store(cls_probs_ptr + n, cls_logits, mask=in_row)
+            tl.store(cls_probs_ptr + n * cls_probs_stride_n, cls_logits, mask=in_row)
         highest = tl.maximum(row_max, tl.max(logits, axis=1))
         # Subtracting -inf from -inf would make a row that starts with -inf NaN, where such keys weigh 0.
         shift = tl.where(highest == float("-inf"), 0.0, highest)
@@ -181,7 +185,8 @@ def _cls_attention_kernel(
         start = 0
         while start < num_tokens:  # a `range` of a known length would be unrolled
             n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+            offsets = n * cls_probs_stride_n
             in_row = n < num_tokens
-            cls_logits = tl.load(cls_probs_ptr + n, mask=in_row, other=0.0)
-            tl.store(cls_probs_ptr + n, tl.exp(cls_logits - cls_max) / cls_sum, mask=in_row)
+            cls_logits = tl.load(cls_probs_ptr + offsets, mask=in_row, other=0.0)
+            tl.store(cls_probs_ptr + offsets, tl.exp(cls_logits - cls_max) / cls_sum, mask=in_row)
             start += BLOCK_N

@@ -1,25 +1,19 @@
 """Which part may import which, and that every kernel has its namesakes."""
 
 import ast
+import importlib
 import inspect
 from pathlib import Path
 
 import pytest
 
+from bench.workloads import WORKLOADS
 from vtc import ops, reference
-from vtc_kernels import cls_attention, compact, merge, row_scores, topk
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 VTC = sorted((ROOT / "vtc").rglob("*.py"))
-LAUNCHERS = {
-    "cls_attention": cls_attention.cls_attention,
-    "row_scores": row_scores.row_scores,
-    "topk": topk.topk,
-    "compact": compact.compact,
-    "compact_kv": compact.compact_kv,
-    "merge": merge.merge,
-}
+SHARED = {"tuning", "search", "similarity"}  # of kernels/: what several operations use
 
 
 def imports(path):
@@ -53,13 +47,15 @@ def test_the_reference_knows_torch_alone():
 
 
 def test_only_ops_knows_the_kernels():
-    assert [path.name for path in VTC if {"vtc_kernels", "triton"} & packages(path)] == ["ops.py"]
+    known = [path for path in VTC if {"vtc_kernels", "triton"} & packages(path)]
+    assert [str(path.relative_to(ROOT)) for path in known] == ["vtc/ops/dispatch.py"]
 
 
 def test_ops_knows_nothing_of_models():
-    names = imports(ROOT / "vtc" / "ops.py")
-    assert not any(name.startswith("transformers") for name in names)
-    assert {name for name in names if name.startswith("vtc.")} == {"vtc.reference"}
+    for path in sorted((ROOT / "vtc" / "ops").glob("*.py")):
+        names = imports(path)
+        assert not any(name.startswith("transformers") for name in names), path.name
+        assert all(name.startswith(("vtc.reference", "vtc.ops.")) for name in names if name[:4] == "vtc."), path.name
 
 
 def test_methods_know_operations_and_no_models():
@@ -74,16 +70,19 @@ def test_kernels_is_no_package_of_that_name():
 
 
 def test_every_kernel_has_its_namesakes():
-    launchers = set().union(*(public_functions(path) for path in KERNELS if path.name != "tuning.py"))
-    assert launchers == set(LAUNCHERS) == set(ops.OPS) == public_functions(ROOT / "vtc" / "reference.py")
+    files = {path.stem for path in KERNELS} - SHARED
+    assert files == set(ops.OPS) == public_functions(ROOT / "vtc" / "reference.py") == set(WORKLOADS) - {"select"}
     for op in ops.OPS:
-        assert (ROOT / "tests/ops" / f"test_{op}.py").exists()
+        assert op in public_functions(ROOT / f"vtc/ops/{op}.py")
+        assert (ROOT / f"bench/workloads/{op}.py").exists()
+        assert (ROOT / f"tests/ops/test_{op}.py").exists()
 
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_namesakes_have_the_same_signature(op):
     parameters = inspect.signature(getattr(reference, op)).parameters
-    assert inspect.signature(LAUNCHERS[op]).parameters == parameters
+    launcher = getattr(importlib.import_module(f"vtc_kernels.{op}"), op)
+    assert inspect.signature(launcher).parameters == parameters
     checked = dict(inspect.signature(getattr(ops, op), eval_str=True).parameters)
     assert checked.pop("backend").default == "auto"
     assert checked == parameters

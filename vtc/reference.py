@@ -259,7 +259,7 @@ def merge_nearest(x: Tensor, key: Tensor, targets: Tensor, weight: Tensor) -> tu
     member = (nearest == torch.arange(targets.shape[1], device=x.device).unsqueeze(1)) & joins.unsqueeze(1)
     share = torch.where(member, weight.unsqueeze(1), 0.0)
     share = torch.where(member, share / share.sum(dim=2, keepdim=True), 0.0)
-    mix = torch.where(itself, 1.0, share)
+    mix = torch.where(itself, 1.0, share).contiguous()
     return _products(mix, x.float()).to(x.dtype), mix
 
 

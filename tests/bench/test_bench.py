@@ -13,9 +13,9 @@ import torch
 from support.kernels import DEVICE
 
 from bench import __main__ as command
-from bench import checkout, compare, e2e, micro, plots, quality, readme, record, summary, table, timing, workloads
+from bench import checkout, compare, e2e, micro, plots, quality, readme, record, summary, table, timing
 from bench.accuracy import WrongResult
-from bench.workloads import WORKLOADS
+from bench.workloads import WORKLOADS, base
 from vtc import ops, tiny
 from vtc.methods import METHODS
 from vtc.methods.vtc_cls import VTCCLS
@@ -24,7 +24,7 @@ from vtc.tiny.evaluate import Answers, answer, batches
 from vtc.tiny.scenes import FAMILIES, balanced_questions
 
 CPU = torch.device("cpu")
-MODEL = workloads.SMALL_MODELS[1]
+MODEL = base.SMALL_MODELS[1]
 QUICK = micro.Options(models=("small",), batches=(1,), keeps=(8,), rep_ms=1.0, providers=("reference", "sdpa+row"))
 
 
@@ -84,10 +84,15 @@ WRONG = {
     "topk": [((), lambda x: x.flip(1)), ((), lambda x: x + 1), ((), lambda x: x.int())],
     "compact": [((), first_row(0)), ((), lambda x: x.flip(1)), ((), lambda x: x[:, :-1])],
     "compact_kv": [((0, 1), first_row(0)), ((1, 0), lambda x: x.flip(2)), ((1, 1), lambda x: x.half())],
-    "merge": [
+    "merge_neighbors": [
         ((0,), first_row(0)),
         ((1,), lambda x: x * (torch.arange(x.shape[2]) > 3)),
         ((1,), lambda x: x.roll(1, dims=2)),
+    ],
+    "merge_nearest": [
+        ((0,), first_row(0)),
+        ((1,), lambda x: x * (torch.arange(x.shape[2]) > 3)),
+        ((1,), lambda x: x.roll(1, dims=1)),
     ],
     "select": [
         ((0,), first_row(0)),
@@ -143,7 +148,7 @@ def test_bytes_of_row_scores_are_one_query_row_all_keys_and_the_scores():
 
 def test_shapes_are_those_of_the_models():
     """LLaVA-1.5: 24 x 24 patches and [CLS], 16 heads of 64; Llama-2-7B: 32 layers, 32 heads of 128."""
-    assert workloads.MODELS[0].shape(4, 64) == {
+    assert base.MODELS[0].shape(4, 64) == {
         "B": 4, "T": 1, "N": 577, "H": 16, "D": 64, "L": 32, "G": 32, "F": 128, "K": 64
     }  # fmt: skip
     work = WORKLOADS["select"]
@@ -305,7 +310,7 @@ def test_a_wrong_or_broken_provider_gets_no_number(tmp_path, monkeypatch):
 
     providers = {"reference": lambda scores, k: scores.sum(0).topk(k).indices, "broken": broken}
     monkeypatch.setattr(WORKLOADS["topk"], "providers", lambda: providers | {"torch.topk": right["torch.topk"]})
-    right = workloads.TopK().providers()
+    right = type(WORKLOADS["topk"])().providers()
     said = []
     options = micro.Options(ops=("topk",), models=("small",), batches=(1,), keeps=(8,), rep_ms=1.0)
     assert micro.run(options, CPU, tmp_path / "micro.jsonl", said.append) == 1

@@ -53,7 +53,7 @@ def variants():
     """
     from vtc_kernels import tuning
 
-    four = {"query_ptr": "*P", "key_ptr": "*P", "value_ptr": "*P", "out_ptr": "*P", "rows_ptr": "*fp32"}
+    four = {"query_ptr": "*P", "key_ptr": "*P", "value_ptr": "*P", "out_ptr": "*P", "cls_probs_ptr": "*fp32"}
     for num_features in (64, 80, 128):
         for size, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
             m, n, d, warps, stages = tuning.attention_blocks(num_features, size)
@@ -71,16 +71,16 @@ def variants():
 
     stats = {"logits_ptr": "*fp32", "block_max_ptr": "*fp32", "block_sum_ptr": "*fp32"}
     row = {"query_ptr": "*P", "key_ptr": "*P", **stats}  # 1024: heads that are not split
-    hidden = {"mask_ptr": "*u8", "position_ptr": "*i64"}
+    hidden = {"mask_ptr": "*u8"}
     for num_features, group, extra in ((64, 1, {}), (128, 1, {}), (1024, 1, {}), (128, 4, hidden)):
         n, d = tuning.score_blocks(num_features)
         constexprs = {"GROUP": group, "BLOCK_N": n, "BLOCK_D": d} | dict.fromkeys(set(hidden) - set(extra))
         yield Variant("row_scores._logits_kernel", f"D={num_features} G={group}", FLOATS, row | extra, constexprs)
     for num_tokens in (577, 16384, 131072):
         h, n, s = tuning.head_mean_blocks(32, -(-num_tokens // tuning.score_blocks(128)[0]))
-        blocks = {"ACCUMULATE": True, "BLOCK_H": h, "BLOCK_N": n, "BLOCK_S": s}
+        blocks = {"BLOCK_H": h, "BLOCK_N": n, "BLOCK_S": s}
         yield Variant(
-            "row_scores._head_mean_kernel", f"H=32 N={num_tokens}", ("fp32",), stats | {"out_ptr": "*fp32"}, blocks
+            "row_scores._head_mean_kernel", f"H=32 N={num_tokens}", ("fp32",), stats | {"scores_ptr": "*fp32"}, blocks
         )
 
     for num_tokens, num_layers, num_heads in ((576, 1, 1), (576, 3, 16), (16384, 1, 1)):
@@ -105,7 +105,7 @@ def variants():
         )
     k, d, warps = tuning.compact_kv_blocks(128)
     pointers = {"x_ptrs": ("*INT",) * 64, "indices_ptr": "*i64", "out_ptrs": ("*INT",) * 64}
-    yield Variant("compact._compact_kv_kernel", "64 tensors", COPIED, pointers, {"BLOCK_K": k, "BLOCK_D": d}, warps)
+    yield Variant("compact_kv._compact_kv_kernel", "64 tensors", COPIED, pointers, {"BLOCK_K": k, "BLOCK_D": d}, warps)
 
     # PruMerge has counts, VisionZip has none.
     counted = {"targets_ptr": "*i64", "counts_ptr": "*i64"}
@@ -113,23 +113,25 @@ def variants():
         k, n, c, warps = tuning.similarity_blocks(size)
         blocks = {"WIDEN": False, "BLOCK_K": k, "BLOCK_N": n, "BLOCK_C": c, "NUM_FEATURES": 1024}
         pointers = counted | {"key_ptr": "*P", "similarity_ptr": "*fp32"}
-        yield Variant("merge._similarity_kernel", f"{8 * size} bit", dtypes, pointers, blocks, warps, num_stages=2)
+        yield Variant("similarity._similarity_kernel", f"{8 * size} bit", dtypes, pointers, blocks, warps, num_stages=2)
     row = {"targets_ptr": "*i64", "weight_ptr": "*fp32"}
     for num_tokens in (576, 16384):
-        n, warps = tuning.mix_row_block(num_tokens)
+        n, warps = tuning.mix_block(num_tokens)
         blocks = {"NUM_BLOCKS": -(-num_tokens // n), "BLOCK_N": n}
         pointers = row | {"similarity_ptr": "*fp32", "counts_ptr": "*i64", "mix_ptr": "*fp32"}
-        yield Variant("merge._neighbors_kernel", f"N={num_tokens}", ("fp32",), pointers, blocks, warps)
-        pointers, blocks = row | {"nearest_ptr": "*i32", "mix_ptr": "*fp32"}, blocks | {"counts_ptr": None}
-        yield Variant("merge._members_kernel", f"N={num_tokens}", ("fp32",), pointers, blocks, warps)
+        yield Variant("merge_neighbors._neighbors_kernel", f"N={num_tokens}", ("fp32",), pointers, blocks, warps)
+        pointers = row | {"nearest_ptr": "*i32", "mix_ptr": "*fp32"}
+        yield Variant("merge_nearest._members_kernel", f"N={num_tokens}", ("fp32",), pointers, blocks, warps)
     k, n = tuning.nearest_blocks()
     pointers = row | {"similarity_ptr": "*fp32", "nearest_ptr": "*i32"}
-    yield Variant("merge._nearest_kernel", "", ("fp32",), pointers, {"counts_ptr": None, "BLOCK_K": k, "BLOCK_N": n})
-    r, n, d = tuning.mix_blocks()
+    yield Variant("merge_nearest._nearest_kernel", "", ("fp32",), pointers, {"BLOCK_K": k, "BLOCK_N": n})
+    r, n, d = tuning.weighted_sum_blocks()
     blocks = {"ROUND": False, "BLOCK_R": r, "BLOCK_N": n, "BLOCK_D": d}
-    pointers = {"mix_ptr": "*fp32", "x_ptr": "*P", "rows_ptr": "*P"}
+    pointers = {"mix_ptr": "*fp32", "x_ptr": "*P", "features_ptr": "*P"}
     for name, counts, constant in (("counts", {"counts_ptr": "*i64"}, {}), ("no counts", {}, {"counts_ptr": None})):
-        yield Variant("merge._mix_kernel", name, FLOATS, pointers | counts, blocks | constant, num_stages=1)
+        yield Variant(
+            "similarity._weighted_sum_kernel", name, FLOATS, pointers | counts, blocks | constant, num_stages=1
+        )
 
 
 def compile_all(target_name: str) -> list[dict]:
@@ -151,7 +153,7 @@ def compile_all(target_name: str) -> list[dict]:
             constants, attributes = dict(variant.constexprs), {}
             if dense:
                 strides = [a for a in kernel.arg_names if "_stride_" in a]
-                following = [*strides[1:], ""]
+                following = [*strides, ""][1:]
                 ends = [a for a, b in zip(strides, following, strict=True) if a.split("_")[0] != b.split("_")[0]]
                 constants |= dict.fromkeys(ends, 1)
                 aligned = [*types, *(set(strides) - set(ends))]

@@ -133,20 +133,6 @@ def test_offsets_beyond_int32(axis):
     assert torch.equal(ops.topk(scores, 2, backend="triton").cpu(), oracle(values, 2))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_modes_of_autograd(backend):
-    scores = randn(2, 30).requires_grad_()
-    expected = oracle(scores, 3)
-    assert torch.equal(ops.topk(scores, 3, backend=backend).cpu(), expected)
-    with torch.inference_mode():
-        assert torch.equal(ops.topk(scores, 3, backend=backend).cpu(), expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_empty_batch(backend):
-    assert ops.topk(randn(0, 9), 2, backend=backend).shape == (0, 2)
-
-
 scores_that_tie = st.sampled_from([-INF, -2.5, -1.0, -0.0, 0.0, 1e-30, 1.0, 2.5, INF, NAN])
 
 
@@ -171,8 +157,7 @@ def test_any_length(num_tokens, share, levels):
     check((randn(1, num_tokens) * levels).round() / levels, k, "triton")
 
 
-# --- layers and heads, combined first ---------------------------------------------------------------------------------
-
+# Layers and heads, combined first.
 COMBINE = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "min": torch.amin}
 
 
@@ -273,23 +258,6 @@ def test_any_layers(num_layers, num_images, num_heads, num_tokens, share, ensemb
     check_combined(scores, min(num_tokens, 1 + int(share * num_tokens)), ensemble, "triton", layout)
 
 
-def test_launcher_refuses_what_it_could_not_read_safely():
-    from vtc_kernels.topk import topk
-
-    for k in (0, 10):
-        with pytest.raises(ValueError, match=r"k must be in \[1, N\] = \[1, 9\]"):
-            topk(randn(2, 9), k)
-    with pytest.raises(ValueError, match="floating-point"):
-        topk(randn(2, 9).int(), 2)
-    with pytest.raises(ValueError, match=r"got torch.float32 \[9\]"):
-        topk(randn(9), 2)
-    with pytest.raises(ValueError, match="N at most 2097151"):
-        topk(torch.zeros(1, 1, device=DEVICE).expand(1, 2**21), 2)
-    with pytest.raises(ValueError, match=r"and 'median'"):
-        topk(randn(3, 2, 9), 2, ensemble="median")
-    with pytest.raises(ValueError, match="needs a layer"):
-        topk(randn(3, 2, 0, 9), 2)
-    with pytest.raises(ValueError, match=r"total must be torch.float32 \[2, 9\]"):
-        topk(randn(2, 9), 2, total=randn(2, 8))
-    with pytest.raises(ValueError, match="different devices"):
-        topk(randn(2, 9), 2, total=torch.empty(2, 9, device="meta"))
+def test_the_kernel_counts_up_to_2_to_the_21():
+    with pytest.raises(ValueError, match=r"topk: .* at most N = 2097151 scores .*got 2097152. Use backend='torch'"):
+        ops.topk(torch.zeros(1, 1, device=DEVICE).expand(1, 2**21), 2, backend="triton")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 
 import pytest
@@ -12,6 +13,10 @@ from torch import Tensor
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ("triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ALL_DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128),
+)
 
 # Interpreted kernels take milliseconds a program, so examples are few; the same ones in every run. On a GPU nearly each
 # of them is a kernel to compile.
@@ -116,3 +121,73 @@ def assert_as_exact_as_pytorch(actual: Tensor, plain: Tensor | Iterable[Tensor],
     floor = 2 * torch.finfo(torch.float32).eps * oracle.abs().max().item()
     bound = 2 * max((one.double() - oracle).abs().max().item() for one in several) + floor
     assert error <= bound, f"error {error:.3g} > {bound:.3g}"
+
+
+def bits(x: Tensor) -> list[int]:
+    """The bytes of a tensor, for results that must be copies."""
+    return x.cpu().contiguous().flatten().view(torch.uint8).tolist()
+
+
+def random_bytes(*size: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Any bits: NaN payloads, infinities and subnormals are among them."""
+    *rest, last = size
+    high = 2 if dtype == torch.bool else 256
+    memory = torch.randint(0, high, (*rest, last * dtype.itemsize), dtype=torch.uint8, generator=generator)
+    return memory.view(dtype)
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch, op: str) -> list[int]:
+    """A list that grows by a 1 for each launch of the operation's kernel of the same name."""
+    module, kernel = importlib.import_module(f"vtc_kernels.{op}"), f"_{op}_kernel"
+    launches, real = [], getattr(module, kernel)
+
+    class Counting:
+        def __getitem__(self, grid):
+            launches.append(1)
+            return real[grid]
+
+    monkeypatch.setattr(module, kernel, Counting())
+    return launches
+
+
+def merge_inputs(
+    num_images: int,
+    num_tokens: int,
+    num_targets: int,
+    width: int,
+    num_features: int,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, key, targets in random order, weight. No weight is 0, so that a row of `mix` shows who is in it."""
+    generator = torch.Generator().manual_seed(num_tokens + 7 * num_targets)
+    x = torch.randn(num_images, num_tokens, width, generator=generator)
+    key = torch.randn(num_images, num_tokens, num_features, generator=generator)
+    targets = torch.rand(num_images, num_tokens, generator=generator).argsort(1)[:, :num_targets]
+    weight = torch.rand(num_images, num_tokens, generator=generator) + 0.1
+    tensors = (x.to(dtype), key.to(dtype), targets, weight)
+    return tuple(in_layout(tensor.to(DEVICE), layout) for tensor in tensors)
+
+
+def cosines(key: Tensor, targets: Tensor) -> Tensor:
+    unit = key / key.norm(dim=2, keepdim=True).clamp_min(1e-12)
+    return torch.stack([image[kept] @ image.T for image, kept in zip(unit, targets, strict=True)])
+
+
+def cosines_and_slack(key: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarities in float64, and how close two may be for rounding to change their places."""
+    exact = cosines(key.double(), targets)
+    slack = 2 * (cosines(key.float(), targets) - exact).abs().max() + 2 * torch.finfo(torch.float32).eps
+    return exact, slack
+
+
+def assert_is_merged(features: Tensor, mix: Tensor, ideal: Tensor, x: Tensor) -> None:
+    """Shapes, and values as exact as plain PyTorch's, given the weights in float64."""
+    assert features.shape == (len(x), ideal.shape[1], x.shape[2])
+    assert features.dtype == x.dtype
+    assert mix.shape == ideal.shape
+    assert features.is_contiguous()
+    assert mix.is_contiguous()
+    assert ((mix == 0) == (ideal == 0)).all()
+    assert_as_exact_as_pytorch(mix, ideal.float(), ideal)
+    assert_as_exact_as_pytorch(features, ideal.to(x.dtype) @ x, ideal @ x.double())
