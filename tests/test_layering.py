@@ -1,6 +1,7 @@
 """Which part may import which, and that every kernel has its namesakes."""
 
 import ast
+import graphlib
 import importlib
 import inspect
 from pathlib import Path
@@ -13,6 +14,18 @@ from vtc import ops, reference
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 VTC = sorted((ROOT / "vtc").rglob("*.py"))
+FLOORS = (  # from the ground up: what lies on a floor imports from its own and from those below
+    ("vtc.reference", "vtc.images", "vtc.overlay"),
+    ("vtc.ops",),
+    ("vtc.methods",),
+    ("vtc.config",),
+    ("vtc.plan",),
+    ("vtc.hf",),
+    ("vtc.api",),
+    ("vtc",),  # vtc/__init__.py: the names
+    ("vtc.tiny",),
+    ("vtc.cli", "bench"),
+)
 SHARED = {"tuning", "search", "similarity"}  # of kernels/: what several operations use
 
 
@@ -37,6 +50,47 @@ def public_functions(path):
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
 
 
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in VTC + sorted((ROOT / "bench").rglob("*.py"))}
+
+
+def imported_modules(module):
+    """The modules of this project that a module imports, wherever the import stands. `from vtc import x` is of `vtc`
+    unless x is a module; `vtc.x` after `import vtc` is not seen.
+    """
+    found = set()
+    for name in imports(MODULES[module]):
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        found |= {name} - {"", module}
+    return found
+
+
+def floor_of(module):
+    """The floor with the longest name that the module's begins with."""
+    names = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    return names[max((name for name in names if f"{module}.".startswith(f"{name}.")), key=len)]
+
+
+def is_lazy(module, imported):
+    """vtc/__init__.py imports `vtc.tiny` on first use; TYPE_CHECKING names it."""
+    return (module, imported) == ("vtc", "vtc.tiny")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_goes_up(module):
+    up = [name for name in imported_modules(module) if floor_of(name) > floor_of(module) and not is_lazy(module, name)]
+    assert not up
+
+
+def test_no_import_goes_round_in_a_circle():
+    graph = {module: {name for name in imported_modules(module) if not is_lazy(module, name)} for module in MODULES}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(MODULES)
+
+
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
 def test_kernels_know_torch_and_triton_alone(path):
     assert packages(path) <= {"collections", "torch", "triton", "vtc_kernels"}
@@ -59,7 +113,7 @@ def test_ops_knows_nothing_of_models():
 
 
 def test_methods_know_operations_and_no_models():
-    known = {"__future__", "dataclasses", "math", "typing", "torch", "vtc"}
+    known = {"__future__", "collections", "dataclasses", "math", "typing", "torch", "vtc"}
     for path in sorted((ROOT / "vtc" / "methods").glob("*.py")):
         assert packages(path) <= known, path.name
         assert all(name.startswith(("vtc.ops", "vtc.methods.")) for name in imports(path) if name[:4] == "vtc."), path
