@@ -18,9 +18,10 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",
-        # Tested with 5.17 and 5.23. 5.18 to 5.22 answer wrongly with beams of several images and with chunked prefill;
-        # 5.24 renames past_key_values to cache, and pruning inside the language model answers wrongly.
-        "transformers>=5.17,<5.24,!=5.18.*,!=5.19.*,!=5.20.*,!=5.21.*,!=5.22.*",
+        # Models need 5.23 or newer, and say so with an older one; operations and methods do not.
+        "transformers>=5.16",
+        "wrapt",
+        "packaging",
         "safetensors",
         "numpy",
         "pillow>=10.1",
