@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import bench
-from bench import checkout, compare, e2e, gpu, micro, plots, readme, record
+from bench import checkout, compare, e2e, gpu, micro, plots, record
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         add.add_argument(f"--{name}", type=Path)
     add.add_argument("--skip", type=int, default=0)
     _mode_options(add)
-    add = commands.add_parser("kernels", help="print the table of kernels")
-    add.add_argument("--readme", type=Path, help="put it between this file's <!-- kernels --> marks instead")
+    commands.add_parser("readme", help="rewrite the generated blocks of all documents")
     add = commands.add_parser("plot", help="draw records")
     add.add_argument("records", type=Path, help="a micro.jsonl")
     add.add_argument("--out", type=Path, default=checkout.ROOT / "bench/plots", help="folder")
@@ -123,26 +122,17 @@ def _worker(chosen: Any, rest: list[str]) -> int:
     return 0
 
 
-def _kernels(chosen: Any, rest: list[str]) -> int:
-    made = readme.kernels()
-    if chosen.readme is None:
-        print(made)
-        return 0
-    _put(made, chosen.readme, "kernels")
+def _readme(chosen: Any, rest: list[str]) -> int:
+    from bench import readme  # not above, for the reason that `_quality` gives
+
+    for page in readme.rewrite():
+        print(f"rewrote {page.relative_to(checkout.ROOT)}")
     return 0
 
 
-def _put(made: str, page: Path, name: str) -> None:
-    """Replace what stands between the page's lines <!-- name --> and <!-- /name -->."""
-    head, mark, after = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-    _, end, tail = after.partition(f"<!-- /{name} -->")
-    if not mark or not end:
-        raise ValueError(f"{page} lacks the lines <!-- {name} --> and <!-- /{name} -->")
-    page.write_text(f"{head}{mark}{made}\n{end}{tail}", encoding="utf-8")
-
-
 def _quality(chosen: Any, rest: list[str]) -> int:
-    from bench import quality  # not above: `compare` runs this file with a vtc that may lack what quality needs
+    # Not above: `compare` runs this file with a vtc that may lack what these need.
+    from bench import quality, readme
 
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
@@ -158,7 +148,7 @@ def _quality(chosen: Any, rest: list[str]) -> int:
     if chosen.out and not chosen.no_plot:
         print(*plots.draw_quality(records, chosen.out / "quality"), sep="\n")
     if chosen.readme:
-        _put(quality.tables(records), chosen.readme, "quality")
+        readme.put(quality.tables(records), chosen.readme, "quality")
     return 0
 
 
@@ -175,7 +165,7 @@ COMMANDS = {
     "compare": lambda chosen, rest: compare.run(chosen.revision, rest),
     "gpu": _gpu,
     "worker": _worker,
-    "kernels": _kernels,
+    "readme": _readme,
     "plot": _plot,
 }
 
