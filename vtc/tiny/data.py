@@ -21,11 +21,11 @@ WORD_WEIGHT = 0.1  # of a word in a question or a caption, against 1 for an answ
 
 @dataclass
 class Batch:
-    """Pictures with true phrases (vision stage) or packed questions (other stages); what a stage needs not is empty."""
+    """Images with true phrases (vision stage) or packed questions (other stages); unused fields are empty."""
 
-    pixels: list[Tensor]  # of each kind, [S, 3, height, width] fp32
-    origins: list[Tensor]  # of each kind, [S, 2] int64, in patches
-    order: list[int]  # in which the pictures of all kinds follow each other in the prompts
+    pixels: list[Tensor]  # of each group, [S, 3, height, width] fp32
+    origins: list[Tensor]  # of each group, [S, 2] int64, in patches
+    order: list[int]  # of the images of all groups in the prompts
     phrases: Tensor  # [S, P] fp32, 1 where the phrase is true
     tokens: Tensor  # [B, T] int64, `<image>` where a visual token goes
     segments: Tensor  # [B, T]: 0 for the part every question sees, 1.. for each question, -1 for padding
@@ -47,14 +47,14 @@ class Scenes(Dataset):
         start = self.first + step * self.phase.batch
         scenes: list[Scene] = []
         pixels, origins = [], []
-        for number, size, zoom, blank in self.phase.kinds_of(step):
-            alike = [Scene("train", start + len(scenes) + i, size, zoom, blank) for i in range(number)]
+        for number, size, zoom, blank in self.phase.groups(step):
+            group = [Scene("train", start + len(scenes) + i, size, zoom, blank) for i in range(number)]
             if self.phase.stage != "text":
-                stacked = np.stack([np.asarray(scene.image, np.float32) for scene in alike])
+                stacked = np.stack([np.asarray(scene.image, np.float32) for scene in group])
                 stacked = ((stacked / 255 - MEAN) / STD).astype(np.float32)
                 pixels.append(torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous())
-                origins.append(torch.tensor([scene.origin for scene in alike]) // PATCH)
-            scenes += alike
+                origins.append(torch.tensor([scene.origin for scene in group]) // PATCH)
+            scenes += group
         order = list(range(len(scenes)))
         if len(pixels) > 1:
             order = np.random.default_rng(step).permutation(order).tolist()
@@ -73,8 +73,8 @@ class Scenes(Dataset):
         return Batch(pixels, origins, order, truth, *packed)
 
     def _grouped(self, scenes: list[Scene], step: int) -> list[list[Scene]]:
-        """The scenes of each prompt: as many in all of the batch, but where these are too many objects or tokens."""
-        most = self.phase.pictures_of(step)
+        """The scenes of each prompt: as many as the batch allows, fewer where objects or tokens would be too many."""
+        most = self.phase.images_per_prompt(step)
         groups: list[list[Scene]] = []
         for scene in scenes:
             more = [*groups[-1], scene] if groups else []
@@ -86,7 +86,7 @@ class Scenes(Dataset):
         return groups
 
     def _pack(self, scenes: list[Scene]) -> tuple[Tensor, ...]:
-        """Many questions about the same pictures in one row; each sees them and itself, as if asked alone."""
+        """Many questions about the same images in one row. Each sees the images and itself, as if asked alone."""
         scene = scenes[0]
 
         def ids(text: str) -> list[int]:
@@ -98,31 +98,31 @@ class Scenes(Dataset):
             shown = [SPECIAL.index("<image>")] * sum(s.width * s.height // PATCH**2 for s in scenes)
         tokens = [SPECIAL.index("<s>"), *ids("USER:"), *shown]
         segments, targets, weights = [0] * len(tokens), [0] * len(tokens), [0.0] * len(tokens)
-        asked = [question for draw in range(self.phase.draws) for question in scene.ask(draw)]
+        questions = [question for draw in range(self.phase.draws) for question in scene.ask(draw)]
         weight = {"counting": self.phase.counting}
-        said = [(f"{q.text} ASSISTANT:", q.answer, weight.get(q.family, 1.0)) for q in dict.fromkeys(asked)]
+        turns = [(f"{q.text} ASSISTANT:", q.answer, weight.get(q.family, 1.0)) for q in dict.fromkeys(questions)]
         if len(scenes) > 1:
-            said = [(f"{COUNTING} ASSISTANT:", str(sum(len(s.objects) for s in scenes)), self.phase.counting)]
+            turns = [(f"{COUNTING} ASSISTANT:", str(sum(len(s.objects) for s in scenes)), self.phase.counting)]
         if self.phase.stage == "projector":
-            said = []
+            turns = []
         if self.phase.stage != "text" and len(scenes) == 1 and scene.caption:
-            said.append((scene.caption, "", 1.0))
-        for number, (before, answer, counts) in enumerate(said, start=1):
+            turns.append((scene.caption, "", 1.0))
+        for number, (before, answer, importance) in enumerate(turns, start=1):
             asking, reply = ids(before), [*ids(answer), SPECIAL.index("</s>")]
             tokens += asking + reply
             segments += [number] * (len(asking) + len(reply))
             # A position's target is the token after it.
             targets += [*asking[1:], *reply, 0]
-            weights += [WORD_WEIGHT] * (len(asking) - 1) + [counts] * len(reply) + [0.0]
+            weights += [WORD_WEIGHT] * (len(asking) - 1) + [importance] * len(reply) + [0.0]
         return torch.tensor(tokens), torch.tensor(segments), torch.tensor(targets), torch.tensor(weights)
 
 
 def attention_of(segments: Tensor) -> tuple[Tensor, Tensor]:
-    """Which token sees which, `[B, 1, T, T]` bool, and positions `[B, T]`, from `segments` `[B, T]`."""
+    """The attention mask `[B, 1, T, T]` bool and the positions `[B, T]`, from `segments` `[B, T]`."""
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     shown = segments[:, None, :] == 0
     same = segments[:, None, :] == segments[:, :, None]
     allowed = causal & (shown | same)
-    # The number of tokens it sees, less one, is a token's position in its own conversation.
+    # A token's position in its own conversation is the number of tokens it sees, less one.
     return allowed[:, None], allowed.sum(-1) - 1

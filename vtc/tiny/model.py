@@ -26,7 +26,7 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; case does not matter; what it does not know becomes `<unk>`."""
+    """One token per word, lower case; unknown words become `<unk>`."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
@@ -99,13 +99,13 @@ def build_model() -> LlavaForConditionalGeneration:
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
-    _start_well(model.model.vision_tower)
+    init_weights(model.model.vision_tower)
     return model
 
 
 @torch.no_grad()
-def _start_well(tower: CLIPVisionModel) -> None:
-    """Initial values from which a small vision transformer learns quickly: only the start differs from stock CLIP.
+def init_weights(tower: CLIPVisionModel) -> None:
+    """Initial values with which a small vision transformer learns quickly; everything else is stock CLIP.
 
     Positions start as 2-D sines; queries and keys start equal, so that every token first looks at tokens that resemble
     it (mimetic initialisation, arXiv 2305.09828).
@@ -158,7 +158,7 @@ class PhraseContrast(nn.Module):
         self.register_buffer("offsets", torch.tensor([0, *np.cumsum(lengths)[:-1]]), persistent=False)
 
     def forward(self, pixels: Tensor, origins: Tensor) -> Tensor:
-        """Logits `[B, len(PHRASES)]` of pictures `[B, 3, height, width]`."""
+        """Logits `[B, len(PHRASES)]` of images `[B, 3, height, width]`."""
         pooled = self.tower.post_layernorm(encode(self.tower, pixels, origins)[-1][:, 0])
         images = F.normalize(self.image_head(pooled), dim=-1)
         phrases = F.normalize(self.phrase_head(self.words(self.flat, self.offsets)), dim=-1)

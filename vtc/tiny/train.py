@@ -1,6 +1,6 @@
 """Train the bundled model from nothing: `python -m vtc.tiny.train --out DIR`.
 
-The recipe is LLaVA's, with what LLaVA takes ready-made trained first:
+The recipe is LLaVA's. What LLaVA takes ready-made is trained first:
 
 1. `vision`: a CLIP vision tower with a [CLS] token, by image-caption contrast. A caption is a set of phrases; every
    phrase of the vocabulary is scored against every image with the sigmoid loss (SigLIP, arXiv 2303.15343), and since
@@ -10,16 +10,16 @@ The recipe is LLaVA's, with what LLaVA takes ready-made trained first:
 4. `language`: LLaVA's second stage. Projector and language model learn, the vision tower stays frozen.
 
 In stage 4 the words of the questions and of a caption are learnt too, at a tenth of an answer's weight: after "is the
-red" comes the shape of the red object, and so the model learns where to look before it learns what was asked. The
-caption follows the picture directly and the questions are LLaVA's conversation, so the two cannot be confused.
+red" comes the shape of the red object, so the model learns where to look before it learns the answers. The caption
+follows the image directly and the questions are LLaVA's conversation, so the model cannot confuse the two.
 
-All visual tokens are always present. Pictures grow from phase to phase (70 to 336 pixels), because small ones show more
-objects per token; a small one is a window on the canvas and uses that window's position embeddings. The last phases mix
-sizes, then shapes and close-ups: where something is and how much there is must be read from the features, not from how
-many visual tokens there are, how long their lines are, or how many of them show background. In the last ones pictures
-share a prompt, and the question is how many objects they show together, which the share of visual tokens that show
-objects does not tell; least of all in albums, where pictures differ in shape and some are blank. Every batch is drawn
-from its own seed, so a run can be interrupted and resumed, and two runs on one machine agree.
+All visual tokens are always present. Images grow from phase to phase (70 to 336 pixels), because small ones show more
+objects per token. A small image is a window on the canvas and uses that window's position embeddings. The last phases
+mix sizes, then shapes and close-ups. The model must read place and number from the features; the number of visual
+tokens, the length of their lines and the share of background must not give them away. In the last phases several images
+share a prompt, and the question is how many objects they show together. In albums, images differ in shape and some are
+blank. Every batch is drawn from its own seed, so a run can be interrupted and resumed, and two runs on one machine
+agree.
 
 Weight matrices between layers learn with Muon (arXiv 2502.16982), which takes far fewer steps here; everything else
 with AdamW.
@@ -48,7 +48,7 @@ from vtc.tiny.recipe import QUICK, RECIPE, Phase
 
 
 def vision_loss(contrast: PhraseContrast, batch: Batch) -> tuple[Tensor, float]:
-    """Sigmoid loss summed over phrases; the figure beside it is how many true phrases rank among the top ones."""
+    """Sigmoid loss summed over phrases, and the share of true phrases with a positive logit."""
     logits = contrast(batch.pixels[0], batch.origins[0]).float()
     loss = F.binary_cross_entropy_with_logits(logits, batch.phrases, reduction="sum") / len(logits)
     hit = ((logits > 0) & (batch.phrases > 0)).sum() / batch.phrases.sum()
@@ -57,15 +57,15 @@ def vision_loss(contrast: PhraseContrast, batch: Batch) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def features(tower: CLIPVisionModel, batch: Batch) -> Tensor:
-    """What the tower says of every visual token, `[V, C]`, as they follow each other in the prompts of the batch."""
-    seen: list[Tensor] = []  # one a picture, [n, C]
+    """The tower's features of every visual token, `[V, C]`, in the order of the prompts of the batch."""
+    views: list[Tensor] = []  # one per image, [n, C]
     for pixels, origins in zip(batch.pixels, batch.origins, strict=True):
-        seen += encode(tower, pixels, origins)[-2][:, 1:]
-    return torch.cat([seen[i] for i in batch.order])
+        views += encode(tower, pixels, origins)[-2][:, 1:]
+    return torch.cat([views[i] for i in batch.order])
 
 
 def language_loss(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, float]:
-    """Weighted cross-entropy; the figure beside it is the share of the answers' tokens that are right."""
+    """Weighted cross-entropy, and the share of right tokens among those of the answers."""
     embeds = model.get_input_embeddings()(batch.tokens)
     if batch.pixels:
         visual = model.model.multi_modal_projector(features(model.model.vision_tower, batch))
@@ -84,7 +84,7 @@ def language_loss(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[T
 
 
 def trainable(stage: str, contrast: PhraseContrast, model: LlavaForConditionalGeneration) -> dict[str, nn.Parameter]:
-    """Freeze everything but what this stage learns; return that by name."""
+    """Freeze everything but what this stage learns; return the latter's parameters by name."""
     learns: dict[str, list[nn.Module]] = {
         "vision": [contrast],
         "text": [model.model.language_model, model.lm_head],
