@@ -51,8 +51,5 @@ def verdict(records: list[Quality]) -> str:
         _, low, high = r.difference
         groups["worse" if high < 0 else "better" if low > 0 else "not told apart"].append(r.name)
     parts = [f"{group}: {', '.join(names)}" for group, names in groups.items() if names]
-    return (
-        f"Against {BASELINE} on the same questions (95 %, paired, each comparison on its own): "
-        + "; ".join(parts)
-        + "."
-    )
+    against = f"Against {BASELINE} on the same questions (95 %, paired, each comparison on its own)"
+    return f"{against}: {'; '.join(parts)}."
