@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 import bench
-from bench import checkout, compare, e2e, gpu, micro, plots, readme, record
+from bench import checkout, pages, record
+
+# Each command imports what it runs: `compare` runs this file with an older vtc, which may lack what others need.
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     add = commands.add_parser("gpu", help="all that a machine with a GPU can tell, in minutes")
     add.add_argument("--out", type=Path, required=True, help="folder for at most 8 files")
     add.add_argument("--minutes", type=float, default=9)
-    add.add_argument("--parts", nargs="+", default=(), metavar="PART", help=f"default: {' '.join(gpu.PARTS)}")
+    add.add_argument(
+        "--parts", nargs="+", default=(), metavar="PART", help="default: all, in the order of bench/README.md"
+    )
     _mode_options(add)
     add = commands.add_parser("worker", help="a process that `gpu` starts")
     add.add_argument("part")
@@ -45,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     _mode_options(add)
     add = commands.add_parser("kernels", help="print the table of kernels")
     add.add_argument("--readme", type=Path, help="put it between this file's <!-- kernels --> marks instead")
+    add = commands.add_parser("card", help="put the figures of the records into the bundled model's card")
+    add.add_argument("--records", type=Path, help="a quality.jsonl; default: the one in bench/results/quality")
     add = commands.add_parser("plot", help="draw records")
     add.add_argument("records", type=Path, help="a micro.jsonl")
     add.add_argument("--out", type=Path, default=checkout.ROOT / "bench/plots", help="folder")
@@ -81,6 +87,8 @@ def _output_options(add: argparse.ArgumentParser) -> None:
 
 
 def _micro(chosen: Any, rest: list[str]) -> int:
+    from bench import micro
+
     options = micro.Options(
         ops=tuple(chosen.op),
         providers=tuple(chosen.provider),
@@ -96,12 +104,16 @@ def _micro(chosen: Any, rest: list[str]) -> int:
 
 
 def _e2e(chosen: Any, rest: list[str]) -> int:
+    from bench import e2e
+
     batches = tuple(chosen.batch or ((1, 4, 16) if chosen.device.startswith("cuda") else (1, 4)))
     return _timed("e2e", chosen, lambda device, out: e2e.run(device, batches, out, chosen.rep_ms))
 
 
 def _timed(suite: str, chosen: Any, run: Any) -> int:
     """Run a suite with its records going to `--out`, and draw them."""
+    from bench import plots
+
     out = None
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
@@ -112,37 +124,40 @@ def _timed(suite: str, chosen: Any, run: Any) -> int:
     return status
 
 
+def _compare(chosen: Any, rest: list[str]) -> int:
+    from bench import compare
+
+    return compare.run(chosen.revision, rest)
+
+
 def _gpu(chosen: Any, rest: list[str]) -> int:
+    from bench import gpu
+
     return gpu.run(
         chosen.out, chosen.minutes, chosen.parts, gpu.Mode(chosen.rehearse, chosen.plant), started=bench.STARTED
     )
 
 
 def _worker(chosen: Any, rest: list[str]) -> int:
-    gpu.work(chosen.part, chosen.out, chosen.journal, chosen.skip, gpu.Mode(chosen.rehearse, chosen.plant))
+    from bench import parts
+
+    parts.work(chosen.part, chosen.out, chosen.journal, chosen.skip, parts.Mode(chosen.rehearse, chosen.plant))
     return 0
 
 
 def _kernels(chosen: Any, rest: list[str]) -> int:
+    from bench import readme
+
     made = readme.kernels()
     if chosen.readme is None:
         print(made)
         return 0
-    _put(made, chosen.readme, "kernels")
+    pages.put(made, chosen.readme, "kernels")
     return 0
 
 
-def _put(made: str, page: Path, name: str) -> None:
-    """Replace what stands between the page's lines <!-- name --> and <!-- /name -->."""
-    head, mark, after = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-    _, end, tail = after.partition(f"<!-- /{name} -->")
-    if not mark or not end:
-        raise ValueError(f"{page} lacks the lines <!-- {name} --> and <!-- /{name} -->")
-    page.write_text(f"{head}{mark}{made}\n{end}{tail}", encoding="utf-8")
-
-
 def _quality(chosen: Any, rest: list[str]) -> int:
-    from bench import quality  # not above: `compare` runs this file with a vtc that may lack what quality needs
+    from bench import quality, quality_tables
 
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
@@ -154,15 +169,26 @@ def _quality(chosen: Any, rest: list[str]) -> int:
         sweep=chosen.sweep,
         split=chosen.split,
     )
-    print("\n" + quality.tables(records))
+    print("\n" + quality_tables.tables(records))
     if chosen.out and not chosen.no_plot:
+        from bench import plots
+
         print(*plots.draw_quality(records, chosen.out / "quality"), sep="\n")
     if chosen.readme:
-        _put(quality.tables(records), chosen.readme, "quality")
+        pages.put(quality_tables.tables(records), chosen.readme, "quality")
+    return 0
+
+
+def _card(chosen: Any, rest: list[str]) -> int:
+    from bench import card
+
+    card.write(chosen.records or card.RECORDS)
     return 0
 
 
 def _plot(chosen: Any, rest: list[str]) -> int:
+    from bench import plots
+
     name = f"{chosen.records.resolve().parent.name}-{chosen.records.stem}"
     print(*plots.draw(record.read(chosen.records), chosen.out / name), sep="\n")
     return 0
@@ -172,10 +198,11 @@ COMMANDS = {
     "micro": _micro,
     "e2e": _e2e,
     "quality": _quality,
-    "compare": lambda chosen, rest: compare.run(chosen.revision, rest),
+    "compare": _compare,
     "gpu": _gpu,
     "worker": _worker,
     "kernels": _kernels,
+    "card": _card,
     "plot": _plot,
 }
 
