@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 import bench
-from bench import checkout, compare, e2e, gpu, micro, plots, record
+from bench import checkout, pages, record
+
+# Each command imports what it runs: `compare` runs this file with an older vtc, which may lack what others need.
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     add = commands.add_parser("gpu", help="all that a machine with a GPU can tell, in minutes")
     add.add_argument("--out", type=Path, required=True, help="folder for at most 8 files")
     add.add_argument("--minutes", type=float, default=9)
-    add.add_argument("--parts", nargs="+", default=(), metavar="PART", help=f"default: {' '.join(gpu.PARTS)}")
+    add.add_argument(
+        "--parts", nargs="+", default=(), metavar="PART", help="default: all, in the order of bench/README.md"
+    )
     _mode_options(add)
     add = commands.add_parser("worker", help="a process that `gpu` starts")
     add.add_argument("part")
@@ -44,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--skip", type=int, default=0)
     _mode_options(add)
     commands.add_parser("readme", help="rewrite the generated blocks of all documents")
+    add = commands.add_parser("card", help="put the figures of the records into the bundled model's card")
+    add.add_argument("--records", type=Path, help="a quality.jsonl; default: the one in bench/results/quality")
     add = commands.add_parser("plot", help="draw records")
     add.add_argument("records", type=Path, help="a micro.jsonl")
     add.add_argument("--out", type=Path, default=checkout.ROOT / "bench/plots", help="folder")
@@ -80,6 +86,8 @@ def _output_options(add: argparse.ArgumentParser) -> None:
 
 
 def _micro(chosen: Any, rest: list[str]) -> int:
+    from bench import micro
+
     options = micro.Options(
         ops=tuple(chosen.op),
         providers=tuple(chosen.provider),
@@ -95,12 +103,16 @@ def _micro(chosen: Any, rest: list[str]) -> int:
 
 
 def _e2e(chosen: Any, rest: list[str]) -> int:
+    from bench import e2e
+
     batches = tuple(chosen.batch or ((1, 4, 16) if chosen.device.startswith("cuda") else (1, 4)))
     return _timed("e2e", chosen, lambda device, out: e2e.run(device, batches, out, chosen.rep_ms))
 
 
 def _timed(suite: str, chosen: Any, run: Any) -> int:
     """Run a suite with its records going to `--out`, and draw them."""
+    from bench import plots
+
     out = None
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
@@ -111,19 +123,29 @@ def _timed(suite: str, chosen: Any, run: Any) -> int:
     return status
 
 
+def _compare(chosen: Any, rest: list[str]) -> int:
+    from bench import compare
+
+    return compare.run(chosen.revision, rest)
+
+
 def _gpu(chosen: Any, rest: list[str]) -> int:
+    from bench import gpu
+
     return gpu.run(
         chosen.out, chosen.minutes, chosen.parts, gpu.Mode(chosen.rehearse, chosen.plant), started=bench.STARTED
     )
 
 
 def _worker(chosen: Any, rest: list[str]) -> int:
-    gpu.work(chosen.part, chosen.out, chosen.journal, chosen.skip, gpu.Mode(chosen.rehearse, chosen.plant))
+    from bench import parts
+
+    parts.work(chosen.part, chosen.out, chosen.journal, chosen.skip, parts.Mode(chosen.rehearse, chosen.plant))
     return 0
 
 
 def _readme(chosen: Any, rest: list[str]) -> int:
-    from bench import readme  # not above, for the reason that `_quality` gives
+    from bench import readme
 
     for page in readme.rewrite():
         print(f"rewrote {page.relative_to(checkout.ROOT)}")
@@ -131,8 +153,7 @@ def _readme(chosen: Any, rest: list[str]) -> int:
 
 
 def _quality(chosen: Any, rest: list[str]) -> int:
-    # Not above: `compare` runs this file with a vtc that may lack what these need.
-    from bench import quality, readme
+    from bench import quality, quality_tables
 
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
@@ -144,15 +165,26 @@ def _quality(chosen: Any, rest: list[str]) -> int:
         sweep=chosen.sweep,
         split=chosen.split,
     )
-    print("\n" + quality.tables(records))
+    print("\n" + quality_tables.tables(records))
     if chosen.out and not chosen.no_plot:
+        from bench import plots
+
         print(*plots.draw_quality(records, chosen.out / "quality"), sep="\n")
     if chosen.readme:
-        readme.put(quality.tables(records), chosen.readme, "quality")
+        pages.put(quality_tables.tables(records), chosen.readme, "quality")
+    return 0
+
+
+def _card(chosen: Any, rest: list[str]) -> int:
+    from bench import card
+
+    card.write(chosen.records or card.RECORDS)
     return 0
 
 
 def _plot(chosen: Any, rest: list[str]) -> int:
+    from bench import plots
+
     name = f"{chosen.records.resolve().parent.name}-{chosen.records.stem}"
     print(*plots.draw(record.read(chosen.records), chosen.out / name), sep="\n")
     return 0
@@ -162,10 +194,11 @@ COMMANDS = {
     "micro": _micro,
     "e2e": _e2e,
     "quality": _quality,
-    "compare": lambda chosen, rest: compare.run(chosen.revision, rest),
+    "compare": _compare,
     "gpu": _gpu,
     "worker": _worker,
     "readme": _readme,
+    "card": _card,
     "plot": _plot,
 }
 

@@ -8,22 +8,21 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import gpu, quality, record, summary, table
+from bench import card, pages, quality, quality_tables, record, speedups
+from bench import parts as gpu
 from bench.checkout import ROOT
 from bench.workloads import WORKLOADS
-from vtc import ops, reference
+from vtc import ops, reference, tiny
 from vtc.hf import families
 from vtc.methods import METHODS, Method
-from vtc.tiny.scenes import FAMILIES as QUESTIONS
 
 FOLDERS = (".github", "kernels", "vtc", "bench", "tests")  # where documents are, besides the top level
-RECORDS = ROOT / "bench/results/quality/quality.jsonl"
-SHOWN = (("all tokens", 576), ("vtc-cls", 192), ("vtc-cls", 128), ("vtc-cls", 64), ("vtc-cls", 32), ("random", 64))
 PLACES = {"tower": "before the projector", "language": "in the language model"}
 PARTS = {  # of `python -m bench gpu`: what each tells
     "probe": "versions, copy and matmul rates, which SDPA runs where, the host's time for a launch",
@@ -37,7 +36,7 @@ PARTS = {  # of `python -m bench gpu`: what each tells
 }
 
 
-def pages(root: Path = ROOT) -> list[Path]:
+def documents(root: Path = ROOT) -> list[Path]:
     """Every document of the tree."""
     return [*sorted(root.glob("*.md")), *(page for folder in FOLDERS for page in sorted((root / folder).rglob("*.md")))]
 
@@ -56,30 +55,15 @@ def rewrite(root: Path = ROOT) -> list[Path]:
         If a page has a block that nothing makes, or an operation lacks one of its namesakes.
     """
     changed = []
-    for page in pages(root):
+    for page in documents(root):
         before = page.read_text(encoding="utf-8")
         for name in blocks(page):
             if name not in MAKERS:
                 raise ValueError(f"{page} has the block {name}; bench/readme.py makes {', '.join(MAKERS)}")
-            put(MAKERS[name](ROOT / page.relative_to(root)), page, name)
+            pages.put(MAKERS[name](ROOT / page.relative_to(root)), page, name)
         if page.read_text(encoding="utf-8") != before:
             changed.append(page)
     return changed
-
-
-def put(made: str, page: Path, name: str) -> None:
-    """Replace what stands between the page's lines <!-- name --> and <!-- /name -->.
-
-    Raises
-    ------
-    ValueError
-        If the page lacks these lines.
-    """
-    head, mark, after = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-    _, end, tail = after.partition(f"<!-- /{name} -->")
-    if not mark or not end:
-        raise ValueError(f"{page} lacks the lines <!-- {name} --> and <!-- /{name} -->")
-    page.write_text(f"{head}{mark}\n{made}\n\n{end}{tail}", encoding="utf-8")
 
 
 def link(page: Path, target: str, text: str) -> str:
@@ -207,26 +191,29 @@ def sentence(doc: str) -> str:
     return " ".join(re.split(r"(?<=\.)\s|\n\n", doc)[0].split()).rstrip(".:")
 
 
+def accuracy(page: Path) -> str:
+    """Accuracy of the bundled model by number of tokens, for its card."""
+    return card.accuracy(quality.read(card.RECORDS))
+
+
+def recipe(page: Path) -> str:
+    """How the bundled model was trained, for its card."""
+    return card.recipe(json.loads((tiny.CHECKPOINT / "training.json").read_text(encoding="utf-8")))
+
+
 def results(page: Path) -> str:
-    """Accuracy by number of tokens, all and by kind of question, from the records of `bench quality`."""
-    records = {(r.method, r.keep): r for r in quality.read(RECORDS) if not r.options}
-    rows = []
-    for method, keep in SHOWN:
-        r = records[method, keep]
-        shares = [f"{100 * r.families[family][0]:.1f}" for family in QUESTIONS]
-        name = "all 576 tokens" if keep == 576 else f"{method}, {keep}"
-        rows.append([name, quality.percent(r.accuracy), *shares])
-    return plain(["visual tokens", "all questions", *QUESTIONS], rows)
+    """The table of accuracies alone."""
+    return card.accuracy_table(quality.read(card.RECORDS))
 
 
 def comparison(page: Path) -> str:
     """Every method at every number of tokens: the tables of `bench quality`."""
-    return quality.tables(quality.read(RECORDS))
+    return quality_tables.tables(quality.read(card.RECORDS))
 
 
 def first_tokens(page: Path) -> str:
     """Time to the first token of a whole model on an H100, against stock SDPA."""
-    return summary.first_tokens(record.read(ROOT / "bench/results/h100/second/e2e.jsonl"))
+    return speedups.first_tokens(record.read(ROOT / "bench/results/h100/second/e2e.jsonl"))
 
 
 def parts(page: Path) -> str:
@@ -236,6 +223,7 @@ def parts(page: Path) -> str:
 
 
 MAKERS: dict[str, Callable[[Path], str]] = {
+    "accuracy": accuracy,
     "files": files,
     "first_tokens": first_tokens,
     "kernels": kernels,
@@ -244,6 +232,7 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "parameters": parameters,
     "parts": parts,
     "quality": comparison,
+    "recipe": recipe,
     "results": results,
     "towers": towers,
 }

@@ -8,9 +8,8 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -163,12 +162,19 @@ def _stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def _uncaptured() -> Any:
-    """Within it, transformers does as without a capture; nothing where it is not imported, or does not ask."""
-    import_utils = sys.modules.get("transformers.utils.import_utils")
-    if not hasattr(import_utils, "is_cuda_stream_capturing"):
-        return contextlib.nullcontext()
-    return mock.patch.object(import_utils, "is_cuda_stream_capturing", return_value=False)
+@contextlib.contextmanager
+def _uncaptured() -> Iterator[None]:
+    """Inside, transformers behaves as without a capture, if it is imported and checks for one."""
+    import_utils: Any = sys.modules.get("transformers.utils.import_utils")
+    checks = getattr(import_utils, "is_cuda_stream_capturing", None)
+    if checks is None:
+        yield
+        return
+    import_utils.is_cuda_stream_capturing = lambda: False
+    try:
+        yield
+    finally:
+        import_utils.is_cuda_stream_capturing = checks
 
 
 def _play(calls: list[Callable[[], Any]]) -> Callable[[], None]:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vtc import config, methods, ops, tiny
 from vtc.methods import METHODS, Tower
 from vtc.methods.prumerge import _fraction_count, _outliers, top_and_step
-from vtc.tiny.evaluate import prepare
+from vtc.tiny.questions import prepare
 from vtc.tiny.scenes import balanced_questions
 
 LAYERS = 3  # scored, the last of them the feature layer; one more has keys and queries
