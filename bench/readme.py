@@ -129,27 +129,48 @@ def methods(page: Path) -> str:
     )
 
 
-def options(method: type[Method]) -> dict[str, object]:
-    """The parameters of a method, with their defaults."""
-    shared = {field.name for field in dataclasses.fields(Method)}
-    return {field.name: field.default for field in dataclasses.fields(method) if field.name not in shared}
-
-
 def parameters(page: Path) -> str:
-    """File, parameters, and where it prunes, of each method."""
+    """File, score, and where it prunes, of each method."""
     rows = []
     for name, method in METHODS.items():
-        file = Path(inspect.getfile(method)).name
         rows.append(
             [
-                link(page, f"vtc/methods/{file}", f"`{name}`"),
-                ", ".join(f"`{option}={default!r}`" for option, default in options(method).items()) or "-",
+                link(page, f"vtc/methods/{Path(inspect.getfile(method)).name}", f"`{name}`"),
+                method.scores,
                 "yes" if method.needs_cls() else "no",
                 ", ".join(PLACES[place] for place in method.prunes) or "nowhere",
                 paper(method),
             ]
         )
-    return plain(["method", "options", "needs [CLS]", "drops tokens", "paper"], rows)
+    return plain(["method", "what it scores", "needs [CLS]", "drops tokens", "paper"], rows)
+
+
+def options(page: Path) -> str:
+    """The options of each method, with their defaults, and what its docstring says of them.
+
+    Raises
+    ------
+    ValueError
+        If a docstring does not explain an option.
+    """
+    rows = []
+    for name, method in METHODS.items():
+        meanings = explained(method)
+        for field in dataclasses.fields(method):
+            if field.name not in method.options():
+                continue
+            if field.name not in meanings:
+                raise ValueError(f"the docstring of {method.__name__} does not explain its option {field.name}")
+            rows.append([f"`{name}`", f"`{field.name}={field.default!r}`", meanings[field.name]])
+    return plain(["method", "option", "meaning"], rows)
+
+
+def explained(documented: object) -> dict[str, str]:
+    """The text of each entry of a docstring's section "Parameters", in one line."""
+    _, _, section = (inspect.getdoc(documented) or "").partition("\nParameters\n----------\n")
+    section = re.split(r"\n(?=\w+\n-+\n)", section)[0]
+    entries = re.findall(r"^(\w+) : .*\n((?:(?:    .*)?\n?)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def works(known: families.Model | families.Tower) -> list[str]:
@@ -229,6 +250,7 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "kernels": kernels,
     "methods": methods,
     "models": models,
+    "options": options,
     "parameters": parameters,
     "parts": parts,
     "quality": comparison,
