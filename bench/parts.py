@@ -36,7 +36,7 @@ PARTS = {
 WORKER = ("-m", "bench", "worker")  # what Python runs for a part
 TESTS_AT_ONCE = 8  # each is a process with a GPU context of half a GiB
 TEST_LIMIT = 100.0
-REHEARSED = ("test_compact.py", "test_config.py")  # all of the first, and what the selection leaves of the other
+REHEARSED = ("ops/test_compact.py", "test_config.py")  # all of the first, and what the selection leaves of the other
 
 
 @dataclasses.dataclass(frozen=True)
