@@ -89,19 +89,18 @@ def kernels(page: Path) -> str:
     rows = []
     for op in ops.OPS:
         function = getattr(ops, op)
-        found = [p for p in sorted(ROOT.glob("kernels/*.py")) if f"\ndef {op}(" in p.read_text(encoding="utf-8")]
-        test = f"tests/ops/test_{op}.py"
-        has = {"one launcher": len(found) == 1, test: (ROOT / test).exists()}
+        kernel, test, workload = f"kernels/{op}.py", f"tests/ops/test_{op}.py", f"bench/workloads/{op}.py"
+        has = {file: (ROOT / file).exists() for file in (kernel, test, workload)}
         has |= {"a reference": hasattr(reference, op), "a workload": op in WORKLOADS}
         if missing := [what for what, there in has.items() if not there]:
             raise ValueError(f"{op} lacks {', '.join(missing)}")
         rows.append(
             [
-                link(page, str(found[0].relative_to(ROOT)), f"`{op}`"),
+                link(page, kernel, f"`{op}`"),
                 (inspect.getdoc(function) or "").split("\n")[0].split(":")[0].rstrip("."),
                 f"{shapes(function, 'Parameters')} → {shapes(function, 'Returns')}",
                 link(page, test, "tests"),
-                f"`python -m bench micro --op {op}`",
+                link(page, workload, "workload"),
             ]
         )
     return plain(["operation", "what it computes", "shapes", "tests", "benchmark"], rows)
