@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vtc
-from vtc import config, tiny
+from vtc import tiny
 from vtc.cli import __main__ as cli
 from vtc.cli import ask, demo
 from vtc.methods import METHODS
@@ -155,7 +155,7 @@ def test_run_prints_the_answer_of_the_compressed_model(model_dir, picture, optio
     assert f"{setting['keep']} visual tokens" in result.stderr
 
 
-@pytest.mark.parametrize("method", [name for name in config.METHODS if name != "vtc-cls"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "vtc-cls"])
 def test_run_with_each_method(model_dir, picture, method):
     arguments = ("run", picture, QUESTION, "--model", model_dir, "--max-new-tokens", 3, "--method", method, "--json")
     found = json.loads(succeed(*arguments).stdout)
@@ -192,7 +192,7 @@ def test_run_inside_the_language_model(model_dir, picture, few_runs, method, lay
 
 def test_methods_is_the_registry():
     found = json.loads(succeed("methods", "--json").stdout)["methods"]
-    assert [row["name"] for row in found] == list(config.METHODS)
+    assert [row["name"] for row in found] == list(METHODS)
     for row in found:
         about = METHODS[row["name"]]
         assert row == {
@@ -461,7 +461,7 @@ def test_demo_of_all_methods(model_dir, tmp_path, monkeypatch, few_runs):
     monkeypatch.setattr(tiny, "CHECKPOINT", Path(model_dir))
     out = tmp_path / "demo.png"
     rows = json.loads(succeed("demo", "--questions", 5, "--method", "all", "--out", out, "--json").stdout)["rows"]
-    assert [row["selection"] for row in rows] == ["all tokens", *(name for name in config.METHODS if name != "none")]
+    assert [row["selection"] for row in rows] == ["all tokens", *(name for name in METHODS if name != "none")]
     tokens = {row["selection"]: row["visual_tokens"] for row in rows}
     assert tokens.pop("all tokens") == 576
     assert 0 < tokens.pop("prumerge") <= 145

@@ -16,7 +16,6 @@ from support.models import GRID, IMAGE, TOKENS, ids
 
 import vtc
 from vtc import api as control
-from vtc import config
 from vtc.hf import families as adapters
 from vtc.hf import patch as llava
 from vtc.methods import METHODS, Method, Needs, Tokens
@@ -154,8 +153,8 @@ def check_generated(out, call, eager, embeds):
 
 
 def test_every_method_is_here():
-    assert {case.split()[0] for case in CASES} | {"none", "fastv"} == set(config.METHODS)  # for fastv, see test_prune
-    assert {case.split()[0] for case in ADAPTIVE} == {name for name in config.METHODS if METHODS[name].adaptive}
+    assert {case.split()[0] for case in CASES} | {"none", "fastv"} == set(METHODS)  # for fastv, see test_prune
+    assert {case.split()[0] for case in ADAPTIVE} == {name for name in METHODS if METHODS[name].adaptive}
 
 
 def test_the_images_are_worth_testing_with(seen):
@@ -559,4 +558,4 @@ def test_keys_without_scores(built, monkeypatch):
     with torch.no_grad(), vtc.compress(model, method="pool", keep=KEEP):
         tower, _ = llava.run_tower(model.model, models.images(2), llava.Plan.of(model.model))
     assert tower.keys.shape == (2, 4, 1 + TOKENS, 16)
-    assert tower.rows is None
+    assert tower.cls_probs is None

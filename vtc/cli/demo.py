@@ -13,9 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 import vtc
 from vtc import tiny
 from vtc.cli import ask
-from vtc.config import METHODS
-from vtc.methods import METHODS as REGISTRY
-from vtc.tiny.evaluate import answer, batches, prepare
+from vtc.methods import METHODS
+from vtc.tiny.questions import answer, batches, prepare
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 
 FULL = 576
@@ -154,7 +153,7 @@ def measure(
     for number in _cards(asked, rows):
         scene = asked[number][0]
         pixels = prepare(model, processor, asked[number : number + 1])["pixel_values"]
-        if REGISTRY[shown].chooses:
+        if METHODS[shown].selects:
             kept = vtc.select(model, pixels, keep=SHOWN, method=shown)
             overlays[number] = vtc.overlay(scene.image, kept, side=PICTURE)
         else:  # nothing is dropped that could be dimmed
@@ -190,11 +189,11 @@ def draw(demo: Demo) -> Image.Image:
     by = "the [CLS] token" if demo.shown == "vtc-cls" else demo.shown
     title = f"{SHOWN} of {FULL} visual tokens, chosen by {by}"
     right = f"what {demo.shown} keeps of it; the language model never sees the dark patches."
-    if not REGISTRY[demo.shown].chooses:
-        title, right = f"{demo.shown}: {REGISTRY[demo.shown].scores}", "the same, for no patch is chosen."
-        if "tower" not in REGISTRY[demo.shown].prunes:
+    if not METHODS[demo.shown].selects:
+        title, right = f"{demo.shown}: {METHODS[demo.shown].scores}", "the same, for no patch is chosen."
+        if "tower" not in METHODS[demo.shown].prunes:
             right = "the same, for what is kept depends on the question."
-    elif "merge" in REGISTRY[demo.shown].operations:
+    elif "merge" in METHODS[demo.shown].operations:
         right = f"the patches that {demo.shown} keeps; the dark ones go into merged tokens."
     pen.text((MARGIN, 28), title, INK, _font(36))
     pen.text(
