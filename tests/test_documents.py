@@ -75,7 +75,7 @@ def fences(page: Path) -> list[Fence]:
     text = page.read_text(encoding="utf-8")
     found = list(re.finditer(r"^( *)```(.*)\n((?:.*\n)*?)^\1```$", text, re.MULTILINE))
     blocks = []
-    for number, (match, after) in enumerate(zip(found, [*found[1:], None], strict=True)):
+    for number, (match, after) in enumerate(zip(found, [*found[1:], None], strict=False)):
         follows = after is not None and after[2] == "text" and not text[match.end() : after.start()].strip()
         body = re.sub(rf"^{match[1]}", "", match[3], flags=re.MULTILINE)
         blocks.append(Fence(page, number, match[1], match[2], body, after[3] if follows and after else None))
