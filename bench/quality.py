@@ -15,13 +15,13 @@ from bench import record
 from bench.intervals import Share, paired, percent, wilson
 from bench.record import Provenance
 from vtc import tiny
-from vtc.config import METHODS, PRUNE_LAYER
+from vtc.methods import METHODS
 from vtc.tiny.questions import Answers, answer, batches
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 
 KEEPS = (288, 192, 128, 64, 32, 16)
 BASELINE = "vtc-cls"  # every other method is compared with it, on the same questions
-IN_LANGUAGE_MODEL = {"prune_layer": PRUNE_LAYER}  # the baseline also runs inside the language model, as fastv does
+IN_LANGUAGE_MODEL = {"prune_layer": 2}  # the baseline also runs inside the language model, where fastv does
 FIXED_BUDGET = ("prumerge",)  # finds its own number of tokens, whatever keep says, and so runs once
 SWEEP_KEEP = 64
 Setting = tuple[str, dict[str, Any], Sequence[int]]  # a method, its options, and the numbers of tokens
@@ -77,7 +77,7 @@ def run(
     keeps : sequence of int
         Visual tokens per image.
     methods : sequence of str
-        Of `vtc.config.METHODS`. `BASELINE` is always run, for the paired differences; if it is named, inside the
+        Of `vtc.methods.METHODS`. `BASELINE` is always run, for the paired differences; if it is named, inside the
         language model, too.
     out : Path, optional
         The records go there, JSON lines; a file of that name is overwritten.

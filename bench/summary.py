@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import ncu, record, speedups, table
-from bench.jobs import Outcome
 from bench.record import Record
+from bench.watch import Outcome
 
 MOST_LINES = 30  # of one section
 

@@ -8,7 +8,7 @@ from bench import __main__ as command
 from bench import card, checkout, quality, quality_tables, readme, record, speedups
 from bench.workloads import WORKLOADS
 from vtc import ops
-from vtc.config import METHODS
+from vtc.methods import METHODS
 
 
 def test_the_readmes_comparison_of_methods_is_what_was_recorded():
