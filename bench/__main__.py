@@ -16,7 +16,7 @@ from bench import checkout, pages, record
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit status, 2 if it was asked for something that cannot be."""
+    """Run one command; returns its exit status, 2 for a request that is not possible."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _micro_options(commands.add_parser("micro", help="every operation, every provider, side by side"))
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--out", type=Path, help="folder for the records, JSON lines, and the plot")
     add.add_argument("--no-plot", action="store_true")
     add.add_argument("--readme", type=Path, help="also put the tables between this file's <!-- quality --> marks")
-    add = commands.add_parser("gpu", help="all that a machine with a GPU can tell, in minutes")
+    add = commands.add_parser("gpu", help="everything that is measured on a GPU, in minutes")
     add.add_argument("--out", type=Path, required=True, help="folder for at most 8 files")
     add.add_argument("--minutes", type=float, default=9)
     add.add_argument(

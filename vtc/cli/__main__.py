@@ -68,7 +68,7 @@ def run(
         from vtc.images import load_image
 
         # The input is checked before the slow part.
-        picture = load_image(image)
+        loaded = load_image(image)
         setting: dict[str, Any] = {"method": method, "ratio": ratio, "prune_layer": prune_layer, "kv": kv}
         setting["keep"] = DEFAULT_KEEP if keep is None and ratio is None else keep
         config = VTCConfig(**setting)
@@ -83,7 +83,7 @@ def run(
             must_choose(method)
         where = ask.pick_device(device)
         net, processor = ask.load(model, where, ask.pick_dtype(dtype, where))
-        inputs = ask.prepare(net, processor, picture, question)
+        inputs = ask.prepare(net, processor, loaded, question)
         result = {
             "image": image,
             "question": question,
@@ -97,7 +97,7 @@ def run(
         }
         if out:
             selection = vtc.select(net, inputs["pixel_values"], **setting)
-            vtc.overlay(ask.as_seen(picture, processor, inputs["pixel_values"]), selection).save(out)
+            vtc.overlay(ask.as_seen(loaded, processor, inputs["pixel_values"]), selection).save(out)
             note(f"kept patches drawn in {out}")
         if words := ask.unknown_words(processor, question):
             note(f"the model does not know: {' '.join(words)}")
@@ -117,7 +117,7 @@ def run(
 @app.command()
 def demo(
     questions: Annotated[int, typer.Option(min=5, max=5000, help="How many held-out questions to ask.")] = 80,
-    out: Annotated[str, typer.Option(help="Where the picture goes.")] = "demo.png",
+    out: Annotated[str, typer.Option(help="The file for the sheet of images.")] = "demo.png",
     method: Annotated[
         str, typer.Option(help="With fewer and fewer tokens of this method; all: every method at 64 tokens.")
     ] = "vtc-cls",
@@ -147,7 +147,7 @@ def demo(
         title = f"{questions} held-out questions to the bundled model on {found.device}"
         print_table(title, COLUMNS, [row.cells() for row in found.rows])
         typer.echo(found.footnote())
-        typer.echo(f"Picture: {file} ({seconds:.0f} s in all)")
+        typer.echo(f"Sheet: {file} ({seconds:.0f} s in all)")
 
 
 @app.command()
