@@ -47,8 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         add.add_argument(f"--{name}", type=Path)
     add.add_argument("--skip", type=int, default=0)
     _mode_options(add)
-    add = commands.add_parser("kernels", help="print the table of kernels")
-    add.add_argument("--readme", type=Path, help="put it between this file's <!-- kernels --> marks instead")
+    commands.add_parser("readme", help="rewrite the generated blocks of all documents")
     add = commands.add_parser("card", help="put the figures of the records into the bundled model's card")
     add.add_argument("--records", type=Path, help="a quality.jsonl; default: the one in bench/results/quality")
     add = commands.add_parser("plot", help="draw records")
@@ -145,14 +144,11 @@ def _worker(chosen: Any, rest: list[str]) -> int:
     return 0
 
 
-def _kernels(chosen: Any, rest: list[str]) -> int:
+def _readme(chosen: Any, rest: list[str]) -> int:
     from bench import readme
 
-    made = readme.kernels()
-    if chosen.readme is None:
-        print(made)
-        return 0
-    pages.put(made, chosen.readme, "kernels")
+    for page in readme.rewrite():
+        print(f"rewrote {page.relative_to(checkout.ROOT)}")
     return 0
 
 
@@ -201,7 +197,7 @@ COMMANDS = {
     "compare": _compare,
     "gpu": _gpu,
     "worker": _worker,
-    "kernels": _kernels,
+    "readme": _readme,
     "card": _card,
     "plot": _plot,
 }

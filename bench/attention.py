@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench import micro, table, workloads
+from bench import micro, table
 from bench.jobs import Job
+from bench.workloads import WORKLOADS, base
 from vtc import ops
 
 # BLOCK_M, BLOCK_N, warps, stages
@@ -30,9 +31,9 @@ BLOCKS = (
 def jobs(device: torch.device, played: bool = False, rep_ms: float = 40.0) -> list[Job]:
     """LLaVA-1.5 in bf16, at each batch size the baselines and then every choice of blocks."""
     on_gpu = device.type == "cuda"
-    model = workloads.MODELS[0] if on_gpu else workloads.SMALL_MODELS[1]
+    model = base.MODELS[0] if on_gpu else base.SMALL_MODELS[1]
     dtype = "bf16" if on_gpu else "fp32"
-    work = workloads.WORKLOADS["cls_attention"]
+    work = WORKLOADS["cls_attention"]
     shipped = work.providers()
     providers: dict[str, Callable[..., Any]] = {
         "sdpa+row_scores": shipped["sdpa+row_scores"],

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import micro, record, table, workloads
+from bench import micro, record, table
 from bench.accuracy import WrongResult
 from bench.jobs import Job
 from bench.micro import DTYPES
-from bench.workloads import Shape, Workload
+from bench.workloads import WORKLOADS, base
+from bench.workloads.base import Shape, Workload
 
 RUNS = 3  # the same bits each time: what moves is a race
 
@@ -35,17 +36,17 @@ class Checked:
 
 def jobs(device: torch.device, played: bool = False) -> list[Job]:
     """LLaVA-1.5 in bf16 first. Two images: the second one's offsets are wrong more often than the first one's."""
-    models = workloads.MODELS if device.type == "cuda" else workloads.SMALL_MODELS[1:]
+    models = base.MODELS if device.type == "cuda" else base.SMALL_MODELS[1:]
     batch, keep = (2, 64) if device.type == "cuda" else (2, 8)
     made = []
     for model in models:
         for dtype in ("bf16", "fp16", "fp32"):
-            for op, work in workloads.WORKLOADS.items():
+            for op, work in WORKLOADS.items():
                 if not work.floats and dtype != "fp32":
                     continue
                 shape = {n: s for n, s in model.shape(batch, keep).items() if n in work.sizes + "K" * work.needs_keep}
                 for name, provider in work.providers().items():
-                    if name in workloads.NEED_GPU and micro.available(name, device, played):
+                    if name in base.NEED_GPU and micro.available(name, device, played):
                         where = f"{op} {model.name} {dtype} {table.shape_text(shape)} {name}"
                         names = {"op": op, "model": model.name, "dtype": dtype, "backend": name}
                         run = functools.partial(check, work, shape, device, provider, **names)

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from bench import record, table, timing, workloads
+from bench import record, table, timing
 from bench.jobs import Job
 from bench.jobs import run as run_jobs
 from bench.record import Record
-from bench.workloads import Model, Shape, Workload
+from bench.workloads import WORKLOADS, base
+from bench.workloads.base import Model, Shape, Workload
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SETS = 4, 64  # inputs in different memory that a provider is timed on in turn: at least, and at most
@@ -46,10 +47,10 @@ def chosen(what: str, names: tuple[str, ...], known: tuple[str, ...]) -> tuple[s
 
 def sizes(work: Workload, options: Options, on_gpu: bool) -> list[tuple[int, int | None]]:
     """The pairs of B and K."""
-    batches = options.batches or (workloads.BATCHES if on_gpu else workloads.SMALL_BATCHES)
+    batches = options.batches or (base.BATCHES if on_gpu else base.SMALL_BATCHES)
     if not work.needs_keep:
         return [(batch, None) for batch in batches]
-    keeps = options.keeps or (workloads.KEEPS if on_gpu else workloads.SMALL_KEEPS)
+    keeps = options.keeps or (base.KEEPS if on_gpu else base.SMALL_KEEPS)
     keep, batch = (64 if 64 in keeps else keeps[0]), (16 if 16 in batches else batches[-1])
     pairs = [(b, k) for b in batches for k in keeps]
     return pairs if options.full else [(b, k) for b, k in pairs if k == keep or b == batch]
@@ -82,16 +83,16 @@ def run(options: Options, device: torch.device, out: Path | None, say: Callable[
 def jobs(options: Options, device: torch.device) -> list[Job]:
     """One for each number, what matters most first: the first model, bf16, `select`."""
     on_gpu = device.type == "cuda"
-    models = workloads.MODELS if on_gpu else workloads.SMALL_MODELS
+    models = base.MODELS if on_gpu else base.SMALL_MODELS
     names = chosen("model", options.models, tuple(model.name for model in models))
-    ops = chosen("op", options.ops, tuple(workloads.WORKLOADS))
+    ops = chosen("op", options.ops, tuple(WORKLOADS))
     dtypes = options.dtypes or (("bf16", "fp16") if on_gpu else ("fp32",))
     chosen("dtype", dtypes, tuple(DTYPES))
     made = []
     for model in models:
         for dtype in dtypes if model.name in names else ():
             for op in ops:
-                work = workloads.WORKLOADS[op]
+                work = WORKLOADS[op]
                 if not work.floats and dtype != dtypes[0]:
                     continue
                 for batch, keep in sizes(work, options, on_gpu):
@@ -107,7 +108,7 @@ def _of_shape(
     op: str, model: Model, dtype: str, batch: int, keep: int | None, options: Options, device: torch.device
 ) -> list[Job]:
     """The providers of one shape."""
-    work = workloads.WORKLOADS[op]
+    work = WORKLOADS[op]
     shape = {n: s for n, s in model.shape(batch, keep).items() if n in work.sizes + "K"}
     made = []
     for name, provider in work.providers().items():
@@ -173,6 +174,6 @@ def _copy(device: torch.device) -> float:
 
 def available(provider: str, device: torch.device, played: bool = False) -> bool:
     """Whether a provider can run here at all: Triton's need a GPU, torch.compile on a CPU needs a C++ compiler."""
-    if provider in workloads.NEED_GPU:
+    if provider in base.NEED_GPU:
         return device.type == "cuda" or played
     return provider != "compiled" or device.type == "cuda" or bool(shutil.which(os.environ.get("CXX", "g++")))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from bench import micro, workloads
+from bench import micro
+from bench.workloads import WORKLOADS, base
 
 METRICS = {
     "gpu__time_duration.sum": "time",
@@ -51,9 +52,9 @@ def command(ncu: str, out: Path, arguments: list[str]) -> list[str]:
 @torch.no_grad()
 def launch_once(device: torch.device, played: bool = False) -> None:
     """Every operation once, LLaVA-1.5 in bf16 with 16 images: what is profiled."""
-    model = workloads.MODELS[0] if device.type == "cuda" else workloads.SMALL_MODELS[1]
+    model = base.MODELS[0] if device.type == "cuda" else base.SMALL_MODELS[1]
     batch, keep, dtype = (16, 64, torch.bfloat16) if device.type == "cuda" else (1, 8, torch.float32)
-    for op, work in workloads.WORKLOADS.items():
+    for op, work in WORKLOADS.items():
         if op != "select" and micro.available("triton", device, played):  # it is made of others
             inputs = work.make(model.shape(batch, keep), dtype if work.floats else torch.float32, device)
             work.providers()["triton"](*inputs)

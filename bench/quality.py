@@ -15,13 +15,14 @@ from bench import record
 from bench.intervals import Share, paired, percent, wilson
 from bench.record import Provenance
 from vtc import tiny
+from vtc.config import DEFAULT_PRUNE_LAYER
 from vtc.methods import METHODS
 from vtc.tiny.questions import Answers, answer, batches
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 
 KEEPS = (288, 192, 128, 64, 32, 16)
 BASELINE = "vtc-cls"  # every other method is compared with it, on the same questions
-IN_LANGUAGE_MODEL = {"prune_layer": 2}  # the baseline also runs inside the language model, where fastv does
+IN_LANGUAGE_MODEL = {"prune_layer": DEFAULT_PRUNE_LAYER}  # the baseline also runs inside the language model
 FIXED_BUDGET = ("prumerge",)  # finds its own number of tokens, whatever keep says, and so runs once
 SWEEP_KEEP = 64
 Setting = tuple[str, dict[str, Any], Sequence[int]]  # a method, its options, and the numbers of tokens

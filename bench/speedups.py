@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bench import table, workloads
+from bench import table
 from bench.record import Record
+from bench.workloads.base import NEED_GPU
 
 
 def _best(records: Iterable[Record]) -> Record | None:
@@ -19,8 +20,8 @@ def operations(records: list[Record]) -> list[tuple[str, float]]:
         cases, ratios = [], []
         for case in dict.fromkeys(table.case(r) for r in group):
             same = [r for r in group if table.case(r) == case]
-            ours = _best(r for r in same if r.backend in workloads.NEED_GPU)
-            other = _best(r for r in same if r.backend not in workloads.NEED_GPU)
+            ours = _best(r for r in same if r.backend in NEED_GPU)
+            other = _best(r for r in same if r.backend not in NEED_GPU)
             if ours and other and (ours.shape.get("K", 64) == 64 or ours.device != "cuda"):
                 ratios.append(other.ms / ours.ms)
                 cases.append(

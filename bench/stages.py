@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from bench.accuracy import WrongResult
 from vtc import ops, reference
 from vtc.hf.patch import Plan, encode
-from vtc.methods import Tower
+from vtc.methods import VisionOutputs
 
 TEXT_TOKENS = 40
 NEW_TOKENS = 16
@@ -107,8 +107,8 @@ class Stages:
             ops.row_scores(self.query[:, :, 0], self.key, skip=1, backend=self.plan.config.backend).unsqueeze(1)
             for _ in self.plan.scored
         ]
-        tower = Tower(self.hidden, self.plan.grid, torch.stack(rows))
-        return self.plan.method.compress(tower, self.plan.kept).rows
+        tower = VisionOutputs(self.hidden, self.plan.grid, torch.stack(rows))
+        return self.plan.method.reduce(tower, self.plan.kept).features
 
     def projector(self) -> Tensor:
         return self.base.multi_modal_projector(self.features)

@@ -1,11 +1,11 @@
 """cls_attention: a vision layer's attention that also gives the [CLS] row's probabilities, in the same pass.
 
 Streaming softmax, as in flash attention: a program holds a block of query rows and walks over the blocks of keys with a
-running maximum and a running sum. The program with the [CLS] query in its block leaves that row's logits behind in
-`rows` as it goes. Their maximum and sum are known at the end, so the same program turns them into probabilities in
-place: no N x N matrix, no second reading of the keys, no atomics, and the same inputs give the same bits.
+running maximum and a running sum. The program with the [CLS] query in its block writes that row's logits as it goes.
+Their maximum and sum are known at the end, so the same program turns them into probabilities in place: no N x N matrix,
+no second reading of the keys, no atomics, and the same inputs give the same bits.
 
-In fp32 the kernels of `row_scores` overwrite the row, for they are more exact there.
+In fp32 the probabilities come from the kernels of `row_scores`, which are more exact there.
 """
 
 import torch
@@ -14,53 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from vtc_kernels import tuning
-from vtc_kernels.row_scores import _row_probabilities
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MOST_FEATURES = 256  # a program holds whole rows of queries and of the output
+from vtc_kernels.row_scores import row_probabilities
 
 
-def cls_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, rows: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Launch the kernel.
-
-    Parameters
-    ----------
-    query, key, value : Tensor[B, H, N, D], float32, float16 or bfloat16
-        One shape, dtype and device; any strides; N >= 1 and 1 <= D <= 256.
-    scale : float, optional
-        ``D ** -0.5`` when not given.
-    rows : Tensor[B, H, N], float32, optional
-        Any strides without overlap. The [CLS] row's probabilities are written to it.
-
-    Returns
-    -------
-    out : Tensor[B, N, H, D], the dtype of `value`
-        Contiguous.
-    rows : Tensor[B, H, N], float32
-        `rows` if it was given.
-    """
-    if query.ndim != 4 or not query.shape == key.shape == value.shape:
-        shapes = f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
-        raise ValueError(f"query, key and value must be [B, H, N, D] of one shape, got {shapes}")
+def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Launch the kernel; in fp32 those of `row_scores`, too. D <= 256, for a program holds whole queries."""
     num_images, num_heads, num_tokens, num_features = query.shape
-    if num_tokens < 1 or not 1 <= num_features <= _MOST_FEATURES:
-        raise ValueError(f"needs N >= 1 and 1 <= D <= {_MOST_FEATURES}, got [B, H, N, D] = {list(query.shape)}")
-    if not query.dtype == key.dtype == value.dtype or query.dtype not in _DTYPES:
-        dtypes = f"{query.dtype}, {key.dtype} and {value.dtype}"
-        raise ValueError(f"query, key and value must all be float32, float16 or bfloat16, got {dtypes}")
-    if rows is None:
-        rows = torch.empty((num_images, num_heads, num_tokens), dtype=torch.float32, device=query.device)
-    if rows.shape != (num_images, num_heads, num_tokens) or rows.dtype != torch.float32:
-        expected = [num_images, num_heads, num_tokens]
-        raise ValueError(f"rows must be float32 [B, H, N] = {expected}, got {rows.dtype} {list(rows.shape)}")
-    if not query.device == key.device == value.device == rows.device:
-        devices = f"{query.device}, {key.device}, {value.device}, {rows.device}"
-        raise ValueError(f"tensors on different devices: {devices}")
-
     scale = num_features**-0.5 if scale is None else float(scale)
     out = torch.empty((num_images, num_tokens, num_heads, num_features), dtype=value.dtype, device=value.device)
+    cls_probs = torch.empty((num_images, num_heads, num_tokens), dtype=torch.float32, device=query.device)
     block_m, block_n, block_d, num_warps, num_stages = tuning.attention_blocks(num_features, query.element_size())
     with torch.cuda.device_of(query):
         _cls_attention_kernel[(num_images * num_heads * triton.cdiv(num_tokens, block_m),)](
@@ -69,12 +31,11 @@ def cls_attention(
             key,
             value,
             out,
-            rows,
+            cls_probs,
             # strides
             *query.stride(),
             *key.stride(),
             *value.stride(),
-            *rows.stride(),
             # scalars
             num_heads,
             num_tokens,
@@ -91,8 +52,8 @@ def cls_attention(
         )
     if query.dtype == torch.float32:
         # Off the tensor cores a dot product is one chain of D additions, with twice the error of a sum in a tree.
-        rows.copy_(_row_probabilities(query[:, :, 0], key, scale))
-    return out, rows
+        cls_probs = row_probabilities(query[:, :, 0], key, scale)
+    return out, cls_probs
 
 
 @triton.jit
@@ -102,7 +63,7 @@ def _cls_attention_kernel(
     key_ptr,
     value_ptr,
     out_ptr,
-    rows_ptr,
+    cls_probs_ptr,
     # strides
     query_stride_b,
     query_stride_h,
@@ -116,9 +77,6 @@ def _cls_attention_kernel(
     value_stride_h,
     value_stride_n,
     value_stride_d,
-    rows_stride_b,
-    rows_stride_h,
-    rows_stride_n,
     # scalars
     num_heads,
     num_tokens,
@@ -131,13 +89,13 @@ def _cls_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Attention of one block of query rows, and the probabilities of query row 0.
+    """Attention of one block of query rows, and the probabilities of query row 0, the [CLS] token's.
 
     ::
 
-        p[b, h, m, n]   = softmax_n(scale · Σ_d query[b, h, m, d] · key[b, h, n, d])
-        out[b, m, h, d] = Σ_n p[b, h, m, n] · value[b, h, n, d]
-        rows[b, h, n]   = p[b, h, 0, n]
+        p[b, h, m, n]      = softmax_n(scale · Σ_d query[b, h, m, d] · key[b, h, n, d])
+        out[b, m, h, d]    = Σ_n p[b, h, m, n] · value[b, h, n, d]
+        cls_probs[b, h, n] = p[b, h, 0, n]
 
     Parameters
     ----------
@@ -147,16 +105,16 @@ def _cls_attention_kernel(
         are IEEE. With WIDEN, 16-bit operands become fp32, too: Triton's interpreter has no bfloat16 arithmetic.
     out_ptr : same dtype [B, N, H, D], contiguous
         Written, each element once.
-    rows_ptr : fp32 [B, H, N]
-        Strides between images, heads and tokens. Written: first logits, then probabilities. As in `torch.softmax`, a
-        logit of -inf has the probability 0; a row with NaN or inf among its logits is NaN, and so is one of nothing
-        but -inf. The same holds for the rows behind `out`.
+    cls_probs_ptr : fp32 [B, H, N], contiguous
+        Written: first logits, then probabilities. As in `torch.softmax`, a logit of -inf has the probability 0; a row
+        with NaN or inf among its logits is NaN, and so is one of nothing but -inf. The same holds for the rows behind
+        `out`.
 
     Program (b·H + h)·ceil(N / BLOCK_M) + i processes query rows i·BLOCK_M and on of one head of one image against all
     its keys and values, NUM_BLOCKS = ceil(N / BLOCK_N) blocks of them. The programs of a head follow one another: its
     keys and values come from DRAM once, then from L2. All programs together read and write 4·B·H·N·D elements, plus
-    12·B·H·N bytes for `rows`. Head dims are padded to a power of two: of the tensor cores' work, 44 % is padding at 72
-    and 38 % at 80.
+    12·B·H·N bytes for `cls_probs`. Head dims are padded to a power of two: of the tensor cores' work, 44 % is padding
+    at 72 and 38 % at 80.
     """
     # offsets
     query_blocks = tl.cdiv(num_tokens, BLOCK_M)
@@ -169,7 +127,7 @@ def _cls_attention_kernel(
     query_ptr += b * query_stride_b + h * query_stride_h
     key_ptr += b * key_stride_b + h * key_stride_h
     value_ptr += b * value_stride_b + h * value_stride_h
-    rows_ptr += b * rows_stride_b + h * rows_stride_h
+    cls_probs_ptr += head.to(tl.int64) * num_tokens
     query_offsets = m[:, None].to(tl.int64) * query_stride_n + d[None, :] * query_stride_d
 
     # masks
@@ -198,7 +156,7 @@ def _cls_attention_kernel(
         logits = tl.dot(query, key, input_precision="ieee") * scale + tl.where(in_row, 0.0, float("-inf"))[None, :]
         if block == 0:
             cls_logits = tl.sum(tl.where(is_cls[:, None], logits, 0.0), axis=0)
-            tl.store(rows_ptr + n * rows_stride_n, cls_logits, mask=in_row)
+            tl.store(cls_probs_ptr + n, cls_logits, mask=in_row)
         highest = tl.maximum(row_max, tl.max(logits, axis=1))
         # Subtracting -inf from -inf would make a row that starts with -inf NaN, where such keys weigh 0.
         shift = tl.where(highest == float("-inf"), 0.0, highest)
@@ -223,8 +181,7 @@ def _cls_attention_kernel(
         start = 0
         while start < num_tokens:  # a `range` of a known length would be unrolled
             n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-            rows_offsets = n * rows_stride_n
             in_row = n < num_tokens
-            cls_logits = tl.load(rows_ptr + rows_offsets, mask=in_row, other=0.0)
-            tl.store(rows_ptr + rows_offsets, tl.exp(cls_logits - cls_max) / cls_sum, mask=in_row)
+            cls_logits = tl.load(cls_probs_ptr + n, mask=in_row, other=0.0)
+            tl.store(cls_probs_ptr + n, tl.exp(cls_logits - cls_max) / cls_sum, mask=in_row)
             start += BLOCK_N

@@ -14,83 +14,21 @@ from vtc_kernels import tuning
 
 
 def row_scores(
-    query: Tensor,
-    key: Tensor,
-    *,
-    scale: float | None = None,
-    skip: int = 0,
-    mask: Tensor | None = None,
-    position: Tensor | None = None,
-    out: Tensor | None = None,
+    query: Tensor, key: Tensor, *, scale: float | None = None, skip: int = 0, mask: Tensor | None = None
 ) -> Tensor:
-    """Launch the two kernels.
-
-    Parameters
-    ----------
-    query : Tensor[B, H, D], floating point
-    key : Tensor[B, Hkv, N, D], same dtype and device
-        Any strides. H is a multiple of Hkv: query head h reads key head h // (H / Hkv).
-    scale : float, optional
-        ``D ** -0.5`` when not given.
-    skip : int
-        0 <= skip < N leading columns are left out of the result, but stay in the softmax's denominator.
-    mask : Tensor[B, N], bool, optional
-        False where a key gets no attention (padding).
-    position : Tensor[B], int64, optional
-        The query's place among the keys: later ones get no attention.
-    out : Tensor[B, N - skip], float32, optional
-        The scores are added to it in place.
-
-    Returns
-    -------
-    Tensor[B, N - skip], float32
-        `out` if it was given.
-    """
-    num_images, num_key_heads, num_tokens, num_features = key.shape
-    num_heads = query.shape[1]
-    if query.shape != (num_images, num_heads, num_features) or num_heads % max(1, num_key_heads):
-        raise ValueError(
-            f"query {list(query.shape)} does not fit key {list(key.shape)}: [B, H, D] and [B, Hkv, N, D], H a multiple "
-            "of Hkv"
-        )
-    if query.dtype != key.dtype or not key.is_floating_point():
-        raise ValueError(f"query and key need one floating-point dtype, got {query.dtype} and {key.dtype}")
-    if not 0 <= skip < num_tokens:
-        raise ValueError(f"skip must be in [0, N) = [0, {num_tokens}), got {skip}")
-    if mask is not None and (mask.shape != (num_images, num_tokens) or mask.dtype != torch.bool):
-        raise ValueError(f"mask must be bool [{num_images}, {num_tokens}], got {mask.dtype} {list(mask.shape)}")
-    if position is not None and (position.shape != (num_images,) or position.dtype != torch.int64):
-        raise ValueError(f"position must be int64 [{num_images}], got {position.dtype} {list(position.shape)}")
-    accumulate = out is not None
-    if out is None:
-        out = torch.empty((num_images, num_tokens - skip), dtype=torch.float32, device=key.device)
-    if out.shape != (num_images, num_tokens - skip) or out.dtype != torch.float32:
-        raise ValueError(f"out must be float32 [{num_images}, {num_tokens - skip}], got {out.dtype} {list(out.shape)}")
-    devices = {tensor.device for tensor in (query, key, mask, position, out) if tensor is not None}
-    if len(devices) > 1:
-        raise ValueError(f"tensors on different devices: {', '.join(map(str, devices))}")
-
-    logits, block_max, block_sum = _logits(query, key, mask, position, scale)
-    _head_mean(logits, block_max, block_sum, out, skip, accumulate)
-    return out
+    """Launch the two kernels."""
+    return _head_mean(*_logits(query, key, mask, scale), skip)
 
 
-def _row_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Launch the two kernels for the probabilities of each head, ``[B, H, N]`` float32, contiguous.
-
-    `query` [B, H, D] and `key` [B, Hkv, N, D] as `row_scores` takes them; nothing is checked.
-    """
-    logits, block_max, block_sum = _logits(query, key, None, None, scale)
-    rows = torch.empty_like(logits)
+def row_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Launch the two kernels for the probabilities of each head, ``[B, H, N]`` float32, contiguous."""
+    logits, block_max, block_sum = _logits(query, key, None, scale)
     # A mean over one head is that head: every head goes for an image.
-    one = [x.flatten(0, 1).unsqueeze(1) for x in (logits, block_max, block_sum)]
-    _head_mean(*one, rows.flatten(0, 1), skip=0, accumulate=False)
-    return rows
+    one_head_each = (x.flatten(0, 1).unsqueeze(1) for x in (logits, block_max, block_sum))
+    return _head_mean(*one_head_each, skip=0).view(logits.shape)
 
 
-def _logits(
-    query: Tensor, key: Tensor, mask: Tensor | None, position: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the first kernel: logits ``[B, H, N]``, and the maxima and sums of their blocks ``[B, H, S]``."""
     num_images, num_key_heads, num_tokens, num_features = key.shape
     num_heads = query.shape[1]
@@ -105,7 +43,6 @@ def _logits(
             query,
             key,
             None if mask is None else mask.view(torch.uint8),
-            position,
             logits,
             block_max,
             block_sum,
@@ -113,7 +50,6 @@ def _logits(
             *query.stride(),
             *key.stride(),
             *((0, 0) if mask is None else mask.stride()),
-            0 if position is None else position.stride(0),
             # scalars
             num_key_heads,
             num_tokens,
@@ -127,10 +63,11 @@ def _logits(
     return logits, block_max, block_sum
 
 
-def _head_mean(logits: Tensor, block_max: Tensor, block_sum: Tensor, out: Tensor, skip: int, accumulate: bool) -> None:
-    """Launch the second kernel: the heads' mean ``[B, N - skip]`` is written or added to `out`."""
+def _head_mean(logits: Tensor, block_max: Tensor, block_sum: Tensor, skip: int) -> Tensor:
+    """Launch the second kernel: the heads' mean ``[B, N - skip]``."""
     num_images, num_heads, num_tokens = logits.shape
     num_blocks = block_max.shape[2]
+    scores = torch.empty((num_images, num_tokens - skip), dtype=torch.float32, device=logits.device)
     block_h, block_n, block_s = tuning.head_mean_blocks(num_heads, num_blocks)
     with torch.cuda.device_of(logits):
         _head_mean_kernel[(num_images * triton.cdiv(num_tokens - skip, block_n),)](
@@ -138,20 +75,18 @@ def _head_mean(logits: Tensor, block_max: Tensor, block_sum: Tensor, out: Tensor
             logits,
             block_max,
             block_sum,
-            out,
-            # strides
-            *out.stride(),
+            scores,
             # scalars
             num_heads,
             num_tokens,
             num_blocks,
             skip,
             # constexprs
-            ACCUMULATE=accumulate,
             BLOCK_H=block_h,
             BLOCK_N=block_n,
             BLOCK_S=block_s,
         )
+    return scores
 
 
 @triton.jit
@@ -160,7 +95,6 @@ def _logits_kernel(
     query_ptr,
     key_ptr,
     mask_ptr,
-    position_ptr,
     logits_ptr,
     block_max_ptr,
     block_sum_ptr,
@@ -174,7 +108,6 @@ def _logits_kernel(
     key_stride_d,
     mask_stride_b,
     mask_stride_n,
-    position_stride_b,
     # scalars
     num_key_heads,
     num_tokens,
@@ -201,8 +134,6 @@ def _logits_kernel(
         Strides between images, heads, tokens and features.
     mask_ptr : uint8 [B, N], or None
         Strides between images and tokens. Where it is 0, the key is not seen.
-    position_ptr : int64 [B], or None
-        Stride between images. Keys after it are not seen.
     logits_ptr : fp32 [B, H, N], contiguous
         Written.
     block_max_ptr, block_sum_ptr : fp32 [B, H, S], contiguous, S = ceil(N / BLOCK_N)
@@ -227,8 +158,6 @@ def _logits_kernel(
     seen = in_row
     if mask_ptr is not None:
         seen = seen & (tl.load(mask_ptr + b * mask_stride_b + n * mask_stride_n, mask=in_row, other=0) != 0)
-    if position_ptr is not None:
-        seen = seen & (n <= tl.load(position_ptr + b * position_stride_b))
 
     # loads, widened: padded features add 0 to a dot product
     key = tl.load(key_ptr + key_offsets, mask=in_row[:, None] & in_head[None, :], other=0.0).to(tl.float32)
@@ -255,17 +184,13 @@ def _head_mean_kernel(
     logits_ptr,
     block_max_ptr,
     block_sum_ptr,
-    out_ptr,
-    # strides
-    out_stride_b,
-    out_stride_n,
+    scores_ptr,
     # scalars
     num_heads,
     num_tokens,
     num_blocks,
     skip,
     # constexprs
-    ACCUMULATE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -276,16 +201,16 @@ def _head_mean_kernel(
 
         row_max[h] = max_s block_max[b, h, s]
         row_sum[h] = Σ_s block_sum[b, h, s] · exp(block_max[b, h, s] - row_max[h])
-        out[b, n] (+)= 1/H Σ_h exp(logits[b, h, n + skip] - row_max[h]) / row_sum[h]
+        scores[b, n] = 1/H Σ_h exp(logits[b, h, n + skip] - row_max[h]) / row_sum[h]
 
     Parameters
     ----------
     logits_ptr : fp32 [B, H, N], contiguous
     block_max_ptr, block_sum_ptr : fp32 [B, H, S], contiguous
         Of all N keys: the skipped ones stay in the denominator.
-    out_ptr : fp32 [B, N - skip]
-        Strides between images and tokens. Written, or added to with ACCUMULATE. NaN in any of a head's logits makes the
-        whole row NaN, and so does a row of nothing but -inf, as in `torch.softmax`.
+    scores_ptr : fp32 [B, N - skip], contiguous
+        Written. NaN in any of a head's logits makes the whole row NaN, and so does a row of nothing but -inf, as in
+        `torch.softmax`.
 
     Program b·ceil((N - skip) / BLOCK_N) + i processes BLOCK_N columns of one image, all heads at once (BLOCK_H >= H),
     and the statistics of all key blocks, BLOCK_S of them at a time, with a running maximum and a running sum. All
@@ -301,7 +226,6 @@ def _head_mean_kernel(
     head = b * num_heads + h
     stat_offsets = head[:, None] * num_blocks + s[None, :]
     logit_offsets = head[:, None] * num_tokens + skip + column[None, :]
-    out_offsets = b * out_stride_b + column * out_stride_n
 
     # masks
     in_heads = (h < num_heads)[:, None]
@@ -328,6 +252,4 @@ def _head_mean_kernel(
     logits = tl.load(logits_ptr + logit_offsets, mask=in_heads & in_row[None, :], other=float("-inf"))
     probabilities = tl.exp(logits - row_max[:, None]) / row_sum[:, None]
     scores = tl.sum(tl.where(in_heads, probabilities, 0.0), axis=0) / num_heads
-    if ACCUMULATE:
-        scores += tl.load(out_ptr + out_offsets, mask=in_row, other=0.0)
-    tl.store(out_ptr + out_offsets, scores, mask=in_row)
+    tl.store(scores_ptr + b * (num_tokens - skip) + column, scores, mask=in_row)

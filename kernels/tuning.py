@@ -3,7 +3,7 @@
 The sizes are functions of the shapes alone, never of the batch size or of timings: what an image's result is must not
 depend on its batch mates or on the run. Nothing is autotuned.
 
-In some kernels a thread reads or overwrites what another thread of the same program has stored or read, after
+In some kernels a thread reads or overwrites what another thread of the same program has stored, after
 `tl.debug_barrier()`. NVIDIA GPUs order such accesses at a barrier. On AMD GPUs the compiled barrier waits for threads,
 not for their stores: on gfx942 the accesses keep their order, as a program runs on one compute unit with one L1 cache;
 on RDNA, where a program may run on two, this is untested.
@@ -80,12 +80,12 @@ def nearest_blocks() -> tuple[int, int]:
     return 16, 64
 
 
-def mix_row_block(num_tokens: int) -> tuple[int, int]:
-    """BLOCK_N and the number of warps, for a row of weights: a row of up to 2048 tokens in one block."""
+def mix_block(num_tokens: int) -> tuple[int, int]:
+    """BLOCK_N and the number of warps for the weights of one sum: up to 2048 tokens in one block."""
     block_n = min(2048, triton.next_power_of_2(num_tokens))
     return block_n, 4 if block_n <= 1024 else 8
 
 
-def mix_blocks() -> tuple[int, int, int]:
-    """BLOCK_R, BLOCK_N, BLOCK_D for weighted sums of rows, in fp32."""
+def weighted_sum_blocks() -> tuple[int, int, int]:
+    """BLOCK_R, BLOCK_N, BLOCK_D for weighted sums of tokens, in fp32."""
     return 32, 16, 32

@@ -250,7 +250,7 @@ def test_compress_is_scoped_whatever_happens_inside(stock, call, expected):
         assert answer(stock, call) == expected["short"]
         vtc.configure(stock, keep=4)
         vtc.enable(stock, ensemble_layers=1)
-        assert vtc.configure(stock) == vtc.VTCConfig(keep=4, ensemble_layers=1)
+        assert vtc.configure(stock) == vtc.VTCConfig.of(keep=4, ensemble_layers=1)
     assert state(stock) == before
     assert answer(stock, call) == expected["full"]
 
@@ -280,8 +280,8 @@ def test_configure(saved, call, expected):
     model = LlavaForConditionalGeneration.from_pretrained(saved, attn_implementation="vtc")
     assert vtc.configure(model, ratio=0.25) == vtc.VTCConfig(ratio=0.25)
     assert answer(model, call) == expected["short"]
-    assert vtc.configure(model, keep=4, ensemble_layers=2) == vtc.VTCConfig(keep=4, ensemble_layers=2)
-    assert vtc.configure(model, keep=9, ensemble_layers=3) == vtc.VTCConfig(keep=9)
+    assert vtc.configure(model, keep=4, ensemble_layers=2) == vtc.VTCConfig.of(keep=4, ensemble_layers=2)
+    assert vtc.configure(model, keep=9, ensemble_layers=3) == vtc.VTCConfig.of(keep=9, ensemble_layers=3)
     assert answer(model, call) == expected["short"]
 
 

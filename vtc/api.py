@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from vtc.config import METHODS as NAMES
 from vtc.config import VTCConfig
 from vtc.hf.attention import NAME
 from vtc.hf.patch import Plan, Scope, Selection, check, encode, find_llava, is_on, scope_of, settings
@@ -75,7 +74,7 @@ def configure(model: torch.nn.Module, **options: Any) -> VTCConfig:
     if scope := scope_of(base):
         scope.config = config
     else:
-        base.config.vtc = dataclasses.asdict(config)
+        base.config.vtc = config.to_dict()
     return config
 
 
@@ -168,15 +167,15 @@ def select(model: torch.nn.Module, pixel_values: torch.Tensor, **options: Any) -
         plan = Plan.of(base, pixel_values, layout="whole")
         selection = encode(base, pixel_values, plan)[1]
     if selection is None:
-        raise ValueError(f"{type(plan.method).__name__} has chooses = True, but gave no indices or no scores")
+        raise ValueError(f"{type(plan.method).__name__} has selects = True, but gave no indices or no scores")
     return selection
 
 
 def must_choose(method: str) -> None:
     """Raise ValueError if `method` does not choose patches, so that there is nothing to select or to draw."""
-    if not METHODS[method].chooses:
+    if not METHODS[method].selects:
         why = "inside the language model, by the prompt" if "language" in METHODS[method].prunes else "no patches"
-        choosing = [name for name in NAMES if METHODS[name].chooses]
+        choosing = [name for name in METHODS if METHODS[name].selects]
         raise ValueError(
             f"method {method!r} chooses {why}, so no kept patches can be shown ({METHODS[method].scores}); methods "
             f"that choose patches by the image: {', '.join(map(repr, choosing))}"

@@ -16,7 +16,6 @@ from support.models import GRID, IMAGE, TOKENS, ids
 
 import vtc
 from vtc import api as control
-from vtc import config
 from vtc.hf import families as adapters
 from vtc.hf import patch as llava
 from vtc.methods import METHODS, Method, Needs, Tokens
@@ -154,8 +153,8 @@ def check_generated(out, call, eager, embeds):
 
 
 def test_every_method_is_here():
-    assert {case.split()[0] for case in CASES} | {"none", "fastv"} == set(config.METHODS)  # for fastv, see test_prune
-    assert {case.split()[0] for case in ADAPTIVE} == {name for name in config.METHODS if METHODS[name].adaptive}
+    assert {case.split()[0] for case in CASES} | {"none", "fastv"} == set(METHODS)  # for fastv, see test_prune
+    assert {case.split()[0] for case in ADAPTIVE} == {name for name in METHODS if METHODS[name].adaptive}
 
 
 def test_the_images_are_worth_testing_with(seen):
@@ -374,7 +373,10 @@ def test_tiles_and_frames_take_one_layer_of_fastervlm(built, family):
         call = {visual.pixels: models.images(3)[None], "image_sizes": torch.tensor([[84, 160]])}
     features = {}
     for method, layers in (("fastervlm", 3), ("vtc-cls", 1), ("random", 3)):
-        with torch.no_grad(), vtc.compress(model, keep=7, method=method, ensemble_layers=layers):
+        with (
+            torch.no_grad(),
+            vtc.compress(model, keep=7, method=method, **({"ensemble_layers": layers} if method == "vtc-cls" else {})),
+        ):
             features[method] = getattr(model.model, visual.get)(**call).pooler_output[0]
     assert torch.equal(features["fastervlm"], features["vtc-cls"])
     assert not torch.equal(features["fastervlm"], features["random"])
@@ -484,11 +486,11 @@ def test_a_method_that_says_it_chooses_and_does_not(model, call, monkeypatch):
     class Vague(Method):
         name, scores, paper = "pool", "nothing", ""
 
-        def compress(self, tower, keep):
-            return Tokens(tower.patches[:, :keep])
+        def reduce(self, outputs, keep):
+            return Tokens(outputs.patches[:, :keep])
 
     monkeypatch.setitem(METHODS, "pool", Vague)
-    with pytest.raises(ValueError, match="Vague has chooses = True, but gave no indices"):
+    with pytest.raises(ValueError, match="Vague has selects = True, but gave no indices"):
         vtc.select(model, call["pixel_values"], keep=KEEP, method="pool")
 
 
@@ -559,4 +561,4 @@ def test_keys_without_scores(built, monkeypatch):
     with torch.no_grad(), vtc.compress(model, method="pool", keep=KEEP):
         tower, _ = llava.run_tower(model.model, models.images(2), llava.Plan.of(model.model))
     assert tower.keys.shape == (2, 4, 1 + TOKENS, 16)
-    assert tower.rows is None
+    assert tower.cls_probs is None

@@ -537,9 +537,6 @@ def test_what_cannot_be_done_says_so(model, stock):
         ({"prune_layer": 2, "method": "random"}, "does not prune inside the language model"),
         ({"method": "fastv", "prune_layer": 0}, "use prune_layer=2"),
         ({"kv": "short"}, "kv must be one of 'compact', 'full'"),
-        ({"positions": "original"}, "'packed'"),
-        ({"positions": "packed", "prune_layer": 1}, "'original'"),
-        ({"positions": "absolute"}, "positions must be one of"),
     ],
 )
 def test_settings_that_do_not_go_together(options, message):

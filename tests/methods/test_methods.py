@@ -11,8 +11,9 @@ from support.golden import methods as golden
 from support.kernels import DEVICE, DTYPES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vtc import config, methods, ops, tiny
-from vtc.methods import METHODS, Tower
+from vtc import methods, ops, tiny
+from vtc.config import SHARED, VTCConfig
+from vtc.methods import METHODS, VisionOutputs
 from vtc.methods.prumerge import _fraction_count, _outliers, top_and_step
 from vtc.tiny.questions import prepare
 from vtc.tiny.scenes import balanced_questions
@@ -27,21 +28,21 @@ class Images:
         self.query, self.key, self.hidden, self.pixel_values = query, key, hidden, pixel_values
         self.grid, self.num_heads = grid, num_heads
 
-    def tower(self, needs, images=slice(None), mean=False, dtype=torch.float32):
-        """The answer to `needs`, as the product gets it: nothing that was not asked for."""
+    def outputs(self, method, images=slice(None), mean=False, dtype=torch.float32):
+        """What the method needs, as it gets it from a model, and nothing else."""
+        needs, scored = method.needs, method.scored_layers(LAYERS)
         query, key = (
             x[:, images].to(DEVICE, dtype).unflatten(3, (self.num_heads, -1)).transpose(2, 3)
             for x in (self.query, self.key)
         )
-        layers = {"ensemble": range(LAYERS), "feature": [LAYERS - 1], None: []}[needs.rows]
-        rows = [ops.cls_attention(query[n], key[n], key[n])[1][:, :, 1:] for n in layers]
+        probs = [ops.cls_attention(query[n], key[n], key[n])[1][:, :, 1:] for n in scored]
         if mean:
-            rows = [ops.row_scores(query[n][:, :, 0], key[n], skip=1).unsqueeze(1) for n in layers]
+            probs = [ops.row_scores(query[n][:, :, 0], key[n], skip=1).unsqueeze(1) for n in scored]
         compared = {"feature": LAYERS - 1, "last": LAYERS, None: None}[needs.keys]
-        return Tower(
+        return VisionOutputs(
             hidden=self.hidden[images].to(DEVICE, dtype),
             grid=self.grid,
-            rows=torch.stack(rows) if rows else None,
+            cls_probs=torch.stack(probs) if needs.cls_probs else None,
             keys=None if compared is None else key[compared],
             query=query[compared][:, :, 0] if needs.query else None,
             pixel_values=self.pixel_values[images].to(DEVICE) if needs.pixels else None,
@@ -91,20 +92,20 @@ def images():
 
 def run(method, data, keep, images=slice(None), **options):
     with torch.no_grad():
-        return method.compress(data.tower(method.needs, images, **options), keep)
+        return method.reduce(data.outputs(method, images, **options), keep)
 
 
 def assert_same(tokens, data, expected):
     """`expected`: of each image the indices as selected, or None, and the features."""
     for b, (kept, features) in enumerate(expected):
-        count = tokens.rows.shape[1] if tokens.counts is None else int(tokens.counts[b])
+        count = tokens.features.shape[1] if tokens.counts is None else int(tokens.counts[b])
         assert count == len(features)
         if kept is not None:
             assert tokens.indices[b, : len(kept)].tolist() == kept
-        actual = tokens.rows[b, :count].double().cpu()
+        actual = tokens.features[b, :count].double().cpu()
         error = (actual - features).abs().max() / data.hidden.abs().max()
         assert error < 1e-5, f"image {b}: features differ by {error:.2g}"
-        assert not tokens.rows[b, count:].any()
+        assert not tokens.features[b, count:].any()
 
 
 def last(data, b):
@@ -168,7 +169,11 @@ IDS = [f"{number}-{name}-{method.name}-{keep}" for number, (name, method, keep, 
 def test_same_as_the_transcription(name, method, keep, transcription, images):
     data = images(name)
     tokens = run(method, data, keep)
-    assert tokens.rows.shape == (len(data.hidden), method.capacity(len(data.hidden[0]) - 1, keep), data.hidden.shape[2])
+    assert tokens.features.shape == (
+        len(data.hidden),
+        method.num_outputs(len(data.hidden[0]) - 1, keep),
+        data.hidden.shape[2],
+    )
     assert_same(tokens, data, [transcription(data, b) for b in range(len(data.hidden))])
 
 
@@ -206,7 +211,7 @@ def test_random_is_splitmix64_of_the_pixels(seed, images):
         scores = golden.random_scores(data.pixel_values[b], 21, seed)
         assert tokens.scores[b].tolist() == scores
         assert tokens.indices[b].tolist() == sorted(golden.by_score(scores, 5))
-        assert torch.equal(tokens.rows[b].cpu(), data.hidden[b, 1:][tokens.indices[b].cpu()])
+        assert torch.equal(tokens.features[b].cpu(), data.hidden[b, 1:][tokens.indices[b].cpu()])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 5, 6, 7, 36, 49])
@@ -216,22 +221,22 @@ def test_outliers_are_counted_as_the_paper_counts(num_tokens):
     counts = _outliers(scores.to(DEVICE))
     fractions = [golden.outlier_fraction(row) for row in scores.tolist()]
     assert [count / num_tokens for count in counts.tolist()] == fractions
-    assert counts.max() <= num_tokens // 4  # what `capacity` rests on
+    assert counts.max() <= num_tokens // 4  # what `num_outputs` rests on
     every = torch.arange(num_tokens + 1, device=DEVICE)
     assert _fraction_count(every, num_tokens).tolist() == [
         int(num_tokens * (n / num_tokens)) for n in range(len(every))
     ]
 
 
-def test_no_outlier_leaves_the_one_more_row(images):
+def test_no_outlier_leaves_the_extra_token(images):
     """Equal scores: nothing is kept but the sum; PruMerge+ still has the first patch of its sample."""
     data = images("oblong")
-    tower = data.tower(METHODS["prumerge"].needs)
-    tower = tower._replace(query=torch.zeros_like(tower.query))
-    tokens = METHODS["prumerge"]().compress(tower, 5)
+    outputs = data.outputs(METHODS["prumerge"]())
+    outputs = outputs._replace(query=torch.zeros_like(outputs.query))
+    tokens = METHODS["prumerge"]().reduce(outputs, 5)
     assert tokens.counts.tolist() == [1, 1]
-    torch.testing.assert_close(tokens.rows[:, 0], tower.hidden[:, 1:].sum(dim=1) / 22)
-    tokens = METHODS["prumerge+"](adaptive_count=True).compress(tower, 5)
+    torch.testing.assert_close(tokens.features[:, 0], outputs.hidden[:, 1:].sum(dim=1) / 22)
+    tokens = METHODS["prumerge+"](adaptive_count=True).reduce(outputs, 5)
     assert tokens.counts.tolist() == [2, 2]
     assert tokens.indices[:, 0].tolist() == [0, 0]
 
@@ -240,19 +245,19 @@ def test_a_bad_image_stays_within_its_promise(images):
     """NaN everywhere: wrong numbers, but the shapes, counts and indices that were promised, and nobody else's rows."""
     data = images("small")
     for method in (METHODS["prumerge"](), METHODS["prumerge+"](adaptive_count=True), METHODS["visionzip"]()):
-        tower = data.tower(method.needs)
-        good = method.compress(tower, 9)
-        keys = tower.keys.clone()
+        outputs = data.outputs(method)
+        good = method.reduce(outputs, 9)
+        keys = outputs.keys.clone()
         keys[1] = float("nan")
-        rows = tower.rows
-        if rows is not None:
-            rows = rows.clone()
-            rows[:, 1] = float("nan")
-        bad = method.compress(tower._replace(keys=keys, rows=rows), 9)
-        assert bad.rows.shape == good.rows.shape
+        probs = outputs.cls_probs
+        if probs is not None:
+            probs = probs.clone()
+            probs[:, 1] = float("nan")
+        bad = method.reduce(outputs._replace(keys=keys, cls_probs=probs), 9)
+        assert bad.features.shape == good.features.shape
         assert ((bad.indices >= 0) & (bad.indices < 36)).all()
         for b in (0, 2, 3):
-            assert torch.equal(bad.rows[b], good.rows[b])
+            assert torch.equal(bad.features[b], good.features[b])
 
 
 @pytest.mark.parametrize("keep", [2, 16, 32, 192, 288, 576])
@@ -262,18 +267,19 @@ def test_prumerge_plus_for_other_numbers(keep):
     sample = len(range(0, 575, step))
     assert sample <= 5 * keep / 6
     assert abs(best + sample - best / step - keep) <= 1
-    assert METHODS["prumerge+"]().capacity(576, keep) == min(576, best + sample) + 1
+    assert METHODS["prumerge+"]().num_outputs(576, keep) == min(576, best + sample) + 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "fastv"])
-def test_rows_have_the_dtype_of_the_hidden_states(name, dtype, images):
+def test_features_have_the_dtype_of_the_hidden_states(name, dtype, images):
     data = images("oblong")
     method = METHODS[name]()
     tokens = run(method, data, 4, dtype=dtype)
-    assert tokens.rows.dtype == dtype
-    assert tokens.rows.shape == (2, method.capacity(21, 4), 16)
+    assert tokens.features.dtype == dtype
+    assert tokens.features.shape == (2, method.num_outputs(21, 4), 16)
     assert (tokens.counts is not None) == method.adaptive
+    assert (tokens.indices is not None) == (tokens.scores is not None) == method.selects
     if tokens.scores is not None:
         assert tokens.scores.dtype == torch.float32
 
@@ -281,22 +287,22 @@ def test_rows_have_the_dtype_of_the_hidden_states(name, dtype, images):
 @pytest.mark.parametrize("name", ["vtc-cls", "visionzip", "prumerge", "prumerge+"])
 def test_kernels_choose_the_same(name, images):
     data = images("oblong")
-    tower = data.tower(METHODS[name].needs)
-    one, other = (METHODS[name](backend=backend).compress(tower, 3) for backend in ("torch", "triton"))
+    outputs = data.outputs(METHODS[name]())
+    one, other = (METHODS[name](backend=backend).reduce(outputs, 3) for backend in ("torch", "triton"))
     counts = torch.full_like(one.indices[:, 0], one.indices.shape[1]) if one.counts is None else one.counts - 1
     for b, count in enumerate(counts.tolist()):
         assert torch.equal(one.indices[b, :count], other.indices[b, :count])
-    torch.testing.assert_close(one.rows, other.rows, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(one.features, other.features, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "fastv"])
 def test_nothing_waits_for_the_device(name, images):
     """Fake tensors have shapes and no values: whatever asks for one, as `.item()` does, is an error."""
-    tower = images("small").tower(METHODS[name].needs)
-    real = METHODS[name]().compress(tower, 9)
+    outputs = images("small").outputs(METHODS[name]())
+    real = METHODS[name]().reduce(outputs, 9)
     with FakeTensorMode() as mode:
-        fake = Tower(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in tower))
-        tokens = METHODS[name]().compress(fake, 9)
+        fake = VisionOutputs(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in outputs))
+        tokens = METHODS[name]().reduce(fake, 9)
     for one, other in zip(real, tokens, strict=True):
         assert (one is None) == (other is None)
         assert one is None or (one.shape, one.dtype) == (other.shape, other.dtype)
@@ -305,22 +311,19 @@ def test_nothing_waits_for_the_device(name, images):
 @pytest.mark.filterwarnings("error:.*custom operator:UserWarning")  # outputs that alias
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "fastv"])
 def test_compilers_trace_through(name, images):
-    tower = images("oblong").tower(METHODS[name].needs)
-    compiled = torch.compile(METHODS[name]().compress, fullgraph=True, backend="aot_eager")
-    for one, other in zip(METHODS[name]().compress(tower, 5), compiled(tower, 5), strict=True):
+    outputs = images("oblong").outputs(METHODS[name]())
+    compiled = torch.compile(METHODS[name]().reduce, fullgraph=True, backend="aot_eager")
+    for one, other in zip(METHODS[name]().reduce(outputs, 5), compiled(outputs, 5), strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.equal(one, other)
 
 
 def test_gradients_reach_the_hidden_states(images):
     for name in ("vtc-cls", "visionzip", "prumerge", "prumerge+", "pool", "random", "none"):
-        tower = images("oblong").tower(METHODS[name].needs)
-        hidden = tower.hidden.clone().requires_grad_()
-        METHODS[name]().compress(tower._replace(hidden=hidden), 5).rows.sum().backward()
+        outputs = images("oblong").outputs(METHODS[name]())
+        hidden = outputs.hidden.clone().requires_grad_()
+        METHODS[name]().reduce(outputs._replace(hidden=hidden), 5).features.sum().backward()
         assert hidden.grad[:, 1:].abs().sum() > 0
-
-
-# --- inside the language model ----------------------------------------------------------------------------------------
 
 
 def test_fastv_in_a_left_padded_batch():
@@ -351,14 +354,6 @@ def test_fastv_in_a_left_padded_batch():
     same = fastv.keep_prompt(scores[1:2], is_image[1:2].to(DEVICE), 4)
     assert torch.equal(same, stays[1:2])
 
-    counts = stays.sum(dim=1)
-    length = int(counts.max())
-    indices, valid = methods.prompt_indices(stays, length)
-    assert (indices[:, 1:] > indices[:, :-1]).all()
-    assert torch.equal(valid.sum(dim=1), counts)
-    for b in range(3):
-        assert indices[b][valid[b]].tolist() == stays[b].nonzero().flatten().tolist()
-
 
 def test_patches_that_stay_in_prompts_with_several_images():
     """Two images, none, and one, of 6 patches each."""
@@ -369,9 +364,6 @@ def test_patches_that_stay_in_prompts_with_several_images():
     first = [0, 1, 2, 7, 8, 10, 11]
     third = [0, 1, 2, 3, 4, 8, 9, 11, 12, 13, 14]
     assert [row.nonzero().flatten().tolist() for row in stays] == [first, list(range(15)), third]
-    positions, valid = methods.prompt_indices(stays, 15)
-    assert positions.tolist() == [list(range(15))] * 3
-    assert torch.equal(valid, stays)
 
 
 @pytest.mark.parametrize(
@@ -390,9 +382,6 @@ def test_fastv_ties_and_nan(scores, is_image, keep, expected):
     assert METHODS["fastv"]().keep_prompt(scores, is_image, keep)[0].nonzero().flatten().tolist() == expected
 
 
-# --- the registry -----------------------------------------------------------------------------------------------------
-
-
 def test_every_method_is_registered_once_and_documented():
     found = {}
     for path in Path(methods.__file__).parent.glob("*.py"):
@@ -407,15 +396,73 @@ def test_every_method_is_registered_once_and_documented():
                 for field in dataclasses.fields(value):
                     assert field.name == "backend" or f"{field.name} :" in value.__doc__, f"{value.name}: {field.name}"
     assert found == METHODS
-    assert tuple(METHODS) == config.METHODS  # torch is not needed to read the former
+    assert all(name == method.name for name, method in METHODS.items())
 
 
-def test_built_from_settings():
-    settings = dataclasses.asdict(config.VTCConfig(ensemble="max", seed=3, backend="torch"))
-    assert methods.build("vtc-cls", **settings) == METHODS["vtc-cls"](ensemble="max", backend="torch")
-    assert methods.build("random", **settings) == METHODS["random"](seed=3, backend="torch")
-    with pytest.raises(ValueError, match=r"one of vtc-cls, fastervlm, .*, none, got 'tome'"):
+def test_build():
+    assert methods.build("vtc-cls", ensemble="max", backend="torch") == METHODS["vtc-cls"](
+        ensemble="max", backend="torch"
+    )
+    assert methods.build("random", seed=3) == METHODS["random"](seed=3)
+    with pytest.raises(ValueError, match=r"one of 'vtc-cls', 'fastervlm', .*, 'none', got 'tome'"):
         methods.build("tome")
+    with pytest.raises(ValueError, match=r"unknown option 'seeds' of method 'random', whose options are seed; leave"):
+        methods.build("random", seeds=3)
+    with pytest.raises(ValueError, match=r"seed is an option of 'random', and .* 'none', whose options are none; use"):
+        methods.build("none", seed=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("vtc-cls", {"ensemble": "median"}, "ensemble must be one of 'sum', 'mean', 'max', 'min', got 'median'"),
+        ("vtc-cls", {"ensemble_layers": 0}, "ensemble_layers.*at least 1, got 0"),
+        ("vtc-cls", {"ensemble_layers": True}, "ensemble_layers.*integer.*got True"),
+        ("vtc-cls", {"start_layer": -1}, "start_layer.*at least 0, got -1"),
+        ("vtc-cls", {"start_layer": 2.0}, "start_layer.*integer.*got 2.0"),
+        ("random", {"seed": -1}, "seed.*at least 0, got -1"),
+        ("visionzip", {"contextual": -1}, "contextual.*at least 0, got -1"),
+        ("visionzip", {"contextual": 0.5}, "contextual.*integer.*got 0.5"),
+        ("prumerge", {"adaptive_count": 1}, "adaptive_count must be True or False, got 1"),
+        ("prumerge", {"neighbors": 0}, "neighbors.*at least 1, got 0"),
+        ("prumerge+", {"adaptive_count": None}, "adaptive_count must be True or False, got None"),
+        ("prumerge+", {"neighbors": 0}, "neighbors.*at least 1, got 0"),
+    ],
+)
+def test_a_method_checks_its_options(name, options, says):
+    with pytest.raises(ValueError, match=says):
+        METHODS[name](**options)
+    with pytest.raises(ValueError, match=says):
+        VTCConfig.of(method=name, **options)
+
+
+def test_options_are_the_fields_without_the_backend():
+    assert METHODS["vtc-cls"].options() == ("ensemble", "ensemble_layers", "start_layer")
+    assert METHODS["prumerge+"].options() == ("adaptive_count", "neighbors")
+    assert METHODS["none"].options() == ()
+    for name, method in METHODS.items():
+        assert not set(method.options()) & {*SHARED, "options"}, f"{name}: VTCConfig has a field of that name"
+
+
+def test_scored_layers():
+    """`end - 1` is the last layer that may be scored."""
+    vtc_cls = METHODS["vtc-cls"]
+    assert vtc_cls().scored_layers(23) == range(20, 23)
+    assert vtc_cls(ensemble_layers=23).scored_layers(23) == range(23)
+    assert vtc_cls(start_layer=22, ensemble_layers=5).scored_layers(23) == range(22, 23)
+    for name in ("fastervlm", "visionzip"):
+        assert METHODS[name]().scored_layers(23) == range(22, 23)
+    for name in ("prumerge", "prumerge+", "fastv", "random", "pool", "none"):
+        assert not METHODS[name]().scored_layers(23)
+
+    class Keys(methods.Method):
+        needs = methods.Needs(keys="feature")
+
+    assert Keys().scored_layers(23) == range(22, 23)
+    with pytest.raises(ValueError, match=r"layers -1 to 4: .* ensemble_layers 1 to 5 or start_layer 0 to 4, got .*=6"):
+        vtc_cls(ensemble_layers=6).scored_layers(5)
+    with pytest.raises(ValueError, match=r"layers 5 to 4: .*got ensemble_layers=3, start_layer=5"):
+        vtc_cls(start_layer=5).scored_layers(5)
 
 
 def test_what_a_method_needs():
@@ -423,14 +470,16 @@ def test_what_a_method_needs():
         *("vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+")
     }
     assert {name for name, method in METHODS.items() if "language" in method.prunes} == {"vtc-cls", "fastv"}
+    assert [name for name, method in METHODS.items() if method.prunes_only_language()] == ["fastv"]
+    assert {name for name, method in METHODS.items() if method.keeps_patches()} == {"vtc-cls", "fastervlm", "random"}
     assert {name for name, method in METHODS.items() if method.adaptive} == {"prumerge", "prumerge+"}
 
 
 @pytest.mark.parametrize("name", ["vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "random"])
-def test_a_tower_without_what_is_needed_is_explained(name, images):
-    tower = images("small").tower(methods.Needs())
-    with pytest.raises(ValueError, match=rf"{name.replace('+', '.')} needs the vision tower's \w+, got None"):
-        METHODS[name]().compress(tower, 9)
+def test_missing_outputs_are_explained(name, images):
+    outputs = images("small").outputs(METHODS["none"]())
+    with pytest.raises(ValueError, match=rf"{name.replace('+', '.')} needs \w+ of the vision tower, got None"):
+        METHODS[name]().reduce(outputs, 9)
 
 
 @pytest.mark.parametrize(
@@ -438,12 +487,11 @@ def test_a_tower_without_what_is_needed_is_explained(name, images):
     [
         (METHODS["visionzip"](), 1, r"got keep=1; use keep=2 or more"),
         (METHODS["visionzip"](contextual=8), 9, r"8 contextual tokens, got keep=9.*from 0 to keep - 2"),
-        (METHODS["visionzip"](contextual=-1), 9, r"-1 contextual"),
-        (METHODS["prumerge"](adaptive_count=False), 1, "one more row, got keep=1; use 2 or more"),
+        (METHODS["prumerge"](adaptive_count=False), 1, "the extra token, got keep=1; use 2 or more"),
         (METHODS["prumerge+"](), 1, "a sample, got keep=1; use 2 or more"),
-        (METHODS["fastv"](), 9, "fastv does not choose patches of the vision tower"),
+        (METHODS["fastv"](), 9, "fastv does not select patches of the vision tower"),
     ],
 )
 def test_too_few_tokens_are_explained(method, keep, message, images):
     with pytest.raises(ValueError, match=message):
-        method.compress(images("small").tower(method.needs), keep)
+        method.reduce(images("small").outputs(method), keep)

@@ -247,7 +247,6 @@ MUTANTS = [
         "vtc/methods/base.py",
         "methods/test_methods",
         {
-            "fills get attention": ("return indices, stays.gather(1, indices)", "return indices, torch.ones_like(indices, dtype=torch.bool)"),
             "patches of the first image": ("masked_scatter(is_image, kept.flatten())", "masked_scatter(is_image, kept[:1].expand_as(kept).flatten())"),
         },
     ),
@@ -255,7 +254,7 @@ MUTANTS = [
         "vtc/methods/pool.py",
         "methods/test_methods",
         {
-            "columns before rows": ("unflatten(2, tower.grid)", "unflatten(2, tower.grid[::-1])"),
+            "columns before rows": ("unflatten(2, outputs.grid)", "unflatten(2, outputs.grid[::-1])"),
             "sums depend on the batch": ("grid.float().contiguous()", "grid.float()"),
         },
     ),

@@ -154,7 +154,7 @@ def measure(
     for number in _cards(questions, rows):
         scene = questions[number][0]
         pixels = prepare(model, processor, questions[number : number + 1])["pixel_values"]
-        if METHODS[shown].chooses:
+        if METHODS[shown].selects:
             kept = vtc.select(model, pixels, keep=SHOWN, method=shown)
             overlays[number] = vtc.overlay(scene.image, kept, side=SIDE)
         else:  # no patch is dropped

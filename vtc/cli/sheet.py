@@ -25,7 +25,7 @@ def draw(demo: Demo) -> Image.Image:
     by = "the [CLS] token" if demo.shown == "vtc-cls" else demo.shown
     title = f"{SHOWN} of {FULL} visual tokens, chosen by {by}"
     right = f"what {demo.shown} keeps of it; the language model never sees the dark patches."
-    if not METHODS[demo.shown].chooses:
+    if not METHODS[demo.shown].selects:
         title, right = f"{demo.shown}: {METHODS[demo.shown].scores}", "the same, for no patch is chosen."
         if "tower" not in METHODS[demo.shown].prunes:
             right = "the same, for what is kept depends on the question."

@@ -11,8 +11,6 @@ import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vtc.config import METHODS
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -49,7 +47,7 @@ class Model(NamedTuple):
             return (
                 f"prunes in the language model alone, and there {self.name}'s pictures of an image are not told apart"
             )
-        if tiled and not about.copies() and method != "none":
+        if tiled and not about.keeps_patches() and method != "none":
             return f"makes new tokens of an image's patches, and a {self.name} image or video is several pictures"
         if self.stacked and about.adaptive:
             return f"gives images different numbers of tokens, and {self.name} takes as many from each"
@@ -57,7 +55,7 @@ class Model(NamedTuple):
 
     def methods(self) -> tuple[str, ...]:
         """The methods that work with this model."""
-        return tuple(method for method in METHODS if self.refusal(method) is None)
+        return tuple(method for method in _registry() if self.refusal(method) is None)
 
 
 MODELS = {
@@ -141,7 +139,7 @@ class Tower(NamedTuple):
 
     def methods(self) -> tuple[str, ...]:
         """The methods that work with this tower."""
-        return tuple(method for method in METHODS if self.refusal(method) is None)
+        return tuple(method for method in _registry() if self.refusal(method) is None)
 
 
 TOWERS = {
@@ -194,13 +192,14 @@ def tower_of(config: Any) -> Tower:
 
 def table() -> str:
     """README's tables of models and towers, in Markdown."""
+    names = tuple(_registry())
     lines = ["| model | class in transformers | what `keep` counts | methods |", "|---|---|---|---|"]
     for model in MODELS.values():
-        works = "all" if model.methods() == METHODS else ", ".join(f"`{method}`" for method in model.methods())
+        works = "all" if model.methods() == names else ", ".join(f"`{method}`" for method in model.methods())
         lines += [f"| {model.name} | `{classes(model)[1]}` | {model.budget} | {works} |"]
-    lines += ["", "| vision tower | " + " | ".join(f"`{method}`" for method in METHODS) + " |"]
-    lines += ["|---|" + "---|" * len(METHODS)]
+    lines += ["", "| vision tower | " + " | ".join(f"`{method}`" for method in names) + " |"]
+    lines += ["|---|" + "---|" * len(names)]
     for tower in TOWERS.values():
-        marks = ["yes" if method in tower.methods() else "no" for method in METHODS]
+        marks = ["yes" if method in tower.methods() else "no" for method in names]
         lines += [f"| {tower.name} | {' | '.join(marks)} |"]
     return "\n".join(lines)

@@ -31,12 +31,13 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vtc import methods, ops
-from vtc.config import PROMPT_METHODS, VTCConfig, kept_count
+from vtc.config import VTCConfig, kept_count
 from vtc.hf import attention, prune
 from vtc.hf import families as adapters
 from vtc.hf.families import Model, Tower, Visual
 from vtc.hf.prompt import FullPrompt, shorten
 
+PROMPT_METHODS = tuple(name for name, method in methods.METHODS.items() if method.prunes_only_language())
 NEEDS_IDS = "VTC finds the places of the images in input_ids; pass input_ids and no inputs_embeds"
 
 
@@ -75,7 +76,7 @@ def scope_of(base: torch.nn.Module) -> Scope | None:
 def settings(base: torch.nn.Module) -> VTCConfig:
     """Return the settings of the open scope, or those stored in the model's config, or the defaults."""
     scope = scope_of(base)
-    return scope.config if scope else VTCConfig().updated(**getattr(base.config, "vtc", None) or {})
+    return scope.config if scope else VTCConfig.of(**getattr(base.config, "vtc", None) or {})
 
 
 def find_llava(model: torch.nn.Module) -> Any:
@@ -140,9 +141,7 @@ class Plan(NamedTuple):
                     f"{family.name} are not; use prune_layer=0"
                 )
             prune.check(base.language_model, config)
-        # None stands for the method's own default.
-        options = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
-        method = methods.build(config.method, **options)
+        method = config.build_method()
         features = _feature_layers(base, vision.num_hidden_layers, feature_layer)
         strategy = strategy or getattr(base.config, "vision_feature_select_strategy", "default")
         wanted = "default" if tower.cls else "full"
@@ -155,17 +154,7 @@ class Plan(NamedTuple):
         end = min(stop, last)  # the last layer is never scored
         if method.needs.keys == "last":
             stop = max(stop, last)  # that layer does not run, but those before it do
-        first = end - config.ensemble_layers if config.start_layer is None else config.start_layer
-        if method.needs.rows is None and method.needs.keys != "feature":
-            first = end = 0
-        elif method.needs.rows != "ensemble":
-            first = end - 1
-        elif not 0 <= first < end:
-            raise ValueError(
-                f"cannot score vision layers {first} to {end - 1}: scored layers end at the feature layer, here "
-                f"{end - 1} of 0 to {last}; use ensemble_layers 1 to {end} or start_layer 0 to {end - 1}, "
-                f"got ensemble_layers={config.ensemble_layers}, start_layer={config.start_layer}"
-            )
+        scored = method.scored_layers(end)
         if pixel_values is not None and pixel_values.ndim != 4:
             raise ValueError(f"pixel_values must be [images, 3, height, width], got shape {tuple(pixel_values.shape)}")
         size = _pair(vision.image_size) if pixel_values is None else pixel_values.shape[-2:]
@@ -175,8 +164,7 @@ class Plan(NamedTuple):
         if layout != "whole" and tokens != rows * columns:
             raise ValueError(f"{tower.name} puts register tokens among the patches, which tiles and frames cannot have")
         kept = 0 if layout == "tiles" else kept_count(config, tokens)
-        left = 0 if layout == "tiles" else method.capacity(tokens, kept)
-        scored = range(first, end)
+        left = 0 if layout == "tiles" else method.num_outputs(tokens, kept)
         return cls(config, method, tower, (rows, columns), tokens, kept, left, features, stop, scored, pool)
 
 
@@ -221,16 +209,16 @@ def encode(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[torch.Ten
     """
     tokens, _ = compress(base, pixel_values, plan)
     if tokens.indices is None or tokens.scores is None:
-        return tokens.rows, None
+        return tokens.features, None
     indices, counts = tokens.indices, tokens.counts
-    if plan.method.copies():  # ascending, and as many of each
-        return tokens.rows, Selection(indices, tokens.scores, plan.grid)
+    if plan.method.keeps_patches():  # ascending, and as many of each
+        return tokens.features, Selection(indices, tokens.scores, plan.grid)
     places = torch.arange(indices.shape[1], device=indices.device)
     if counts is not None:
-        counts = counts - (tokens.rows.shape[1] - indices.shape[1])  # less what was merged
+        counts = counts - (tokens.features.shape[1] - indices.shape[1])  # less what was merged
         indices = indices.masked_fill(places >= counts[:, None], plan.tokens)
     indices = indices.sort(1).values
-    return tokens.rows, Selection(indices.masked_fill(indices == plan.tokens, -1), tokens.scores, plan.grid, counts)
+    return tokens.features, Selection(indices.masked_fill(indices == plan.tokens, -1), tokens.scores, plan.grid, counts)
 
 
 def compress(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[methods.Tokens, list[int]]:
@@ -240,7 +228,7 @@ def compress(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[methods
     one wait for the device that an adaptive method costs.
     """
     tower, used = run_tower(base, pixel_values, plan)
-    tokens = plan.method.compress(tower, plan.kept)
+    tokens = plan.method.reduce(tower, plan.kept)
     counts, after = [plan.rows] * len(pixel_values), plan.rows
     if tokens.counts is not None:
         counts = tokens.counts.tolist()
@@ -255,7 +243,7 @@ def compress(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[methods
     return tokens, counts
 
 
-def run_tower(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[methods.Tower, list[str]]:
+def run_tower(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[methods.VisionOutputs, list[str]]:
     """Run the vision tower as far as the method needs: what it leaves, and the operations that the scores took."""
     tower, about, needs = base.vision_tower, plan.tower, plan.method.needs
     layers = about.layers_of(tower)
@@ -280,9 +268,9 @@ def run_tower(base: Any, pixel_values: torch.Tensor, plan: Plan) -> tuple[method
         features, has_cls = features[:, int(has_cls) :], False
         scores.pool(math.isqrt(features.shape[1]), plan.pool)
         features = base.vision_resampler(features)  # takes pictures for square, too
-    rows = None if needs.rows is None else scores.rows()
+    rows = scores.rows() if needs.cls_probs else None
     pixels = pixel_values if needs.pixels else None
-    return methods.Tower(features, plan.grid, rows, keys, query, pixels, has_cls), scores.ops
+    return methods.VisionOutputs(features, plan.grid, rows, keys, query, pixels, has_cls), scores.ops
 
 
 def _count(base: Any, plan: Plan, used: list[str], images: int, before: int, after: int) -> None:
@@ -357,8 +345,8 @@ class Batch(NamedTuple):
         tokens, counts = compress(base, self.pictures, self.plan)
         if tokens.counts is not None:
             counted = self._replace(counts=[(self.plan.tokens, count) for count in counts])
-            return base.multi_modal_projector(tokens.rows[:, : max(counts)]), counted
-        kept = base.multi_modal_projector(tokens.rows)
+            return base.multi_modal_projector(tokens.features[:, : max(counts)]), counted
+        kept = base.multi_modal_projector(tokens.features)
         return kept.reshape(len(self.counts), -1, kept.shape[-1]), self
 
 

@@ -1,15 +1,17 @@
-"""Methods of visual token compression, one published method a file, and the registry of them all.
+"""Methods of visual token compression: one published method per file, and the registry of them all.
 
-A method is a frozen dataclass: its fields are its parameters, its class attributes say what it asks of the models and
-where it prunes (`vtc.methods.base`). `compress` is a function of tensors: it takes what the vision tower left for it
-and gives the rows for the projector. Nothing here knows a model, waits for a GPU, or loops over images or tokens.
+A method is a frozen dataclass. Its fields are its options, and it checks their values itself. Its class attributes say
+what it needs from the vision tower and where it prunes (`vtc.methods.base`). `reduce` is a function of tensors: it
+takes the outputs of the vision tower and returns the features for the projector. A method knows no model, never
+synchronises with the GPU, and does not loop over images or tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from vtc.methods.base import Method, Needs, Tokens, Tower, keep_patches, prompt_indices
+from vtc.methods.base import Method, Needs, Tokens, VisionOutputs, keep_patches
 from vtc.methods.fastervlm import FasterVLM
 from vtc.methods.fastv import FastV
 from vtc.methods.none import Nothing
@@ -19,7 +21,7 @@ from vtc.methods.random import Random
 from vtc.methods.visionzip import VisionZip
 from vtc.methods.vtc_cls import VTCCLS
 
-__all__ = ["METHODS", "Method", "Needs", "Tokens", "Tower", "build", "keep_patches", "prompt_indices"]
+__all__ = ["METHODS", "Method", "Needs", "Tokens", "VisionOutputs", "build", "check_options", "keep_patches", "table"]
 
 METHODS: dict[str, type[Method]] = {
     VTCCLS.name: VTCCLS,
@@ -38,7 +40,7 @@ PLACES = {"tower": "before the projector", "language": "in the language model"}
 
 
 def table() -> list[tuple[str, ...]]:
-    """Of each method: its name, what it scores, whether it needs [CLS], where it prunes, its paper or "-"."""
+    """For each method: its name, what it scores, whether it needs [CLS], where it prunes, its paper or "-"."""
     return [
         (
             name,
@@ -51,17 +53,30 @@ def table() -> list[tuple[str, ...]]:
     ]
 
 
-def build(name: str, **options: Any) -> Method:
-    """The method `name` with those of `options` that are parameters of it, such as the fields of a `VTCConfig`.
+def build(name: str, *, backend: str = "auto", **options: Any) -> Method:
+    """The method `name` with the given options; the others keep their defaults.
 
     Raises
     ------
     ValueError
-        If there is no such method.
+        If there is no such method, if an option is not one of the method's, or if its value is not accepted.
     """
+    check_options(name, options)
+    return METHODS[name](backend=backend, **options)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if there is no method `name`, or if a name in `options` is not an option of it."""
     if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    fields = METHODS[
-        name
-    ].__match_args__  # its fields; compilers trace through this, and not through dataclasses.fields
-    return METHODS[name](**{option: value for option, value in options.items() if option in fields})
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
+    own = METHODS[name].options()
+    for option, value in options.items():
+        if option in own:
+            continue
+        has = f"options are {', '.join(own)}" if own else "options are none"
+        if owners := [other for other, method in METHODS.items() if option in method.options()]:
+            raise ValueError(
+                f"{option} is an option of {' and '.join(map(repr, owners))}, and the method is {name!r}, whose {has}; "
+                f"use vtc.configure(model, method={owners[0]!r}, {option}={value!r})"
+            )
+        raise ValueError(f"unknown option {option!r} of method {name!r}, whose {has}; leave it out")

@@ -1,4 +1,4 @@
-"""What every method is: what it asks of the vision tower, what it promises, and what it does with the answer."""
+"""What every method is: what it needs from the vision tower, how many features it returns, and how it makes them."""
 
 from __future__ import annotations
 
@@ -12,45 +12,42 @@ from vtc import ops
 
 
 class Needs(NamedTuple):
-    """What a method asks of the models, apart from the feature layer's hidden states. Vision layers count from 0.
+    """What a method needs from the vision tower, beside the hidden states of the feature layer.
 
     Attributes
     ----------
-    rows : {"ensemble", "feature", None}
-        Vision layers whose [CLS] rows it scores by: those that `ensemble_layers` and `start_layer` name, which end at
-        the feature layer; or the feature layer alone.
+    cls_probs : bool
+        The [CLS] token's attention probabilities in the layers that `Method.scored_layers` names.
     keys : {"feature", "last", None}
-        The vision layer whose keys it compares. The last layer's keys are projections of its normalised input, which
-        is the hidden state before it: that layer need not run.
+        The vision layer whose keys it compares. "last" is the last layer of the tower. Its keys are projections of the
+        hidden states before it, so that layer itself does not run.
     query : bool
-        The [CLS] token's query in the same layer, too.
+        The [CLS] token's query in the layer of `keys`.
     pixels : bool
-        The pixels themselves.
-    prompt : bool
-        The attention of the last prompt token in the language-model layer before the one where tokens are dropped.
+        The pixel values.
     grid : bool
-        That all visual tokens are patches, in rows and columns: no register tokens among them.
+        That every visual token is a patch of the grid: the tower has no register tokens.
     """
 
-    rows: str | None = None
+    cls_probs: bool = False
     keys: str | None = None
     query: bool = False
     pixels: bool = False
-    prompt: bool = False
     grid: bool = False
 
 
-class Tower(NamedTuple):
-    """What one pass of B images through the vision tower leaves for a method; None where it did not ask.
+class VisionOutputs(NamedTuple):
+    """The outputs of one pass of B images through the vision tower. What the method does not need is None.
 
     Attributes
     ----------
     hidden : Tensor[B, 1 + N, C]
         Output of the feature layer, [CLS] first; [B, N, C] if not `cls`.
     grid : tuple of int
-        Rows and columns of patches, N in all if there are no register tokens.
-    rows : Tensor[L, B, H, N], float32
-        The [CLS] token's probabilities for the patches in the scored layers, head by head; or their mean, H = 1.
+        Rows and columns of patches. Their product is N if the tower has no register tokens.
+    cls_probs : Tensor[L, B, H, N], float32
+        The [CLS] token's attention probabilities for the patches, per scored layer and head; or their mean over the
+        heads, H = 1.
     keys : Tensor[B, H, 1 + N, D]
         Keys of one layer, any strides.
     query : Tensor[B, H, D]
@@ -62,7 +59,7 @@ class Tower(NamedTuple):
 
     hidden: Tensor
     grid: tuple[int, int]
-    rows: Tensor | None = None
+    cls_probs: Tensor | None = None
     keys: Tensor | None = None
     query: Tensor | None = None
     pixel_values: Tensor | None = None
@@ -75,22 +72,22 @@ class Tower(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The visual tokens that are left of B images, before the projector.
+    """The visual tokens that B images keep, before the projector.
 
     Attributes
     ----------
-    rows : Tensor[B, R, C]
+    features : Tensor[B, R, C]
         In the order in which the language model sees them. Rows after an image's count are 0.
     counts : Tensor[B], int64, or None
-        How many rows each image has; None where all have R.
+        Number of tokens of each image; None if every image has R.
     indices : Tensor[B, K], int64, or None
-        The patches they come from, where that can be said: of `VisionZip` and `PruMerge`, the patches that stay
-        themselves. Those after an image's count (without the one more row) are arbitrary.
+        The patches that were selected; None if the method selects none. A merging method has more tokens than these.
+        Entries after the number of patches that an image keeps are arbitrary.
     scores : Tensor[B, N], float32, or None
-        What they were chosen by.
+        The scores by which they were selected.
     """
 
-    rows: Tensor
+    features: Tensor
     counts: Tensor | None = None
     indices: Tensor | None = None
     scores: Tensor | None = None
@@ -98,12 +95,29 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One method with its parameters. A subclass defines `select`, or `compress` if rows are more than copies.
+    """One method with its options. A subclass defines `select`, or `reduce` if its tokens are not copies of patches.
 
-    Class attributes: `name` is the registry's, `scores` says in a few words what it ranks by, `paper` where it is from,
-    `needs` what it asks of the models, `prunes` the places where it can drop tokens ("tower": before the projector,
-    "language": after a layer of the language model), `adaptive` whether images can end up with different counts,
-    `operations` those of `vtc.ops` that it runs, `chooses` whether its tokens stand for patches that it has chosen.
+    Every field but `backend` is an option of the method. A subclass with options checks their values in
+    `__post_init__` and explains them in its docstring.
+
+    Class attributes
+    ----------------
+    name : str
+        Its name in the registry.
+    scores : str
+        What it ranks the patches by, in a few words.
+    paper : str
+        "arXiv ..."; empty for a control.
+    needs : Needs
+        What it needs from the vision tower.
+    prunes : tuple of str
+        Where it can drop tokens: "tower", before the projector; "language", after a layer of the language model.
+    adaptive : bool
+        Whether the images of a batch can end up with different counts.
+    operations : tuple of str
+        The operations of `vtc.ops` that it runs.
+    selects : bool
+        Whether `reduce` returns the indices of selected patches and their scores.
     """
 
     name: ClassVar[str]
@@ -113,22 +127,53 @@ class Method:
     prunes: ClassVar[tuple[str, ...]] = ("tower",)
     adaptive: ClassVar[bool] = False
     operations: ClassVar[tuple[str, ...]] = ("topk", "compact")
-    chooses: ClassVar[bool] = True
+    selects: ClassVar[bool] = True
 
     backend: str = "auto"
 
     @classmethod
-    def needs_cls(cls) -> bool:
-        """Whether the vision tower must have a [CLS] token."""
-        return cls.needs.rows is not None or cls.needs.query
+    def options(cls) -> tuple[str, ...]:
+        """The names of the method's own options."""
+        # torch.compile traces through __match_args__, the names of a dataclass's fields, and not dataclasses.fields.
+        return tuple(name for name in cls.__match_args__ if name != "backend")
 
     @classmethod
-    def copies(cls) -> bool:
-        """Whether its tokens are the patches of the largest scores, unchanged: it works across tiles and frames."""
-        return cls.select is not Method.select and cls.compress is Method.compress
+    def needs_cls(cls) -> bool:
+        """Whether the vision tower must have a [CLS] token."""
+        return cls.needs.cls_probs or cls.needs.query
 
-    def capacity(self, num_tokens: int, keep: int) -> int:
-        """R of `compress`: the rows of an image of `num_tokens` patches, the most there can be if it is adaptive.
+    @classmethod
+    def prunes_only_language(cls) -> bool:
+        """Whether it can drop tokens inside the language model only."""
+        return cls.prunes == ("language",)
+
+    @classmethod
+    def keeps_patches(cls) -> bool:
+        """Whether its tokens are exactly the top-scoring patches. Only such a method works across tiles and frames."""
+        return cls.select is not Method.select and cls.reduce is Method.reduce
+
+    def scored_layers(self, end: int) -> range:
+        """The vision layers, counted from 0, whose attention gives `cls_probs` and the keys of the feature layer.
+
+        Parameters
+        ----------
+        end : int
+            `end - 1` is the last layer that may be scored: the feature layer, but never the tower's last layer.
+
+        Returns
+        -------
+        range
+            Empty if the method needs neither, else `end - 1` alone.
+
+        Raises
+        ------
+        ValueError
+            If the options ask for layers that do not exist or may not be scored.
+        """
+        return range(end - 1, end) if self.needs.cls_probs or self.needs.keys == "feature" else range(0)
+
+    def num_outputs(self, num_tokens: int, keep: int) -> int:
+        """R of `reduce` for an image of `num_tokens` patches; an upper bound of its count if the method is adaptive.
 
         Raises
         ------
@@ -137,68 +182,59 @@ class Method:
         """
         return keep
 
-    def select(self, tower: Tower, keep: int) -> tuple[Tensor, Tensor]:
-        """The patches that stay `[B, keep]` int64, ascending, and what they were chosen by `[B, N]` float32."""
-        raise ValueError(f"{self.name} does not choose patches of the vision tower; use compress, or another method")
-
-    def compress(self, tower: Tower, keep: int) -> Tokens:
-        """Reduce the patches of `tower` to `capacity(N, keep)` rows; 1 <= keep <= N, which the caller has checked.
+    def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
+        """The indices of the selected patches `[B, keep]` int64, ascending, and their scores `[B, N]` float32.
 
         Raises
         ------
         ValueError
-            If `tower` lacks what the method needs, or `keep` is too small for it.
+            If the method does not select patches by the image, or `outputs` lacks what the method needs.
         """
-        indices, scores = self.select(tower, keep)
-        return Tokens(ops.compact(tower.patches, indices, backend=self.backend), None, indices, scores)
+        raise ValueError(f"{self.name} does not select patches of the vision tower; use reduce, or another method")
 
-    def needed(self, tower: Tower, what: str) -> Tensor:
-        """A field of `tower`, or a ValueError that says who needs it."""
-        value = getattr(tower, what)
+    def reduce(self, outputs: VisionOutputs, keep: int) -> Tokens:
+        """Reduce the patches to `num_outputs(N, keep)` tokens. The caller has checked that 1 <= keep <= N.
+
+        Raises
+        ------
+        ValueError
+            If `outputs` lacks what the method needs, or `keep` is too small for it.
+        """
+        indices, scores = self.select(outputs, keep)
+        return Tokens(ops.compact(outputs.patches, indices, backend=self.backend), None, indices, scores)
+
+    def require(self, outputs: VisionOutputs, field: str) -> Tensor:
+        """The tensor `outputs.field`.
+
+        Raises
+        ------
+        ValueError
+            If it is None.
+        """
+        value = getattr(outputs, field)
         if value is None:
-            raise ValueError(f"{self.name} needs the vision tower's {what}, got None; it asks for {self.needs}")
+            raise ValueError(
+                f"{self.name} needs {field} of the vision tower, got None; pass what {self.needs} asks for"
+            )
         return value
 
 
 def keep_patches(is_image: Tensor, indices: Tensor, num_tokens: int) -> Tensor:
-    """Which tokens of prompts stay, if of each image the patches `indices` do: to prune inside the language model.
+    """Which tokens of the prompts stay when tokens are dropped inside the language model.
 
     Parameters
     ----------
     is_image : Tensor[B, L], bool
-        True at image tokens, `num_tokens` for each image; images in the order of the prompts, then of their places.
+        True at image tokens. Each image has `num_tokens` of them.
     indices : Tensor[images, K], int64
-        From `Method.select`.
+        From `Method.select`. The images of the first prompt come first, in their order, then those of the second.
     num_tokens : int
         N.
 
     Returns
     -------
     Tensor[B, L], bool
-        True at all tokens that are no image's, and at the K of each image.
+        True at every text token, and at the K selected tokens of each image.
     """
     kept = torch.zeros((len(indices), num_tokens), dtype=torch.bool, device=indices.device).scatter(1, indices, True)
     return (~is_image).masked_scatter(is_image, kept.flatten())
-
-
-def prompt_indices(stays: Tensor, length: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The positions of the tokens that stay, for prompts that are compacted to one length.
-
-    Parameters
-    ----------
-    stays : Tensor[B, L], bool
-        From `keep_patches` or `FastV.keep_prompt`.
-    length : int
-        As many as stay in the row in which most do.
-    backend : {"auto", "triton", "torch"}
-
-    Returns
-    -------
-    indices : Tensor[B, length], int64
-        Ascending, as `vtc.ops.compact_kv` wants them. Rows in which fewer stay are filled up with their first dropped
-        tokens.
-    valid : Tensor[B, length], bool
-        False at what fills up: it must get no attention.
-    """
-    indices = ops.topk(stays.float(), length, backend=backend)
-    return indices, stays.gather(1, indices)

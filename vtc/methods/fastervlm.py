@@ -1,4 +1,4 @@
-"""FasterVLM: the patches that the [CLS] token attends to in one layer."""
+"""FasterVLM: keep the patches that the [CLS] token attends to in one layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, Needs, Tower
+from vtc.methods.base import Method, Needs, VisionOutputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,15 +20,15 @@ class FasterVLM(Method):
 
         s[n] = 1/H Σ_h softmax_j(q_fh[CLS] · k_fh[j] / √d)[n]      j over all 1 + N keys
 
-    The K patches with the largest s stay, in their order.
+    The K patches with the largest s stay, in their order. It has no options.
     """
 
     name: ClassVar[str] = "fastervlm"
     scores: ClassVar[str] = "[CLS] attention, the feature layer"
     paper: ClassVar[str] = "arXiv 2412.01818"
-    needs: ClassVar[Needs] = Needs(rows="feature")
+    needs: ClassVar[Needs] = Needs(cls_probs=True)
 
-    def select(self, tower: Tower, keep: int) -> tuple[Tensor, Tensor]:
-        rows = self.needed(tower, "rows")
-        total = torch.empty(rows[0, :, 0].shape, dtype=torch.float32, device=rows.device)
-        return ops.topk(rows, keep, total=total, backend=self.backend), total
+    def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
+        cls_probs = self.require(outputs, "cls_probs")
+        total = torch.empty(cls_probs[0, :, 0].shape, dtype=torch.float32, device=cls_probs.device)
+        return ops.topk(cls_probs, keep, total=total, backend=self.backend), total

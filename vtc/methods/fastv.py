@@ -1,4 +1,4 @@
-"""FastV: the image tokens that the prompt's last token attends to, inside the language model."""
+"""FastV: keep the image tokens that the last prompt token attends to, inside the language model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.methods.base import Method, Needs
+from vtc.methods.base import Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,18 +19,17 @@ class FastV(Method):
 
         s[n] = 1/H Σ_h softmax_j(q_h[last] · k_h[j] / √d)[n]      j over all tokens that the last one sees
 
-    Before layer k, of a prompt's image tokens only the K with the largest s stay; all its text stays. Everything keeps
-    its order and its rotary position. The paper's R is the share that is dropped: K = round((1 - R) · N). Its k is 2,
-    in its demonstration 3.
+    Before layer k, the K image tokens of a prompt with the largest s stay, and all its text. Every token that stays
+    keeps its order and its rotary position. k is `prune_layer`, 2 by default as in the paper (3 in its demonstration).
+    The paper's R is the share of tokens that is dropped: K = round((1 - R) · N). It has no options.
     """
 
     name: ClassVar[str] = "fastv"
     scores: ClassVar[str] = "the last prompt token's attention, one language-model layer"
     paper: ClassVar[str] = "arXiv 2403.06764"
-    needs: ClassVar[Needs] = Needs(prompt=True)
     prunes: ClassVar[tuple[str, ...]] = ("language",)
     operations: ClassVar[tuple[str, ...]] = ("row_scores", "compact")
-    chooses: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
     def keep_prompt(self, scores: Tensor, is_image: Tensor, keep: int | Tensor) -> Tensor:
         """Which tokens of the prompts stay.
@@ -38,19 +37,20 @@ class FastV(Method):
         Parameters
         ----------
         scores : Tensor[B, L], float32
-            From `vtc.ops.row_scores` of the last prompt token's query, masked as the prompt is. NaN counts as -inf.
+            From `vtc.ops.row_scores` with the last prompt token's query and the prompt's mask. NaN counts as -inf.
         is_image : Tensor[B, L], bool
             True at image tokens.
         keep : int or Tensor[B], int64
-            Image tokens that stay in each prompt: of one with several images, of all of them together.
+            Number of image tokens that stay in each prompt, over all its images together.
 
         Returns
         -------
         Tensor[B, L], bool
-            True at all tokens that are no image's, and at the `keep` best image tokens; ties go to the earlier one.
+            True at every text token, and at the `keep` image tokens with the largest scores. Of equal scores the
+            earlier one stays.
         """
         ranked = scores.masked_fill(scores.isnan(), float("-inf"))
-        # Image tokens before the others, whatever their scores are; then the larger score, then the earlier token.
+        # Sorted by: image tokens first, then the larger score, then the earlier position.
         order = ranked.sort(dim=1, descending=True, stable=True).indices
         order = order.gather(1, is_image.gather(1, order).int().sort(dim=1, descending=True, stable=True).indices)
         rank = torch.empty_like(order).scatter_(

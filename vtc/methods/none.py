@@ -1,26 +1,26 @@
-"""No compression: the model as it is."""
+"""No compression: the stock model."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import ClassVar
 
-from vtc.methods.base import Method, Tokens, Tower
+from vtc.methods.base import Method, Tokens, VisionOutputs
 
 
 @dataclasses.dataclass(frozen=True)
 class Nothing(Method):
-    """All N patches of the feature layer, whatever `keep` is."""
+    """All N patches of the feature layer stay; `keep` is ignored. It has no options."""
 
     name: ClassVar[str] = "none"
     scores: ClassVar[str] = "nothing: all stay"
     paper: ClassVar[str] = ""
     prunes: ClassVar[tuple[str, ...]] = ()
     operations: ClassVar[tuple[str, ...]] = ()
-    chooses: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
-    def capacity(self, num_tokens: int, keep: int) -> int:
+    def num_outputs(self, num_tokens: int, keep: int) -> int:
         return num_tokens
 
-    def compress(self, tower: Tower, keep: int) -> Tokens:
-        return Tokens(tower.patches)
+    def reduce(self, outputs: VisionOutputs, keep: int) -> Tokens:
+        return Tokens(outputs.patches)

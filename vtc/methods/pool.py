@@ -1,4 +1,4 @@
-"""Average pooling of the grid: the control that looks at nothing."""
+"""Average pooling of the grid: the control that does not look at the image."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import ClassVar
 
 import torch
 
-from vtc.methods.base import Method, Needs, Tokens, Tower
+from vtc.methods.base import Method, Needs, Tokens, VisionOutputs
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool(Method):
-    """Adaptive average pooling of the grid of patches to ⌊√K⌋ x ⌊√K⌋ rows, row by row.
+    """Adaptive average pooling of the grid of patches to ⌊√K⌋ x ⌊√K⌋ tokens, row by row.
 
-    With fewer rows than asked for unless K is a square: 121 for 128.
+    The number of tokens is the largest square that is at most K: 121 for K = 128. It has no options.
     """
 
     name: ClassVar[str] = "pool"
@@ -23,14 +23,14 @@ class Pool(Method):
     paper: ClassVar[str] = ""
     needs: ClassVar[Needs] = Needs(grid=True)
     operations: ClassVar[tuple[str, ...]] = ()
-    chooses: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
-    def capacity(self, num_tokens: int, keep: int) -> int:
+    def num_outputs(self, num_tokens: int, keep: int) -> int:
         return math.isqrt(keep) ** 2
 
-    def compress(self, tower: Tower, keep: int) -> Tokens:
-        grid = tower.patches.mT.unflatten(2, tower.grid)  # [B, C, rows, columns]
+    def reduce(self, outputs: VisionOutputs, keep: int) -> Tokens:
+        grid = outputs.patches.mT.unflatten(2, outputs.grid)  # [B, C, rows, columns]
         side = math.isqrt(keep)
-        # Contiguous, or PyTorch's choice of a memory format, and with it the order of sums, would depend on B.
+        # Contiguous: else PyTorch's memory format, and with it the order of the sums, would depend on B.
         pooled = torch.nn.functional.adaptive_avg_pool2d(grid.float().contiguous(), side).to(grid.dtype)
         return Tokens(pooled.flatten(2).mT.contiguous())

@@ -1,4 +1,4 @@
-"""PruMerge and PruMerge+: the kept patches take up those like them."""
+"""PruMerge and PruMerge+: merge similar patches into the kept ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, Needs, Tokens, Tower
+from vtc.methods.base import Method, Needs, Tokens, VisionOutputs
+from vtc.methods.checks import check_bool, check_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,17 +22,19 @@ class PruMerge(Method):
         s        = softmax_j(q[CLS] · k[j] / √C)      q, k: the last layer's, not split into heads; j over all 1 + N
         K        = ⌊N · fraction of patches with s[n] > Q3 + 1.5 · (Q3 - Q1)⌋       quartiles of the image's own s
         kept     = the K patches with the largest s, the largest first
-        row_i    = x_i + Σ_j s[j] · x_j               j: the 32 other patches whose k is most similar, by its cosine
-        one more = Σ_j s[j] · x_j                     j: the patches that are not kept
+        token_i  = x_i + Σ_j s[j] · x_j               j: the `neighbors` other patches whose k has the largest cosine
+        extra    = Σ_j s[j] · x_j                     j: the patches that are not kept
 
-    K depends on the image, from 0 to a quarter of its patches.
+    An image has the K merged tokens, then the extra token. K depends on the image, from 0 to a quarter of its patches.
 
     Parameters
     ----------
     adaptive_count : bool
-        Whether K is the one above. If not, K = keep - 1, so that there are `keep` rows with the one more.
+        Default True: choose K per image by the outliers of its scores, as above, and ignore `keep`. False: K =
+        keep - 1, which makes `keep` tokens with the extra one.
     neighbors : int
-        32 in the paper; all others where they are fewer.
+        How many similar patches are merged into each kept one; all others if there are fewer. Default 32, as in the
+        paper.
     """
 
     name: ClassVar[str] = "prumerge"
@@ -44,22 +47,28 @@ class PruMerge(Method):
     adaptive_count: bool = True
     neighbors: int = 32
 
-    def capacity(self, num_tokens: int, keep: int) -> int:
+    def __post_init__(self) -> None:
+        check_bool("adaptive_count", self.adaptive_count)
+        check_integer("neighbors", self.neighbors, 1)
+
+    def num_outputs(self, num_tokens: int, keep: int) -> int:
         return self._most(num_tokens, keep) + 1
 
     def _most(self, num_tokens: int, keep: int) -> int:
-        """Most patches that can be kept: of N values at most N / 4 lie above the third quartile."""
+        """The largest number of patches that can be kept. At most N / 4 of N scores lie above the third quartile."""
         if not self.adaptive_count and keep < 2:
-            raise ValueError(f"{self.name} keeps a patch at least and one more row, got keep={keep}; use 2 or more")
+            raise ValueError(
+                f"{self.name} keeps at least one patch and the extra token, got keep={keep}; use 2 or more"
+            )
         return max(1, num_tokens // 4) if self.adaptive_count else keep - 1
 
-    def compress(self, tower: Tower, keep: int) -> Tokens:
-        keys, query = self.needed(tower, "keys"), self.needed(tower, "query")
+    def reduce(self, outputs: VisionOutputs, keep: int) -> Tokens:
+        keys, query = self.require(outputs, "keys"), self.require(outputs, "query")
         key = keys.transpose(1, 2).flatten(2)  # [B, 1 + N, C]: the heads side by side
         scores = ops.row_scores(query.flatten(1).unsqueeze(1), key.unsqueeze(1), skip=1, backend=self.backend)
         targets, counts = self._targets(scores, keep)
-        rows, _ = ops.merge(
-            tower.hidden[:, 1:],
+        features, _ = ops.merge(
+            outputs.hidden[:, 1:],
             key[:, 1:],
             targets,
             scores,
@@ -67,35 +76,37 @@ class PruMerge(Method):
             counts=counts,
             backend=self.backend,
         )
-        return Tokens(rows, None if counts is None else counts + 1, targets, scores)
+        return Tokens(features, None if counts is None else counts + 1, targets, scores)
 
     def _targets(self, scores: Tensor, keep: int) -> tuple[Tensor, Tensor | None]:
-        """The kept patches `[B, most]` as selected, and how many of them count `[B]`; None if all do."""
+        """The kept patches `[B, most]` in the order of selection, and how many each image keeps `[B]`; None if all."""
         targets = _largest_first(scores, self._most(scores.shape[1], keep), self.backend)
         return targets, _fraction_count(_outliers(scores), scores.shape[1]) if self.adaptive_count else None
 
 
 @dataclasses.dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge with a uniform sample of the grid beside the patches of the largest scores (arXiv 2403.15388).
+    """PruMerge that also keeps a uniform sample of the grid (arXiv 2403.15388).
 
     ::
 
         kept = the c patches with the largest s, the largest first; then those of 0, step, 2·step, ... < N - 1 that are
                not among them, ascending;   step = ⌊stride / 3⌋
 
-    Scores, merging and the one more row are PruMerge's. How many patches are kept depends on how many of the sample are
-    among the c.
+    Scores, merging and the extra token are PruMerge's. The number of kept patches depends on how many of the sample
+    are among the c.
 
     Parameters
     ----------
     adaptive_count : bool
-        The paper's own version: c is PruMerge's K and stride = ⌊1 / fraction⌋; where no score is an outlier, patch 0
-        alone. If False, c and stride are what the VTC-CLS authors ran, for 576 patches: 13 and 33 for keep = 64, 40 and
-        18 for 128, 95 and 9 for 256. For other numbers: the smallest step with which the sample is at most 5/6 of
-        `keep`, and c so that about `keep` patches are expected.
+        Default False: c and stride follow from `keep`. Of 576 patches they are those that the VTC-CLS authors ran: 13
+        and 33 for keep = 64, 40 and 18 for 128, 95 and 9 for 256. Elsewhere step is the smallest one whose sample is at
+        most 5/6 of `keep`, and c makes the expected number of patches about `keep`.
+        True: the paper's own version, which ignores `keep`. c is PruMerge's K, and stride = ⌊1 / fraction⌋. An image
+        without outliers keeps patch 0 only.
     neighbors : int
-        32 in the paper; all others where they are fewer.
+        How many similar patches are merged into each kept one; all others if there are fewer. Default 32, as in the
+        paper.
     """
 
     name: ClassVar[str] = "prumerge+"
@@ -105,11 +116,11 @@ class PruMergePlus(PruMerge):
     adaptive_count: bool = False
 
     def _most(self, num_tokens: int, keep: int) -> int:
-        """Most patches that can be kept: with an adaptive step, all of them."""
+        """The largest number of patches that can be kept: all of them if the step is adaptive."""
         if self.adaptive_count:
             return num_tokens
         if keep < 2:
-            raise ValueError(f"{self.name} keeps the best patches and a sample, got keep={keep}; use 2 or more")
+            raise ValueError(f"{self.name} keeps the top-scoring patches and a sample, got keep={keep}; use 2 or more")
         best, step = top_and_step(num_tokens, keep)
         return min(num_tokens, best + len(range(0, num_tokens - 1, step)))
 
@@ -126,7 +137,7 @@ class PruMergePlus(PruMerge):
             count = torch.full_like(scores[:, 0], best, dtype=torch.int64)
             step = torch.full_like(count, fixed_step).unsqueeze(1)
         largest = _largest_first(scores, best, self.backend)  # [B, c]
-        # The places in the order of selection: 0 to c - 1, then N + n for the sample, then 3 N for what is not kept.
+        # Place in the order of selection: 0 to c - 1 for the top-scoring, N + n for the sample, 3 N if not kept.
         place = torch.where((n % step == 0) & (n < num_tokens - 1), num_tokens + n, 3 * num_tokens)
         rank = n[:best].expand_as(largest)
         place = place.scatter(1, largest, torch.where(rank < count.unsqueeze(1), rank, place.gather(1, largest)))
@@ -138,14 +149,14 @@ _PUBLISHED = {64: (13, 33), 128: (40, 18), 256: (95, 9)}  # of 576 patches: c an
 
 
 def top_and_step(num_tokens: int, keep: int) -> tuple[int, int]:
-    """How many patches of the largest scores PruMerge+ takes for a fixed `keep`, and the step of its sample."""
+    """How many top-scoring patches PruMerge+ keeps for a fixed `keep`, and the step of its sample."""
     if num_tokens == 576 and keep in _PUBLISHED:
         best, stride = _PUBLISHED[keep]
         return best, stride // 3
     most = 5 * keep // 6
     step = next((s for s in range(2, num_tokens) if len(range(0, num_tokens - 1, s)) <= most), num_tokens)
     sample = len(range(0, num_tokens - 1, step))
-    # Of the c largest, one in `step` is expected to be in the sample anyway.
+    # One in `step` of the c largest is expected to be in the sample too.
     return min(num_tokens, max(1, round((keep - sample) * step / (step - 1)))) if step > 1 else 1, step
 
 
@@ -158,7 +169,7 @@ def _largest_first(scores: Tensor, k: int, backend: str) -> Tensor:
 
 
 def _outliers(scores: Tensor) -> Tensor:
-    """How many scores of each row lie more than 1.5 interquartile ranges above the third quartile, `[B]` int64."""
+    """How many scores of each image lie more than 1.5 interquartile ranges above the third quartile, `[B]` int64."""
     ascending = scores.double().sort(dim=1).values
 
     def quantile(share: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random patches: the control that any method has to beat."""
+"""Random patches: the control that every method should beat."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, Needs, Tower
+from vtc.methods.base import Method, Needs, VisionOutputs
+from vtc.methods.checks import check_integer
 
 
 @dataclasses.dataclass(frozen=True)
 class Random(Method):
-    """Uniform scores, a function of the image's own pixels and `seed`; the K patches with the largest stay, in order.
+    """Uniform scores that depend on the image's own pixels and `seed` only.
+
+    The K patches with the largest scores stay, in their order.
 
     Parameters
     ----------
     seed : int
-        Another seed, another choice.
+        The random seed. Default 0.
     """
 
     name: ClassVar[str] = "random"
@@ -29,15 +32,18 @@ class Random(Method):
 
     seed: int = 0
 
-    def select(self, tower: Tower, keep: int) -> tuple[Tensor, Tensor]:
-        scores = random_scores(self.needed(tower, "pixel_values"), tower.patches.shape[1], self.seed)
+    def __post_init__(self) -> None:
+        check_integer("seed", self.seed, 0)
+
+    def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
+        scores = random_scores(self.require(outputs, "pixel_values"), outputs.patches.shape[1], self.seed)
         return ops.topk(scores, keep, backend=self.backend), scores
 
 
 def random_scores(pixel_values: torch.Tensor, tokens: int, seed: int) -> torch.Tensor:
-    """Uniform scores `[B, tokens]` fp32 in [0, 1) that depend on the image's own pixels and `seed` alone.
+    """Uniform scores `[B, tokens]` fp32 in [0, 1) that depend on the image's own pixels and `seed` only.
 
-    A generator would have to be advanced image by image, and an image's result would depend on its batch mates.
+    A generator's numbers for an image would depend on the other images of its batch.
     Instead the bits of the pixels are summed with odd weights (integer sums wrap and have no order), and splitmix64
     turns sum + n into the n-th number. Nothing leaves the device.
     """

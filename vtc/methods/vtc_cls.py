@@ -1,4 +1,4 @@
-"""VTC-CLS: the patches that the [CLS] token attends to, over several layers."""
+"""VTC-CLS: keep the patches that the [CLS] token attends to, over several layers."""
 
 from __future__ import annotations
 
@@ -9,35 +9,58 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, Needs, Tower
+from vtc.methods.base import Method, Needs, VisionOutputs
+from vtc.methods.checks import check_integer, check_one_of
 
 
 @dataclasses.dataclass(frozen=True)
 class VTCCLS(Method):
-    """[CLS] attention, mean over heads, combined over layers that end at the feature layer (arXiv 2412.05819).
+    """[CLS] attention, mean over heads, combined over the layers that end at the feature layer (arXiv 2412.05819).
 
     ::
 
         s[n] = ensemble_l  1/H Σ_h softmax_j(q_lh[CLS] · k_lh[j] / √d)[n]      j over all 1 + N keys
 
-    The K patches with the largest s stay, in their order. The same selection can be made after a layer of the language
-    model.
+    The K patches with the largest s stay, in their order. They can be selected before the projector, or after a layer
+    of the language model.
 
     Parameters
     ----------
     ensemble : {"sum", "mean", "max", "min"}
-        How the layers are combined. The paper finds sum (or mean) better than max or min.
+        How the layers are combined. Default "sum". The paper finds "sum" (or "mean") better than "max" or "min".
+    ensemble_layers : int
+        Number of scored layers. They end at the feature layer. Default 3.
+    start_layer : int, optional
+        The first scored layer, counted from 0; it overrides `ensemble_layers`. Default None: not used.
     """
 
     name: ClassVar[str] = "vtc-cls"
     scores: ClassVar[str] = "[CLS] attention, several vision layers"
     paper: ClassVar[str] = "arXiv 2412.05819"
-    needs: ClassVar[Needs] = Needs(rows="ensemble")
+    needs: ClassVar[Needs] = Needs(cls_probs=True)
     prunes: ClassVar[tuple[str, ...]] = ("tower", "language")
 
     ensemble: str = "sum"
+    ensemble_layers: int = 3
+    start_layer: int | None = None
 
-    def select(self, tower: Tower, keep: int) -> tuple[Tensor, Tensor]:
-        rows = self.needed(tower, "rows")
-        total = torch.empty(rows[0, :, 0].shape, dtype=torch.float32, device=rows.device)
-        return ops.topk(rows, keep, ensemble=self.ensemble, total=total, backend=self.backend), total
+    def __post_init__(self) -> None:
+        check_one_of("ensemble", self.ensemble, ops.ENSEMBLES)
+        check_integer("ensemble_layers", self.ensemble_layers, 1)
+        if self.start_layer is not None:
+            check_integer("start_layer", self.start_layer, 0)
+
+    def scored_layers(self, end: int) -> range:
+        first = end - self.ensemble_layers if self.start_layer is None else self.start_layer
+        if not 0 <= first < end:
+            raise ValueError(
+                f"cannot score vision layers {first} to {end - 1}: scored layers end at the feature layer, here "
+                f"{end - 1}, counted from 0; use ensemble_layers 1 to {end} or start_layer 0 to {end - 1}, "
+                f"got ensemble_layers={self.ensemble_layers}, start_layer={self.start_layer}"
+            )
+        return range(first, end)
+
+    def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
+        cls_probs = self.require(outputs, "cls_probs")
+        total = torch.empty(cls_probs[0, :, 0].shape, dtype=torch.float32, device=cls_probs.device)
+        return ops.topk(cls_probs, keep, ensemble=self.ensemble, total=total, backend=self.backend), total

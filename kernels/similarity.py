@@ -1,0 +1,270 @@
+"""Cosine similarity of targets to all tokens, and weighted sums of tokens: what both merges share.
+
+Every merged token is a weighted sum of the tokens of x, so merging takes three steps: the cosine similarity of each
+target to every token [B, K, N], from it the weights [B, R, N], and their product with x. Nothing has a feature axis, a
+token axis and a target axis at once. Which token is merged into which is decided by one program for each row or column,
+without atomics: the order of every sum is fixed, and the same inputs give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vtc_kernels import tuning
+
+
+def cosine_similarity(key: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Launch the kernel: float32 [B, K, N], not written for blocks of targets that lie beyond the counts."""
+    num_images, num_tokens, num_features = key.shape
+    num_targets = targets.shape[1]
+    similarity = torch.empty((num_images, num_targets, num_tokens), dtype=torch.float32, device=key.device)
+    block_k, block_n, block_c, num_warps = tuning.similarity_blocks(key.element_size())
+    grid = (num_images * triton.cdiv(num_targets, block_k) * triton.cdiv(num_tokens, block_n),)
+    with torch.cuda.device_of(key):
+        _similarity_kernel[grid](
+            # tensors
+            key,
+            targets,
+            counts,
+            similarity,
+            # strides
+            *key.stride(),
+            *targets.stride(),
+            0 if counts is None else counts.stride(0),
+            # scalars
+            num_tokens,
+            num_targets,
+            # constexprs
+            WIDEN=tuning.INTERPRETED and key.dtype == torch.bfloat16,
+            BLOCK_K=block_k,
+            BLOCK_N=block_n,
+            BLOCK_C=block_c,
+            NUM_FEATURES=num_features,
+            num_warps=num_warps,
+            num_stages=2,
+        )
+    return similarity
+
+
+def weighted_sum(mix: Tensor, x: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Launch the kernel: ``mix · x`` [B, R, D] in the dtype of `x`; 0 in image b after sum counts[b]."""
+    num_images, num_outputs, num_tokens = mix.shape
+    num_features = x.shape[2]
+    features = torch.empty((num_images, num_outputs, num_features), dtype=x.dtype, device=x.device)
+    block_r, block_n, block_d = tuning.weighted_sum_blocks()
+    with torch.cuda.device_of(x):
+        _weighted_sum_kernel[(num_images * triton.cdiv(num_outputs, block_r), triton.cdiv(num_features, block_d))](
+            # tensors
+            mix,
+            x,
+            counts,
+            features,
+            # strides
+            *x.stride(),
+            0 if counts is None else counts.stride(0),
+            # scalars
+            num_tokens,
+            num_outputs,
+            num_features,
+            # constexprs
+            ROUND=tuning.INTERPRETED and x.dtype == torch.bfloat16,
+            BLOCK_R=block_r,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_stages=1,
+        )
+    return features
+
+
+@triton.jit
+def load_count(counts_ptr, counts_stride_b, b, num_targets):
+    """How many of an image's targets count: all if there are no counts, and never more than there are."""
+    count = num_targets
+    if counts_ptr is not None:
+        count = tl.minimum(tl.load(counts_ptr + b * counts_stride_b), num_targets).to(tl.int32)
+    return count
+
+
+@triton.jit
+def _similarity_kernel(
+    # tensors
+    key_ptr,
+    targets_ptr,
+    counts_ptr,
+    similarity_ptr,
+    # strides
+    key_stride_b,
+    key_stride_n,
+    key_stride_c,
+    targets_stride_b,
+    targets_stride_k,
+    counts_stride_b,
+    # scalars
+    num_tokens,
+    num_targets,
+    # constexprs
+    WIDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NUM_FEATURES: tl.constexpr,
+):
+    """Cosine similarity of the targets' keys to all keys.
+
+    ::
+
+        similarity[b, k, n] = key[b, t] · key[b, n] / (max(|key[b, t]|, ε) · max(|key[b, n]|, ε))
+        t = targets[b, k],  ε = 1e-12
+
+    Parameters
+    ----------
+    key_ptr : fp32 | fp16 | bf16 [B, N, C]
+        Strides between images, tokens and features. Products of 16-bit keys are summed in fp32; those of fp32 keys are
+        IEEE. With WIDEN, 16-bit keys become fp32, too: Triton's interpreter has no bfloat16 arithmetic.
+    targets_ptr : int64 [B, K]
+        Strides between images and targets. One outside [0, N) has a key of zeros.
+    counts_ptr : int64 [B], or None
+        Stride between images. Rows of blocks that lie beyond it wholly are not written.
+    similarity_ptr : fp32 [B, K, N], contiguous
+        Written. NaN where a key holds NaN or inf.
+
+    Program (b·ceil(K / BLOCK_K) + i)·ceil(N / BLOCK_N) + j processes BLOCK_K targets and BLOCK_N tokens of one image,
+    BLOCK_C of the C = NUM_FEATURES features at a time, with both squared norms beside the product. All programs read
+    B·K·N·C·(1/BLOCK_K + 1/BLOCK_N) keys, which come from L2 but for the first time, and write 4·B·K·N bytes.
+    """
+    # offsets
+    target_blocks = tl.cdiv(num_targets, BLOCK_K)
+    token_blocks = tl.cdiv(num_tokens, BLOCK_N)
+    target_block = tl.program_id(0) // token_blocks  # which [b, block of targets]
+    b = (target_block // target_blocks).to(tl.int64)
+    first = (target_block % target_blocks) * BLOCK_K
+    k = first + tl.arange(0, BLOCK_K)
+    n = (tl.program_id(0) % token_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    target_ptrs = targets_ptr + b * targets_stride_b + k.to(tl.int64) * targets_stride_k
+    t = tl.load(target_ptrs, mask=k < num_targets, other=-1)
+    key_ptr += b * key_stride_b
+
+    # masks
+    is_target = ((t >= 0) & (t < num_tokens))[:, None]
+    in_row = (n < num_tokens)[None, :]
+
+    if first < load_count(counts_ptr, counts_stride_b, b, num_targets):
+        # loads and compute, one block of features after the other: padded features add 0
+        product = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+        target_square = tl.zeros((BLOCK_K,), tl.float32)
+        token_square = tl.zeros((BLOCK_N,), tl.float32)
+        for block in range(tl.cdiv(NUM_FEATURES, BLOCK_C)):
+            c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            in_key = c < NUM_FEATURES
+            c = c.to(tl.int64)
+            target_offsets = t[:, None] * key_stride_n + c[None, :] * key_stride_c
+            token_offsets = n[None, :] * key_stride_n + c[:, None] * key_stride_c
+            target = tl.load(key_ptr + target_offsets, mask=is_target & in_key[None, :], other=0.0)
+            token = tl.load(key_ptr + token_offsets, mask=in_key[:, None] & in_row, other=0.0)
+            if WIDEN:
+                target = target.to(tl.float32)
+                token = token.to(tl.float32)
+            wide_target = target.to(tl.float32)
+            wide_token = token.to(tl.float32)
+            target_square += tl.sum(wide_target * wide_target, axis=1)
+            token_square += tl.sum(wide_token * wide_token, axis=0)
+            product = tl.dot(target, token, product, input_precision="ieee")
+        norms = tl.maximum(tl.sqrt(target_square), 1e-12)[:, None] * tl.maximum(tl.sqrt(token_square), 1e-12)[None, :]
+
+        # store
+        similarity_ptr += b * num_targets * num_tokens
+        out_offsets = k[:, None].to(tl.int64) * num_tokens + n[None, :]
+        tl.store(similarity_ptr + out_offsets, product / norms, mask=(k < num_targets)[:, None] & in_row)
+
+
+@triton.jit
+def _weighted_sum_kernel(
+    # tensors
+    mix_ptr,
+    x_ptr,
+    counts_ptr,
+    features_ptr,
+    # strides
+    x_stride_b,
+    x_stride_n,
+    x_stride_d,
+    counts_stride_b,
+    # scalars
+    num_tokens,
+    num_outputs,
+    num_features,
+    # constexprs
+    ROUND: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Weighted sums of the tokens of x.
+
+    ::
+
+        features[b, r, d] = Σ_n mix[b, r, n] · x[b, n, d]
+
+    Parameters
+    ----------
+    mix_ptr : fp32 [B, R, N], contiguous
+    x_ptr : fp32 | fp16 | bf16 [B, N, D]
+        Strides between images, tokens and features. Widened on load: products and sums are IEEE fp32. NaN or inf in a
+        token makes its feature NaN or inf in every sum of the image, as 0 times it is NaN.
+    counts_ptr : int64 [B], or None
+        Stride between images. Sums r > counts[b] are 0, and x is not read for them.
+    features_ptr : same dtype as x [B, R, D], contiguous
+        Written, narrowed to the nearest. Triton's interpreter cuts off what a bfloat16 has no bits for: with ROUND, the
+        sums are rounded to the nearest bfloat16 before.
+
+    Program (b·ceil(R / BLOCK_R) + i, j) processes BLOCK_R sums and BLOCK_D features of one image, BLOCK_N tokens at a
+    time. All programs together read 4·B·R·N·ceil(D / BLOCK_D) bytes of weights and B·N·D·ceil(R / BLOCK_R) elements of
+    x, which come from L2 but for the first time, and write B·R·D elements.
+    """
+    # offsets
+    output_blocks = tl.cdiv(num_outputs, BLOCK_R)
+    b = (tl.program_id(0) // output_blocks).to(tl.int64)
+    first = (tl.program_id(0) % output_blocks) * BLOCK_R
+    r = first + tl.arange(0, BLOCK_R).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    mix_offsets = r[:, None] * num_tokens + n[None, :]
+    x_offsets = n[:, None] * x_stride_n + d[None, :] * x_stride_d
+    mix_ptr += b * num_outputs * num_tokens
+    x_ptr += b * x_stride_b
+    features_ptr += b * num_outputs * num_features
+
+    # masks
+    in_outputs = (r < num_outputs)[:, None]
+    in_features = (d < num_features)[None, :]
+
+    # loads and compute, one block of tokens after the other
+    used = num_outputs
+    if counts_ptr is not None:
+        used = load_count(counts_ptr, counts_stride_b, b, num_outputs - 1) + 1
+    end = tl.where(first < used, num_tokens, 0)
+    mixed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    start = 0
+    while start < end:
+        # Two blocks are summed on their own: the error of one chain of N additions would be several times as large. Of
+        # a single block the compiler would make that chain.
+        pair = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        for _ in tl.static_range(2):
+            in_row = start + tl.arange(0, BLOCK_N) < num_tokens
+            mix = tl.load(mix_ptr + mix_offsets, mask=in_outputs & in_row[None, :], other=0.0)
+            x = tl.load(x_ptr + x_offsets, mask=in_row[:, None] & in_features, other=0.0)
+            pair = tl.dot(mix, x.to(tl.float32), pair, input_precision="ieee")
+            start += BLOCK_N
+            mix_ptr += BLOCK_N
+            x_ptr += BLOCK_N * tl.cast(x_stride_n, tl.int64)
+        mixed += pair
+
+    if ROUND:
+        bits = mixed.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)  # to the nearest, ties to even; would make some NaN a number
+        mixed = tl.where(mixed == mixed, bits.to(tl.float32, bitcast=True), mixed)
+
+    # store: sums after the used ones are 0 in a block with used ones, too
+    mixed = tl.where((r < used)[:, None], mixed, 0.0)
+    tl.store(features_ptr + r[:, None] * num_features + d[None, :], mixed, mask=in_outputs & in_features)

@@ -1,0 +1,46 @@
+"""What the checks of several operations share. Each raises a `ValueError` that starts with the operation's name."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_scale(op: str, scale: float | None) -> None:
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be a finite number or None, got {scale}.")
+
+
+def check_indices(op: str, indices: Tensor, num_images: int) -> None:
+    if indices.ndim != 2 or len(indices) != num_images:
+        raise ValueError(f"{op}: indices must be [B, K] with B = {num_images}, got {shapes(indices)}.")
+    if indices.dtype != torch.int64:
+        raise ValueError(f"{op}: indices must be int64, got {indices.dtype}. Use indices.long().")
+
+
+def check_range(op: str, indices: Tensor, end: int, *, what: str = "indices", size: str = "N") -> None:
+    """Only on the CPU: on a GPU it would have to wait for the device."""
+    if indices.device.type == "cpu" and indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= end:
+            raise ValueError(f"{op}: {what} must lie in [0, {size}) = [0, {end}), got values from {low} to {high}.")
+
+
+def check_devices(op: str, **tensors: Tensor | None) -> None:
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        got = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{op}: all tensors must be on one device, got {got}.")
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def shapes(*tensors: Tensor) -> str:
+    """The tensors' shapes, for a message."""
+    return " and ".join(str(list(tensor.shape)) for tensor in tensors)
