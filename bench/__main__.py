@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 import bench
-from bench import checkout, pages, record
+from bench import checkout, record
 
 # Each command imports what it runs: `compare` runs this file with an older vtc, which may lack what others need.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit status, 2 if it was asked for something that cannot be."""
+    """Run one command; returns its exit status, 2 for a request that is not possible."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _micro_options(commands.add_parser("micro", help="every operation, every provider, side by side"))
@@ -33,8 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--sweep", action="store_true", help="also every number of layers and every ensemble of vtc-cls")
     add.add_argument("--out", type=Path, help="folder for the records, JSON lines, and the plot")
     add.add_argument("--no-plot", action="store_true")
-    add.add_argument("--readme", type=Path, help="also put the tables between this file's <!-- quality --> marks")
-    add = commands.add_parser("gpu", help="all that a machine with a GPU can tell, in minutes")
+    add = commands.add_parser("gpu", help="everything that is measured on a GPU, in minutes")
     add.add_argument("--out", type=Path, required=True, help="folder for at most 8 files")
     add.add_argument("--minutes", type=float, default=9)
     add.add_argument(
@@ -48,8 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--skip", type=int, default=0)
     _mode_options(add)
     commands.add_parser("readme", help="rewrite the generated blocks of all documents")
-    add = commands.add_parser("card", help="put the figures of the records into the bundled model's card")
-    add.add_argument("--records", type=Path, help="a quality.jsonl; default: the one in bench/results/quality")
     add = commands.add_parser("plot", help="draw records")
     add.add_argument("records", type=Path, help="a micro.jsonl")
     add.add_argument("--out", type=Path, default=checkout.ROOT / "bench/plots", help="folder")
@@ -170,15 +167,6 @@ def _quality(chosen: Any, rest: list[str]) -> int:
         from bench import plots
 
         print(*plots.draw_quality(records, chosen.out / "quality"), sep="\n")
-    if chosen.readme:
-        pages.put(quality_tables.tables(records), chosen.readme, "quality")
-    return 0
-
-
-def _card(chosen: Any, rest: list[str]) -> int:
-    from bench import card
-
-    card.write(chosen.records or card.RECORDS)
     return 0
 
 
@@ -198,7 +186,6 @@ COMMANDS = {
     "gpu": _gpu,
     "worker": _worker,
     "readme": _readme,
-    "card": _card,
     "plot": _plot,
 }
 

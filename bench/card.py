@@ -1,19 +1,14 @@
-"""`python -m bench card`: the figures of the bundled model's card, from the records of `bench quality`."""
+"""The figures of the bundled model's card: accuracies from the records of `bench quality`, its recipe."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from bench import pages, quality
 from bench.checkout import ROOT
 from bench.quality import Quality
-from vtc import tiny
 from vtc.tiny.scenes import FAMILIES
 
 RECORDS = ROOT / "bench/results/quality/quality.jsonl"
-CARD = tiny.CHECKPOINT / "README.md"
 ROWS = (
     ("all tokens", 576),
     ("vtc-cls", 192),
@@ -22,24 +17,6 @@ ROWS = (
     ("vtc-cls", 32),
     ("random", 64),
 )
-
-
-def written(text: str, records: list[Quality], training: dict[str, Any]) -> str:
-    """The card `text` with its blocks "accuracy" and "recipe" made anew.
-
-    Raises
-    ------
-    ValueError
-        If a record is missing, or the card lacks a block.
-    """
-    text = pages.replaced(text, accuracy(records), "accuracy", str(CARD))
-    return pages.replaced(text, recipe(training), "recipe", str(CARD))
-
-
-def write(records: Path = RECORDS, card: Path = CARD) -> None:
-    """Put the figures of `records` into the card."""
-    training = json.loads((tiny.CHECKPOINT / "training.json").read_text(encoding="utf-8"))
-    card.write_text(written(card.read_text(encoding="utf-8"), quality.read(records), training), encoding="utf-8")
 
 
 def accuracy(records: list[Quality]) -> str:
@@ -54,7 +31,13 @@ def accuracy(records: list[Quality]) -> str:
 
 
 def accuracy_table(records: list[Quality]) -> str:
-    """Accuracy for each of `ROWS`, all questions and family by family, in percent."""
+    """Accuracy for each of `ROWS`, all questions and family by family, in percent.
+
+    Raises
+    ------
+    ValueError
+        If a record is missing.
+    """
     columns = ("all", *FAMILIES)
     lines = [f"| visual tokens | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for method, keep in ROWS:

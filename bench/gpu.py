@@ -1,4 +1,4 @@
-"""`python -m bench gpu --out DIR`: all that a GPU can tell, in minutes, with nothing lost.
+"""`python -m bench gpu --out DIR`: everything that is measured on a GPU, in minutes, with nothing lost.
 
 The parts run one after the other, each in a process group of its own, each for its share of the time. Every number is
 on disk before the next one is begun. An exception, a hang, a crash or too little memory costs one number. Whatever is
@@ -64,7 +64,7 @@ def run(
                     ran[part] = run_part(part, out, share * (end - time.monotonic()), mode, log, wait)
                 except Exception as error:  # a fault of this file costs one part
                     ran[part] = Ran(trouble=timing.reason(error))
-                wait = 0.0 if "BUSY" in ran[part].idle else wait  # whoever stayed so long stays
+                wait = 0.0 if "BUSY" in ran[part].idle else wait  # a process that stayed so long will stay
                 say(summary.line(part, ran[part]))
                 _summarise(out, ran, chosen)
         except KeyboardInterrupt:
@@ -91,7 +91,7 @@ def _summarise(out: Path, ran: dict[str, Ran], chosen: Sequence[str]) -> str:
 
 
 def _beyond_the_faults(part: str, ran: Ran, out: Path) -> list[str]:
-    """What a part lost that no planted fault befell, or did not lose that one did."""
+    """Numbers lost without a planted fault, and planted faults that cost nothing."""
     if part == "tests":
         seen = summary.tests(out / PARTS[part].file)
         planted = {test for test in seen.failed if "::test_planted_gpu_" in test}
@@ -108,7 +108,7 @@ def _beyond_the_faults(part: str, ran: Ran, out: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM as Ctrl-C: whoever ends this from outside, the parts are ended and the summary is written."""
+    """SIGTERM acts as Ctrl-C: the parts are ended and the summary is written."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -44,7 +44,7 @@ def run(
         note({"begun": number})
         try:
             made = job.run()
-        except Exception as error:  # whatever it is: this job gets no number, the others are not lost
+        except Exception as error:  # any exception costs this job its number, and no other
             failed[job.name] = timing.reason(error)
             print(f"NO NUMBER: {job.name}: {failed[job.name]}", flush=True)
             not_done(out, job.name, failed[job.name])
@@ -64,7 +64,7 @@ def run(
 
 
 def works() -> bool:
-    """Whether this process can still use its GPU: after an illegal access, say, it never can again."""
+    """Whether this process can still use its GPU; after an illegal access it cannot."""
     if not torch.cuda.is_initialized():
         return True
     try:
@@ -77,7 +77,7 @@ def works() -> bool:
 def _free() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
-        with contextlib.suppress(RuntimeError):  # `works` is asked next
+        with contextlib.suppress(RuntimeError):  # `works` is called next
             torch.cuda.empty_cache()
 
 

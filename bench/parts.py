@@ -82,7 +82,7 @@ def run_part(part: str, out: Path, seconds: float, mode: Mode, log: IO[str], wai
 
 
 def work(part: str, out: Path, journal: Path, skip: int, mode: Mode) -> None:
-    """What a worker does: the jobs of a part from number `skip` on."""
+    """The worker's side: the jobs of a part from number `skip` on."""
     device = torch.device("cpu" if mode.rehearse else "cuda")
     made = part_jobs(part, device, mode.rehearse)
     if mode.rehearse:  # a CPU that others use, too, is no GPU

@@ -174,7 +174,7 @@ def _one_tower_run() -> Iterator[None]:
 
 
 def _record(
-    questions: list[tuple[Scene, Question]],
+    held_out: list[tuple[Scene, Question]],
     answers: Answers,
     full: Answers | None,
     against: Answers | None,
@@ -183,17 +183,17 @@ def _record(
     **rest: Any,
 ) -> Quality:
     def right(given: Answers) -> list[bool]:
-        return [question.answer == text for (_, question), text in zip(questions, given.texts, strict=True)]
+        return [question.answer == text for (_, question), text in zip(held_out, given.texts, strict=True)]
 
     mine = right(answers)
-    by_family = {f: [ok for ok, (_, q) in zip(mine, questions, strict=True) if q.family == f] for f in FAMILIES}
+    by_family = {f: [ok for ok, (_, q) in zip(mine, held_out, strict=True) if q.family == f] for f in FAMILIES}
     agreed = None if full is None else sum(a == b for a, b in zip(answers.texts, full.texts, strict=True))
     return Quality(
         keep=keep,
         tokens=round(answers.tokens or keep, 1),
         accuracy=wilson(sum(mine), len(mine)),
         families={family: wilson(sum(oks), len(oks)) for family, oks in by_family.items() if oks},
-        agreement=None if agreed is None else wilson(agreed, len(questions)),
+        agreement=None if agreed is None else wilson(agreed, len(held_out)),
         difference=None if against is None else paired(mine, right(against)),
         **rest | record.provenance(torch.device("cpu")),
     )

@@ -1,4 +1,4 @@
-"""What `bench gpu` says last: one page that is read in a minute. What is right, wrong, fast, slow, and not reached."""
+"""The last page of `bench gpu`, read in a minute: what is right, wrong, fast, slow, and not reached."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ def tests(path: Path) -> Tests:
 
 
 def _because(reason: str) -> str:
-    """The line of a test's report that says most: the error's."""
+    """The most telling line of a test's report: the error's."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     errors = [line.removeprefix("E ").strip() for line in lines if line.startswith("E ")]
     return (errors or lines[-1:] or [""])[0][:200]
 
 
 def line(part: str, ran: Ran) -> str:
-    """One line on a part, when it is over."""
-    told = f"{part}: {ran.seconds:.0f} of {ran.allowed:.0f} s"
+    """One line about a part that is over."""
+    text = f"{part}: {ran.seconds:.0f} of {ran.allowed:.0f} s"
     if ran.outcome:
-        told += f", {ran.outcome.done} of {len(ran.outcome.names)} done"
-    told += f", {len(ran.failed)} failed" if ran.failed else ""
-    told += f", {len(ran.left)} not reached" if ran.left else ""
-    told += "".join(f", {text}" for text in (ran.trouble, ran.note) if text)
-    return told + ("" if ran.idle in ("idle", "rehearsed") else f"; before it the GPU was {ran.idle}")
+        text += f", {ran.outcome.done} of {len(ran.outcome.names)} done"
+    text += f", {len(ran.failed)} failed" if ran.failed else ""
+    text += f", {len(ran.left)} not reached" if ran.left else ""
+    text += "".join(f", {more}" for more in (ran.trouble, ran.note) if more)
+    return text + ("" if ran.idle in ("idle", "rehearsed") else f"; before it the GPU was {ran.idle}")
 
 
 def page(out: Path, ran: dict[str, Ran], chosen: Sequence[str]) -> str:
@@ -96,10 +96,10 @@ def page(out: Path, ran: dict[str, Ran], chosen: Sequence[str]) -> str:
         "PARTS": [line(part, one) for part, one in ran.items()],
     }
     lines = _machine(probed)
-    for title, told in sections.items():
-        if told:
-            lines += ["", title, *(f"  {text}" for text in told[:MOST_LINES])]
-            lines += [f"  … and {len(told) - MOST_LINES} more" for _ in told[MOST_LINES : MOST_LINES + 1]]
+    for title, section in sections.items():
+        if section:
+            lines += ["", title, *(f"  {text}" for text in section[:MOST_LINES])]
+            lines += [f"  … and {len(section) - MOST_LINES} more" for _ in section[MOST_LINES : MOST_LINES + 1]]
     return "\n".join(lines)
 
 
@@ -116,35 +116,35 @@ def _machine(probed: dict[str, Any]) -> list[str]:
 
 
 def _right(out: Path, ran: dict[str, Ran], seen: Tests) -> list[str]:
-    told = []
+    found = []
     if (gate := ran.get("gate")) and gate.outcome:
-        told.append(f"gate: {gate.outcome.done} of {len(gate.outcome.names)} checks against float64 passed")
+        found.append(f"gate: {gate.outcome.done} of {len(gate.outcome.names)} checks against float64 passed")
         shares = [
             (error / allowed, f"{what} of {one['op']} {one['model']} {one['dtype']}")
             for one in record.lines(out / "gate.jsonl")
             for what, (error, allowed) in one.get("errors", {}).items()
             if allowed
         ]
-        told += [
+        found += [
             f"  the largest error is {share:.2f} of what is allowed: {what}" for share, what in sorted(shares)[-1:]
         ]
     if seen.collected:
-        told.append(f"tests: {seen.passed} of {seen.collected} passed, {seen.skipped} skipped")
-    return told
+        found.append(f"tests: {seen.passed} of {seen.collected} passed, {seen.skipped} skipped")
+    return found
 
 
 def _wrong(ran: dict[str, Ran]) -> list[str]:
-    told = []
+    found = []
     for part, one in ran.items():
         if part == "tests":
             functions: dict[str, list[str]] = {}
             for test, why in one.failed.items():
                 functions.setdefault(test.partition("[")[0], []).append(why)
-            told += [f"tests: {name}: {len(whys)} failed: {whys[0]}" for name, whys in functions.items()]
+            found += [f"tests: {name}: {len(whys)} failed: {whys[0]}" for name, whys in functions.items()]
         else:
-            told += [f"{part}: {text}" for text in _grouped(one.failed)]
-        told += [f"{part}: {one.trouble}"] if one.trouble else []
-    return told
+            found += [f"{part}: {text}" for text in _grouped(one.failed)]
+        found += [f"{part}: {one.trouble}"] if one.trouble else []
+    return found
 
 
 def _grouped(reasons: dict[str, str]) -> list[str]:
@@ -156,12 +156,12 @@ def _grouped(reasons: dict[str, str]) -> list[str]:
 
 
 def _not_reached(ran: dict[str, Ran], chosen: Sequence[str], seen: Tests) -> list[str]:
-    told = [f"{part}: all of it" for part in chosen if part not in ran]
+    found = [f"{part}: all of it" for part in chosen if part not in ran]
     for part, one in ran.items():
         if one.left:
-            told.append(f"{part}: {len(one.left)} numbers, from {one.left[0]} to {one.left[-1]}")
+            found.append(f"{part}: {len(one.left)} numbers, from {one.left[0]} to {one.left[-1]}")
     missing = seen.collected - seen.passed - seen.skipped - len(seen.failed)
-    return told + ([f"tests: {missing} of {seen.collected}"] if missing > 0 else [])
+    return found + ([f"tests: {missing} of {seen.collected}"] if missing > 0 else [])
 
 
 def _named(r: Record) -> str:

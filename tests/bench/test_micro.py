@@ -11,9 +11,9 @@ from support.bench import CPU
 from bench import (
     micro,
     record,
-    workloads,
 )
 from bench.workloads import WORKLOADS
+from bench.workloads.topk import TopK
 
 QUICK = micro.Options(models=("small",), batches=(1,), keeps=(8,), rep_ms=1.0, providers=("reference", "sdpa+row"))
 
@@ -34,7 +34,7 @@ def test_a_wrong_or_broken_provider_gets_no_number(tmp_path, monkeypatch):
 
     providers = {"reference": lambda scores, k: scores.sum(0).topk(k).indices, "broken": broken}
     monkeypatch.setattr(WORKLOADS["topk"], "providers", lambda: providers | {"torch.topk": right["torch.topk"]})
-    right = workloads.TopK().providers()
+    right = TopK().providers()
     said = []
     options = micro.Options(ops=("topk",), models=("small",), batches=(1,), keeps=(8,), rep_ms=1.0)
     assert micro.run(options, CPU, tmp_path / "micro.jsonl", said.append) == 1

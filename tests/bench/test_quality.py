@@ -87,13 +87,12 @@ def test_quality_runs_the_vision_tower_once_and_changes_nothing(setting):
 
 
 def test_quality_measures_the_bundled_model(tmp_path, capsys):
-    page = tmp_path / "page.md"
-    page.write_text("<!-- quality -->\n<!-- /quality -->\n")
-    arguments = ["--questions", "5", "--keep", "64", "--method", "random", "--split", "val", "--readme", str(page)]
+    arguments = ["--questions", "5", "--keep", "64", "--method", "random", "--split", "val"]
     assert command.main(["quality", *arguments, "--out", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"quality.jsonl", "quality-light.svg", "quality-dark.svg"}
-    assert "| all tokens |" in capsys.readouterr().out
-    assert "| random     |" in page.read_text()
+    printed = capsys.readouterr().out
+    assert "| all tokens |" in printed
+    assert "| random     |" in printed
     assert command.main(["quality", "--method", "best"]) == 2
     assert "unknown method best; there are" in capsys.readouterr().err

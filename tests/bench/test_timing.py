@@ -5,7 +5,7 @@ import torch
 from support.bench import CPU
 from support.kernels import DEVICE
 
-from bench import timing
+from bench import graphs, timing
 
 
 def test_times_have_seven_samples_or_more_in_order():
@@ -73,5 +73,5 @@ def test_transformers_does_under_a_capture_as_without(monkeypatch):
         pytest.skip("this transformers does not ask")
     monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
     assert import_utils.is_tracing(torch.ones(1))
-    with timing._uncaptured():
+    with graphs.uncaptured():
         assert not import_utils.is_tracing(torch.ones(1))

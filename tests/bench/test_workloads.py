@@ -5,12 +5,12 @@ import torch
 from support.bench import CPU
 from support.kernels import DEVICE
 
-from bench import micro, workloads
+from bench import micro
 from bench.accuracy import WrongResult
-from bench.workloads import WORKLOADS
+from bench.workloads import WORKLOADS, base
 from vtc import ops
 
-MODEL = workloads.SMALL_MODELS[1]
+MODEL = base.SMALL_MODELS[1]
 
 
 def inputs_of(op, dtype=torch.float32, device=CPU):
@@ -57,7 +57,12 @@ WRONG = {
     "topk": [((), lambda x: x.flip(1)), ((), lambda x: x + 1), ((), lambda x: x.int())],
     "compact": [((), first_row(0)), ((), lambda x: x.flip(1)), ((), lambda x: x[:, :-1])],
     "compact_kv": [((0, 1), first_row(0)), ((1, 0), lambda x: x.flip(2)), ((1, 1), lambda x: x.half())],
-    "merge": [
+    "merge_neighbors": [
+        ((0,), first_row(0)),
+        ((1,), lambda x: x * (torch.arange(x.shape[2]) > 3)),
+        ((1,), lambda x: x.roll(1, dims=2)),
+    ],
+    "merge_nearest": [
         ((0,), first_row(0)),
         ((1,), lambda x: x * (torch.arange(x.shape[2]) > 3)),
         ((1,), lambda x: x.roll(1, dims=2)),
@@ -116,7 +121,7 @@ def test_bytes_of_row_scores_are_one_query_row_all_keys_and_the_scores():
 
 def test_shapes_are_those_of_the_models():
     """LLaVA-1.5: 24 x 24 patches and [CLS], 16 heads of 64; Llama-2-7B: 32 layers, 32 heads of 128."""
-    assert workloads.MODELS[0].shape(4, 64) == {
+    assert base.MODELS[0].shape(4, 64) == {
         "B": 4, "T": 1, "N": 577, "H": 16, "D": 64, "L": 32, "G": 32, "F": 128, "K": 64
     }  # fmt: skip
     work = WORKLOADS["select"]

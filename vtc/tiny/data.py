@@ -86,7 +86,7 @@ class Scenes(Dataset):
         return groups
 
     def _pack(self, scenes: list[Scene]) -> tuple[Tensor, ...]:
-        """Many questions about the same images in one row. Each sees the images and itself, as if asked alone."""
+        """Many questions about the same images in one row. Each attends to the images and itself only."""
         scene = scenes[0]
 
         def ids(text: str) -> list[int]:
