@@ -105,7 +105,7 @@ def test_import_alone_registers_in_any_order(saved, imports):
         "vtc.configure(model, keep=9)\n"
         "features = model.get_image_features(torch.zeros(2, 3, 84, 84)).pooler_output\n"
         "files = [m.LlavaModel.forward.__code__.co_filename, m.LlavaModel.forward.__wrapped__.__code__.co_filename]\n"
-        "print(json.dumps([len(features), list(features[0].shape), *['vtc' in f.split('/')[-2] for f in files]]))",
+        "print(json.dumps([len(features), list(features[0].shape), *['/vtc/hf/' in f for f in files]]))",
         saved,
     )
     assert seen == [2, [9, 64], True, False]  # guarded, and only once
@@ -145,7 +145,8 @@ import json, sys
 sys.path.insert(0, sys.argv[2])
 if sys.argv[3] == "vtc":
     import vtc
-import torch, models
+import torch
+from support import models
 from transformers import LlavaForConditionalGeneration
 model = LlavaForConditionalGeneration.from_pretrained(sys.argv[1])
 rows = [models.ids(3, "image", 5), models.ids(2, "image", "image", 4, seed=1)]
@@ -160,7 +161,7 @@ grads = [p.grad.double().sum().item() for p in model.parameters() if p.grad is n
 print(json.dumps([torch.stack(out.logits).tolist(), out.sequences.tolist(), loss.item(), grads, about,
                   ("vtc" in sys.modules)]))
 """
-    tests = models.__file__.rsplit("/", 1)[0]
+    tests = models.__file__.rsplit("/", 2)[0]
     *with_vtc, imported = python(code, saved, tests, "vtc")
     *without, absent = python(code, saved, tests, "none")
     assert imported
@@ -334,7 +335,7 @@ def test_saved_model_is_stock_without_vtc_and_remembers_its_settings_with_it(sto
         "assert 'vtc' not in sys.modules\n"
         "print(json.dumps(model.generate(**call, max_new_tokens=5, do_sample=False).tolist()))",
         tmp_path,
-        models.__file__.rsplit("/", 1)[0],
+        models.__file__.rsplit("/", 2)[0],
     )
     assert answers == expected["full"]
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path)

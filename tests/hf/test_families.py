@@ -11,11 +11,12 @@ from support import models
 from support.golden import llava as golden
 from support.models import GRID, IMAGE, REGISTERS, TOKENS, VIDEO
 from test_api import python
-from test_generate import ENCODES_FIRST
 
 import vtc
-from vtc.hf import families as adapters
-from vtc.hf import patch as llava
+from vtc import plan
+from vtc.hf import compatibility
+from vtc.hf.families import FAMILIES
+from vtc.hf.towers import TOWERS
 
 LAYERS = (2, 3, 4)  # of 6; the deepest feature layer is hidden_states[-2]
 STEPS = 5
@@ -23,8 +24,8 @@ SIDE = 14 * GRID
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 # Every tower in a LLaVA, every other model with CLIP.
-CASES = {f"llava-{tower}": ("llava", tower) for tower in adapters.TOWERS if adapters.TOWERS[tower].cls}
-CASES |= {family: (family, "clip_vision_model") for family in adapters.MODELS if family != "llava"}
+CASES = {f"llava-{tower}": ("llava", tower) for tower in TOWERS if TOWERS[tower].cls}
+CASES |= {family: (family, "clip_vision_model") for family in FAMILIES if family != "llava"}
 # (height, width) -> rows and columns of tiles; one needs unpadding above and below, one left and right, one not at all
 SIZES = {(50, 120): (1, 2), (168, 168): (2, 2), (150, 70): (2, 1), (250, 60): (3, 1)}
 FRAMES = 3
@@ -150,8 +151,8 @@ def detailed(**kwargs):
 
 
 def test_every_entry_is_tested():
-    assert {family for family, _ in CASES.values()} == set(adapters.MODELS) == set(models.FAMILIES)
-    assert {tower for _, tower in CASES.values()} | {"siglip_vision_model"} == set(adapters.TOWERS)
+    assert {family for family, _ in CASES.values()} == set(FAMILIES) == set(models.FAMILIES)
+    assert {tower for _, tower in CASES.values()} | {"siglip_vision_model"} == set(TOWERS)
 
 
 def test_hooks_come_with_each_model_in_any_order():
@@ -310,7 +311,7 @@ def test_share_out():
     layout = torch.tensor([0, 1, 2, 3, 4, 5, -1, 6, 7, -1])
 
     def kept(count, how, scores=scores, layout=layout):
-        return sorted(llava.share_out(scores, layout, how).argsort(descending=True, stable=True)[:count].tolist())
+        return sorted(plan.share_out(scores, layout, how).argsort(descending=True, stable=True)[:count].tolist())
 
     assert kept(4, "mass") == [0, 4, 5, 7]
     assert kept(4, "equal") == [0, 1, 4, 5]
@@ -335,7 +336,6 @@ def test_tiles_with_beams_and_a_ratio(built, more):
         mask = torch.ones(embeds.shape[:2])
         alone = eager.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=STEPS, **more)
         assert torch.equal(out[i * returned : (i + 1) * returned, batch.call["input_ids"].shape[1] :], alone)
-    assert ENCODES_FIRST or len(batch.visuals[0]) == 1
 
 
 def test_a_further_turn_with_tiles(built):
@@ -397,4 +397,4 @@ def test_frames_are_five_dimensional(built):
 
 def test_readme_has_the_registry_s_table():
     (shown,) = re.findall(r"<!-- models -->\n(.*?)<!-- /models -->", README, re.DOTALL)
-    assert shown.strip() == adapters.table(), f"put there:\n{adapters.table()}"
+    assert shown.strip() == compatibility.table(), f"put there:\n{compatibility.table()}"

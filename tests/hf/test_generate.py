@@ -1,7 +1,6 @@
 """The drop-in against the golden path: same tokens, same logits, whatever `generate()` and `forward()` are asked."""
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -22,8 +21,6 @@ from vtc.hf.attention import vtc_attention
 
 LAYERS = (2, 3, 4)  # of 6; the feature layer is hidden_states[-2], the output of layer 4
 STEPS = 7
-# Newer versions of transformers encode images in generate(), older ones in forward().
-ENCODES_FIRST = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
 KEEPS = (1, 9, TOKENS - 1, TOKENS)
 
 # Prompts (rows of a batch) with several lengths and several numbers of images, and none.
@@ -187,10 +184,6 @@ def test_beams(model, eager, name, copies):
     vtc.configure(model, keep=9)
     rows = prompts(name)
     call = inputs(rows)
-    if name == "unequal_images" and not ENCODES_FIRST:
-        with pytest.raises(ValueError, match="one image per prompt"):
-            model.generate(**call, max_new_tokens=STEPS, **copies)
-        return
     out = model.generate(**call, max_new_tokens=STEPS, do_sample=False, **copies)
     returned = copies.get("num_return_sequences", 1)
     length = call["input_ids"].shape[1]
@@ -487,10 +480,6 @@ def test_chunked_prefill(model, eager):
     vtc.configure(model, keep=9)
     rows = prompts("several_images")
     call = inputs(rows)
-    if not ENCODES_FIRST:
-        with pytest.raises(ValueError, match="prefill_chunk_size"):
-            model.generate(**call, prefill_chunk_size=8, max_new_tokens=2)
-        return
     out = model.generate(**call, **detailed(prefill_chunk_size=8))
     check_generated(out, call, eager, rows, 9)
 

@@ -27,7 +27,9 @@ from transformers.models.llava import modeling_llava
 
 import vtc
 from vtc import tiny
-from vtc.hf import patch as llava
+from vtc.hf.settings import Settings
+from vtc.hf.views import plan_of
+from vtc.ops import dispatch
 
 KEEP = 9
 
@@ -227,7 +229,7 @@ def test_quantised_linear_layers(stock, call):
 
 
 def test_gradient_checkpointing(stock, call):
-    """The same loss and gradients as without; those are compared with the golden ones in test_llava."""
+    """The same loss and gradients as without; those are compared with the golden ones in test_generate."""
     vtc.enable(stock, keep=KEEP)
     labels = call["input_ids"].masked_fill((call["input_ids"] == IMAGE) | (call["attention_mask"] == 0), -100)
     stock.train()
@@ -421,8 +423,8 @@ def test_real_configuration_on_the_meta_device(size):
         ).eval()
     assert model.num_parameters() == {"7b": 7_063_427_072, "13b": 13_351_494_656}[size]
     vtc.configure(model, keep=64)
-    plan = llava.Plan.of(model.model)
-    assert (plan.tokens, plan.kept, plan.stop, plan.scored) == (576, 64, 23, range(20, 23))
+    plan = plan_of(Settings.of(model))
+    assert (plan.num_tokens, plan.num_kept, plan.num_layers, plan.scored) == (576, 64, 23, range(20, 23))
     embed = model.get_input_embeddings()
     embed.register_forward_pre_hook(lambda _, args: (args[0].to("meta"),))  # the ids are real, for they are read
     prompt = torch.tensor([[1] + [32000] * 576 + [5] * 40])
@@ -430,7 +432,7 @@ def test_real_configuration_on_the_meta_device(size):
         out = model(input_ids=prompt, pixel_values=torch.empty(1, 3, 336, 336, device="meta"))
     width, layers, heads = (VICUNA[size][k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     assert out.logits.shape == (1, 1 + 64 + 40, 32064)
-    assert out.image_hidden_states.shape == (64, width)
+    assert models.image_features(out).shape == (64, width)
     cached = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
     assert [t.shape for t in cached] == [(1, heads, 105, width // heads)] * 2 * layers
     assert (run.tokens_before, run.tokens_after, run.prompt_before, run.prompt_after) == (576, 64, 617, 105)
@@ -565,7 +567,7 @@ def test_nothing_is_kept_in_modules(stock, call):
         (9, "vision_feature_layer=9 does not exist; the tower has 6 layers"),
         (-8, "vision_feature_layer=-8 does not exist; the tower has 6 layers"),
         (0, "vision_feature_layer=0 does not exist"),
-        ([-2, -3], r"vision_feature_layer=\[-2, -3\], but the model's projector was made for -2; leave it away"),
+        ([-2, -3], r"vision_feature_layer=\[-2, -3\], but the model's projector was made for -2; do not pass it"),
     ],
 )
 def test_a_feature_layer_that_does_not_exist(stock, call, layer, says):
@@ -592,14 +594,14 @@ def test_triton_without_a_gpu(stock, call, monkeypatch):
     from vtc_kernels import tuning
 
     monkeypatch.setattr(tuning, "INTERPRETED", False)
-    vtc.ops._triton.cache_clear()
+    dispatch._triton.cache_clear()
     try:
         vtc.enable(stock, keep=KEEP, backend="triton")
         with pytest.raises(ValueError, match=r"needs CUDA tensors, got tensors on cpu.*use backend='auto' or 'torch'"):
             stock.generate(**call, max_new_tokens=1)
     finally:
         monkeypatch.undo()
-        vtc.ops._triton.cache_clear()
+        dispatch._triton.cache_clear()
 
 
 def test_output_attentions(stock):
@@ -614,5 +616,6 @@ def test_output_attentions(stock):
 
 def test_constants():
     """The golden scores above are those of the default layers of a tower of six."""
-    assert tuple(llava.Plan.of(models.build().model, config=vtc.VTCConfig(keep=1)).scored) == LAYERS
+    settings = Settings.of(models.build())._replace(config=vtc.VTCConfig(keep=1))
+    assert tuple(plan_of(settings).scored) == LAYERS
     assert len(ids("image")) == 1 + GRID * GRID

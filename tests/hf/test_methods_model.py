@@ -15,9 +15,11 @@ from support.golden import methods as golden_methods
 from support.models import GRID, IMAGE, TOKENS, ids
 
 import vtc
-from vtc import api as control
-from vtc.hf import families as adapters
-from vtc.hf import patch as llava
+from vtc import api
+from vtc.hf import encode
+from vtc.hf.families import FAMILIES
+from vtc.hf.settings import Settings
+from vtc.hf.views import plan_of
 from vtc.methods import METHODS, Method, Needs, Tokens
 
 DEPTH, KEEP, STEPS = 6, 9, 5
@@ -367,7 +369,7 @@ def test_features_of_several_layers(built, case):
 def test_tiles_and_frames_take_one_layer_of_fastervlm(built, family):
     """FasterVLM is VTC-CLS with one layer, here too; Random differs."""
     model, _ = built(family)
-    visual = adapters.MODELS[family].visuals[-1]
+    visual = FAMILIES[family].inputs[-1]
     call = {visual.pixels: models.images(2)[None]}
     if visual.layout == "tiles":
         call = {visual.pixels: models.images(3)[None], "image_sizes": torch.tensor([[84, 160]])}
@@ -385,7 +387,7 @@ def test_tiles_and_frames_take_one_layer_of_fastervlm(built, family):
 @pytest.mark.parametrize("family", ["llava_next", "llava_next_video"])
 def test_none_is_the_stock_model_with_tiles_and_frames(built, family):
     model, _ = built(family)
-    visual = adapters.MODELS[family].visuals[-1]
+    visual = FAMILIES[family].inputs[-1]
     pixels, sizes = models.images(2)[None], {}
     if visual.layout == "tiles":
         pixels, sizes = models.images(3)[None], {"image_sizes": torch.tensor([[84, 160]])}
@@ -416,7 +418,7 @@ def test_a_tower_without_cls_is_explained(built, method):
 def test_merging_across_tiles_and_frames_is_explained(built, family, method):
     model, _ = built(family)
     says = (
-        rf"method '{re.escape(method)}' makes new tokens .* several pictures; "
+        rf"method '{re.escape(method)}' makes new tokens .* several views; "
         "methods that work with it: 'vtc-cls', 'fastervlm', 'random', 'none'"
     )
     with pytest.raises(ValueError, match=says):
@@ -426,11 +428,15 @@ def test_merging_across_tiles_and_frames_is_explained(built, family, method):
 @pytest.mark.parametrize(
     ("build", "settings", "says"),
     [
-        ({"family": "vipllava"}, {"method": "prumerge"}, "different numbers of tokens, and VipLLaVA takes as many"),
+        (
+            {"family": "vipllava"},
+            {"method": "prumerge"},
+            "different numbers of tokens, and VipLLaVA takes",
+        ),
         (
             {"tower": "dinov2_with_registers"},
             {"method": "pool"},
-            "'pool' needs patches alone, and DINOv2 with registers",
+            "'pool' needs a grid of patches, and DINOv2 with registers",
         ),
         ({}, {"method": "visionzip", "keep": 1}, "visionzip keeps .* got keep=1; use keep=2 or more"),
         ({}, {"method": "visionzip", "contextual": 8}, "8 contextual tokens, got keep=9; .* from 0 to keep - 2"),
@@ -448,9 +454,9 @@ def test_configure_refuses(built, build, settings, says):
 
 
 def test_more_tokens_than_places_are_explained(model, call):
-    """PruMerge+ may keep every patch of an image, and then there is the one more row."""
+    """PruMerge+ may keep every patch of an image, and then there is the extra token."""
     vtc.enable(model, keep=KEEP, method="prumerge+", adaptive_count=True)
-    with pytest.raises(ValueError, match=f"made {TOKENS + 1} tokens of image 0, .* a prompt has {TOKENS} places"):
+    with pytest.raises(ValueError, match=f"made {TOKENS + 1} tokens of image 0: .* a prompt has {TOKENS} places"):
         model.generate(**{**call, "pixel_values": models.images(4)})
 
 
@@ -470,19 +476,19 @@ def test_select(model, call, seen, case):
     picture = Image.new("RGB", (84, 84), "red")
     drawn = vtc.overlay(picture, selection, index=2, side=84)
     kept = torch.tensor([sorted(CASES[case][1](seen[2])[0])])
-    alone = llava.Selection(kept, selection.scores[2:3], selection.grid)
+    alone = vtc.Selection(kept, selection.scores[2:3], selection.grid)
     assert drawn.tobytes() == vtc.overlay(picture, alone, side=84).tobytes()
 
 
 @pytest.mark.parametrize("method", ["pool", "none"])
 def test_nothing_to_select(model, call, method):
-    with pytest.raises(ValueError, match=rf"'{method}' chooses no patches.*by the image: 'vtc-cls', 'fastervlm'"):
+    with pytest.raises(ValueError, match=rf"'{method}' selects no patches.*by the image: 'vtc-cls', 'fastervlm'"):
         vtc.select(model, call["pixel_values"], keep=KEEP, method=method)
-    with pytest.raises(ValueError, match=f"method '{method}' chooses no patches"):
-        control.must_choose(method)
+    with pytest.raises(ValueError, match=f"method '{method}' selects no patches"):
+        api.require_selection(method)
 
 
-def test_a_method_that_says_it_chooses_and_does_not(model, call, monkeypatch):
+def test_a_method_that_says_it_selects_and_does_not(model, call, monkeypatch):
     class Vague(Method):
         name, scores, paper = "pool", "nothing", ""
 
@@ -490,7 +496,7 @@ def test_a_method_that_says_it_chooses_and_does_not(model, call, monkeypatch):
             return Tokens(outputs.patches[:, :keep])
 
     monkeypatch.setitem(METHODS, "pool", Vague)
-    with pytest.raises(ValueError, match="Vague has selects = True, but gave no indices"):
+    with pytest.raises(ValueError, match="'pool' selects patches, but gave no indices"):
         vtc.select(model, call["pixel_values"], keep=KEEP, method="pool")
 
 
@@ -535,7 +541,7 @@ def test_counts_are_read_back_once(model, call, case, monkeypatch):
         assert reads == [(4,)]
         reads.clear()
         model(**call)
-    assert reads == [(4,), (2, len(ROWS)), (4,)]  # the last on the CPU: how many rows the encoded images have
+    assert reads == [(3, len(ROWS)), (4,)]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if METHODS[case.split()[0]].adaptive is False])
@@ -547,7 +553,7 @@ def test_nothing_waits_for_the_device(case, call):
     own = models.batch([ids(2, "image", 3), ids(4, "image", 1)])
     with torch.no_grad():
         out = model(input_ids=own["input_ids"][1:, :-1], pixel_values=call["pixel_values"][:1].to("meta"))
-    assert out.image_hidden_states.shape == (KEEP, 64)
+    assert models.image_features(out).shape == (KEEP, 64)
 
 
 def test_keys_without_scores(built, monkeypatch):
@@ -559,6 +565,6 @@ def test_keys_without_scores(built, monkeypatch):
     monkeypatch.setitem(METHODS, "pool", Keys)
     model, _ = built()
     with torch.no_grad(), vtc.compress(model, method="pool", keep=KEEP):
-        tower, _ = llava.run_tower(model.model, models.images(2), llava.Plan.of(model.model))
+        tower, _ = encode.run_tower(Settings.of(model), models.images(2), plan_of(Settings.of(model)))
     assert tower.keys.shape == (2, 4, 1 + TOKENS, 16)
     assert tower.cls_probs is None

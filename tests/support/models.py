@@ -28,12 +28,7 @@ FAMILIES = {
         t.VipLlavaForConditionalGeneration,
         {
             "image_token_index": IMAGE,
-            # the name changed between the two ends of the range of transformers
-            next(n for n in ("vision_feature_layer", "vision_feature_layers") if hasattr(t.VipLlavaConfig(), n)): [
-                -2,
-                -4,
-                2,
-            ],
+            "vision_feature_layer": [-2, -4, 2],
         },
     ),
     "llava_next": (
@@ -96,6 +91,13 @@ def build(
     model.generation_config.eos_token_id = None  # random models must not stop early
     model.generation_config.pad_token_id = PAD
     return model
+
+
+def image_features(output) -> torch.Tensor:
+    """The projected features `[tokens, D]` that a forward pass used, of all images; transformers renamed the field."""
+    if hasattr(output, "image_outputs"):
+        return torch.cat(list(output.image_outputs.pooler_output))
+    return output.image_hidden_states.flatten(0, -2)
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:

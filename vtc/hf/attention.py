@@ -1,8 +1,8 @@
-"""The attention implementation "vtc": fast attention, and where a vision layer is scored its [CLS] row's probabilities.
+"""The attention implementation "vtc": fast attention, and in scored vision layers the [CLS] token's probabilities.
 
-An attention function knows nothing but its arguments. A scored vision layer is therefore told so by one more argument,
-`vtc_scores`; every other layer, the language model's included, is plain attention: flash-attn where it can run, else
-SDPA.
+An attention function knows nothing but its arguments. So the integration passes a scored vision layer one more
+argument, `vtc_scores`. Every other layer, also of the language model, is plain attention: flash-attn where it can run,
+else SDPA.
 """
 
 import functools
@@ -17,8 +17,9 @@ from transformers.masking_utils import sdpa_mask
 
 from vtc import ops
 from vtc.config import VTCConfig
+from vtc.hf import names
+from vtc.hf.settings import NAME
 
-NAME = "vtc"
 FLASH_HEAD_DIM = 256  # flash-attn's largest
 _log = logging.getLogger("vtc")
 
@@ -26,18 +27,18 @@ _log = logging.getLogger("vtc")
 class ClsScores:
     """The [CLS] token's probabilities for the patches of one batch of images, layer after layer.
 
-        rows[l, h, n] = softmax_j(q_lh[CLS] . k_lh[j] / sqrt(d))[n]
+        cls_probs[l, h, n] = softmax_j(q_lh[CLS] . k_lh[j] / sqrt(d))[n]
 
     with j over all 1+N keys. One object belongs to one pass through the vision tower.
 
     Attributes
     ----------
     layers : list of Tensor [B, H, N] or [B, 1, N], float32
-        Of each scored layer, every head's row or their mean.
+        Of each scored layer, the probabilities of every head or their mean.
     keys : Tensor [B, H, 1 + N, D] or None
         The latest scored layer's, if `keeps_keys`.
     ops : list of str
-        The operations that made the rows.
+        The operations that computed them.
     """
 
     def __init__(self, config: VTCConfig, keeps_keys: bool = False) -> None:
@@ -46,9 +47,9 @@ class ClsScores:
         self.keys: torch.Tensor | None = None
         self.ops: list[str] = []
 
-    def add(self, op: str, rows: torch.Tensor) -> None:
+    def add(self, op: str, cls_probs: torch.Tensor) -> None:
         """Add one layer `[B, H, N]` or `[B, 1, N]` float32, computed by `op`."""
-        self.layers.append(rows)
+        self.layers.append(cls_probs)
         if op not in self.ops:
             self.ops.append(op)
 
@@ -62,11 +63,11 @@ class ClsScores:
 
     def pool(self, side: int, size: int) -> None:
         """Average the scores of each `size` x `size` of the `side` x `side` patches; a rest at the ends is dropped."""
-        pictures = [rows.mean(1, keepdim=True).unflatten(2, (side, side)) for rows in self.layers]
-        self.layers = [torch.nn.functional.avg_pool2d(rows, size).flatten(2) for rows in pictures]
+        grids = [layer.mean(1, keepdim=True).unflatten(2, (side, side)) for layer in self.layers]
+        self.layers = [torch.nn.functional.avg_pool2d(grid, size).flatten(2) for grid in grids]
 
-    def rows(self) -> torch.Tensor:
-        """Return all layers' rows, `[L, B, H, N]` or `[L, B, 1, N]` float32."""
+    def cls_probs(self) -> torch.Tensor:
+        """Return the probabilities of all layers, `[L, B, H, N]` or `[L, B, 1, N]` float32."""
         if not self.layers:
             raise RuntimeError('no scored layer ran: is the vision tower\'s attention implementation still "vtc"?')
         return torch.stack(self.layers)
@@ -82,7 +83,7 @@ def plain_attention(
     device, dtype, head_dim
         Of query, key and value.
     masked : bool
-        Whether there is a mask tensor: rows are padded, or the cache is static. Causal attention alone needs none.
+        Whether there is a mask tensor: rows are padded, or the cache is static. Causal attention needs none.
 
     Returns
     -------
@@ -159,7 +160,7 @@ def vtc_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of query `[B, H, N, D]` over key and value `[B, H_kv, M, D]`, any strides: `([B, N, H, D], None)`.
 
-    With `vtc_scores` the first query row's probabilities are added to it: O(N) more memory, never an N x N matrix.
+    With `vtc_scores` the first query's probabilities are added to it: O(N) more memory, never an N x N matrix.
     """
     if vtc_scores is None:
         return _attend(module, query, key, value, attention_mask, scaling, **kwargs)
@@ -167,15 +168,22 @@ def vtc_attention(
     if vtc_scores.keeps_keys:
         vtc_scores.keys = key
     if vtc_scores.fuses(query, kwargs.get("dropout", 0.0)):
-        out, rows = ops.cls_attention(query, key, value, scale=scaling, backend=backend)
-        vtc_scores.add("cls_attention", rows[:, :, 1:])
+        out, cls_probs = ops.cls_attention(query, key, value, scale=scaling, backend=backend)
+        vtc_scores.add("cls_attention", cls_probs[:, :, 1:])
         return out, None
-    row = ops.row_scores(query[:, :, 0], key, scale=scaling, skip=1, backend=backend)
-    vtc_scores.add("row_scores", row.unsqueeze(1))
+    mean = ops.row_scores(query[:, :, 0], key, scale=scaling, skip=1, backend=backend)
+    vtc_scores.add("row_scores", mean.unsqueeze(1))
     return _attend(module, query, key, value, attention_mask, scaling, **kwargs)
 
 
+def _refuse(*args: Any, **kwargs: Any) -> Any:
+    names.require_supported()
+
+
 def register() -> None:
-    """Make "vtc" a value of transformers' `attn_implementation`, with the mask that SDPA expects."""
-    AttentionInterface.register(NAME, vtc_attention)
+    """Make "vtc" a value of transformers' `attn_implementation`, with the mask that SDPA expects.
+
+    With a transformers that is too old for models it is a value, too: the first layer that runs says so.
+    """
+    AttentionInterface.register(NAME, vtc_attention if names.is_supported() else _refuse)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,95 +1,205 @@
-"""The prompt: of each image's N placeholders K stay, and what `generate()` returns begins with the full prompt again.
+"""The prompt: read once, shortened to what stays of each image, and put back in front of what `generate()` returns.
 
 All placeholders are alike, so a prompt can be shortened without knowing which patches will fill it. Tensors only; no
 model is seen here.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+Counts = Sequence[tuple[int, int]]  # of each image: N placeholders, of which K stay
 
-class Short(NamedTuple):
-    """A shortened prompt `[B, L']`; `attention_mask` and the others are None if they are not needed."""
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt of B rows and L columns, read once.
+
+    Attributes
+    ----------
+    input_ids : Tensor[B, L], int64
+    is_image : dict of int to Tensor[B, L], bool
+        Where each placeholder token is.
+    real : Tensor[B, L], bool
+        What is not padding.
+    images : dict of int to list of int
+        For each placeholder token, the number of images of each row.
+    num_tokens : list of int
+        The number of tokens of each row, without padding.
+    """
 
     input_ids: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-    labels: Tensor | None
+    is_image: dict[int, Tensor]
+    real: Tensor
+    images: dict[int, list[int]]
+    num_tokens: list[int]
+
+    @classmethod
+    def read(
+        cls, input_ids: Tensor, mask: Tensor | None, sizes: Mapping[int, Sequence[int]], static: bool = False
+    ) -> Prompt:
+        """Check the prompt against its images. Waits for the device once: lengths depend on what is read back.
+
+        Parameters
+        ----------
+        input_ids : Tensor[B, L], int64
+        mask : Tensor[B, L] or None
+            With `static`, a mask `[B, 1, L, M]` is read as well: what transformers makes for a static cache.
+        sizes : mapping of int to sequence of int
+            For each placeholder token, N of each image in the order of the prompts.
+
+        Raises
+        ------
+        ValueError
+            If the mask has another shape, or images and placeholders do not match, or the mask hides placeholders.
+        """
+        is_image = {token: input_ids == token for token in sizes}
+        real = _real(input_ids, mask, static)
+        sums = [real.sum(1)]
+        for found in is_image.values():
+            sums += [found.sum(1), (found & ~real).sum(1)]
+        num_tokens, *rest = torch.stack(sums).tolist()
+        images = {}
+        for (token, own), found, hidden in zip(sizes.items(), rest[::2], rest[1::2], strict=True):
+            images[token] = _images_of_rows(found, own)
+            if any(hidden):
+                raise ValueError(
+                    f"attention_mask hides {', '.join(map(str, hidden))} image placeholders of the rows of input_ids; "
+                    "images that are masked are not supported: pass attention_mask as the processor makes it"
+                )
+        return cls(input_ids, is_image, real, images, num_tokens)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and L."""
+        return self.input_ids.shape[0], self.input_ids.shape[1]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a row has padding."""
+        return min(self.num_tokens) < self.input_ids.shape[1]
+
+    def lengths(self, counts: Mapping[int, Counts]) -> list[int]:
+        """How many tokens of each row stay, if K of each image's N do. Needs no device."""
+        lengths = list(self.num_tokens)
+        for token, images in self.images.items():
+            dropped = [tokens - kept for tokens, kept in counts[token]]
+            for row, count in enumerate(images):
+                lengths[row] -= sum(dropped[:count])
+                dropped = dropped[count:]
+        return lengths
+
+    def shortened(
+        self,
+        counts: Mapping[int, Counts],
+        mask: Tensor | None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        pad: int = 0,
+    ) -> dict[str, Tensor]:
+        """Keep the first K of each image's N placeholders, and all other tokens that are not padding.
+
+        What is left of each row is right-aligned, so that L' is the length of the longest row, whatever was padded
+        before and however many images each row has. Left of it: token `pad`, mask 0, position 0, label -100. If every
+        K is N the arguments are returned as they are.
+
+        Parameters
+        ----------
+        counts : mapping of int to sequence of (N, K)
+            For each placeholder token, of each image.
+        mask, position_ids, labels : Tensor[B, L] or None
+            `position_ids` may be `[1, L]`.
+        pad : int
+            The token id of padding.
+
+        Returns
+        -------
+        dict of Tensor[B, L']
+            `input_ids`, and what else is needed of `attention_mask`, `position_ids` and `labels`. The positions are
+            the given ones less the placeholders dropped before each; if none are given, each row's are 0, 1, 2, ...,
+            or absent if nothing is masked. Nothing predicts a row's first token, so its label becomes -100.
+        """
+        batch, length = self.shape
+        given = {"attention_mask": mask, "position_ids": position_ids, "labels": labels}
+        for name, tensor in given.items():
+            if tensor is not None and (tensor.ndim != 2 or tensor.shape[1] != length):
+                raise ValueError(
+                    f"{name} must have the {length} columns of input_ids, got shape {list(tensor.shape)}; pass it for "
+                    "the same tokens as input_ids (for a further turn: the whole conversation)"
+                )
+        short = {"input_ids": self.input_ids} | {name: each for name, each in given.items() if each is not None}
+        if all(tokens == kept for own in counts.values() for tokens, kept in own):
+            return short
+        dropped = torch.zeros_like(self.real)
+        for token, own in counts.items():
+            dropped |= self.is_image[token] & _beyond_its_share(self.is_image[token], own)
+        lengths = self.lengths(counts)
+        columns, real = right_aligned(self.real & ~dropped, max(lengths))
+        short["input_ids"] = self.input_ids.gather(1, columns).masked_fill(~real, pad)
+        if labels is not None:
+            first = real & (real.cumsum(1) == 1)
+            short["labels"] = labels.gather(1, columns).masked_fill(~real | first, -100)
+        if mask is not None or min(lengths) < max(lengths):
+            short["attention_mask"] = real.to(torch.long if mask is None else mask.dtype)
+        if position_ids is not None:
+            closed_up = position_ids.expand(batch, length) - dropped.cumsum(1)
+            short["position_ids"] = closed_up.gather(1, columns).masked_fill(~real, 0)
+        elif "attention_mask" in short:
+            short["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)
+        return short
 
 
-def shorten(
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    labels: Tensor | None = None,
-    *,
-    placeholder: int,
-    counts: Sequence[tuple[int, int]],
-    pad: int = 0,
-) -> tuple[Short, list[int]]:
-    """Keep the first K of each image's N placeholders, and all other tokens that are not masked.
+def require_ids(call: dict[str, Any]) -> None:
+    """Raise ValueError if a prompt with images has no token ids."""
+    if call.get("input_ids") is None or call.get("inputs_embeds") is not None:
+        raise ValueError("VTC finds the places of the images in input_ids; pass input_ids and no inputs_embeds")
 
-    What is left of each row is right-aligned, so that L' is the length of the longest row, whatever was padded before
-    and however many images each row has. Left of it: token `pad`, mask 0, position 0, label -100. If every K is N the
-    arguments are returned as they are.
+
+def right_aligned(stays: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Move what stays of each row to its right end, in order.
+
+    The last token of each row has to be in the last column, for that is where `generate()` takes the logits from. What
+    fills up a shorter row comes before its tokens, as padding.
 
     Parameters
     ----------
-    input_ids, attention_mask, position_ids, labels : Tensor [B, L]
-        All but the first optional; position_ids may be [1, L].
-    placeholder : int
-        The token id.
-    counts : sequence of (N, K)
-        Of each image, in the order of their placeholders, row after row.
+    stays : Tensor[B, L], bool
+    length : int
+        S, as many as stay in the row in which most do.
 
     Returns
     -------
-    Short
-        `position_ids` are the given ones less the placeholders dropped before each; if none are given, each row's are
-        0, 1, 2, ..., or None if nothing is masked. Nothing predicts a row's first token, so its label becomes -100.
-    list of int
-        The number of images of each row.
-
-    Raises
-    ------
-    ValueError
-        If the images do not match the placeholders, or a shape does not fit.
+    columns : Tensor[B, S], int64
+        Where each column of the result comes from.
+    real : Tensor[B, S], bool
+        False at padding.
     """
-    batch, length = input_ids.shape
-    for name, given in {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}.items():
-        if given is not None and (given.ndim != 2 or given.shape[1] != length):
-            raise ValueError(
-                f"{name} must have the {length} columns of input_ids, got shape {tuple(given.shape)}; pass it for the "
-                "same tokens as input_ids (for a further turn: the whole conversation)"
-            )
-    found = input_ids == placeholder
-    dropped = found & _beyond_its_share(found, counts)
-    real = ~dropped if attention_mask is None else ~dropped & attention_mask.bool()
-    per_row, lengths = torch.stack([found.sum(1), real.sum(1)]).tolist()  # the one read back: L' depends on it
-    images = _images_of_rows(per_row, counts)
-    if all(tokens == kept for tokens, kept in counts):
-        return Short(input_ids, attention_mask, position_ids, labels), images
-    # A stable sort moves what is left of each row to its end, in order.
-    columns = real.to(torch.uint8).argsort(dim=1, stable=True)[:, length - max(lengths) :]
-    real = real.gather(1, columns)
-    if labels is not None:
-        first = real & (real.cumsum(1) == 1)
-        labels = labels.gather(1, columns).masked_fill(~real | first, -100)
-    if attention_mask is not None or min(lengths) < max(lengths):
-        attention_mask = real.to(torch.long if attention_mask is None else attention_mask.dtype)
-    if position_ids is not None:
-        closed_up = position_ids.expand(batch, length) - dropped.cumsum(1)
-        position_ids = closed_up.gather(1, columns).masked_fill(~real, 0)
-    elif attention_mask is not None:
-        position_ids = (real.cumsum(1) - 1).clamp(min=0)
-    return Short(input_ids.gather(1, columns).masked_fill(~real, pad), attention_mask, position_ids, labels), images
+    columns = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, stays.shape[1] - length :]
+    return columns, stays.gather(1, columns)
 
 
-def _beyond_its_share(found: Tensor, counts: Sequence[tuple[int, int]]) -> Tensor:
+def _real(input_ids: Tensor, mask: Tensor | None, static: bool) -> Tensor:
+    """Where `input_ids` [B, L] is no padding, [B, L] bool."""
+    if mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if mask.shape == input_ids.shape:
+        return mask.bool()
+    if mask.ndim == 4 and static:  # [B, 1, L, M], left-padded: the last token sees all of its row
+        row = mask[:, 0, -1, : input_ids.shape[1]]
+        return (row if row.dtype == torch.bool else row == 0).expand(input_ids.shape)
+    raise ValueError(
+        f"attention_mask must be [B, L] = {list(input_ids.shape)}, got {list(mask.shape)}: a mask of another kind "
+        "cannot be shortened; pass it for the same tokens as input_ids (for a further turn: the whole conversation)"
+    )
+
+
+def _beyond_its_share(found: Tensor, counts: Counts) -> Tensor:
     """Where a placeholder `[B, L]` bool is not among the first K of its image's N."""
     if not counts:
         return torch.zeros_like(found)
@@ -102,9 +212,9 @@ def _beyond_its_share(found: Tensor, counts: Sequence[tuple[int, int]]) -> Tenso
     return number - (ends - tokens)[image] >= kept[image]
 
 
-def _images_of_rows(found: list[int], counts: Sequence[tuple[int, int]]) -> list[int]:
+def _images_of_rows(found: Sequence[int], sizes: Sequence[int]) -> list[int]:
     """How many images each row's `found` placeholders belong to, or ValueError if they do not make whole images."""
-    images, left = [], [tokens for tokens, _ in counts]
+    images, left = [], list(sizes)
     for placeholders in found:
         count = 0
         while placeholders > 0 and left:
@@ -114,9 +224,9 @@ def _images_of_rows(found: list[int], counts: Sequence[tuple[int, int]]) -> list
         if placeholders:
             break
     if len(images) < len(found) or placeholders or left:
-        takes = ", ".join(map(str, dict.fromkeys(tokens for tokens, _ in counts))) or "none"
+        takes = ", ".join(map(str, dict.fromkeys(sizes))) or "none"
         raise ValueError(
-            f"got {len(counts)} image(s), but the rows of input_ids hold {', '.join(map(str, found))} image "
+            f"got {len(sizes)} image(s), but the rows of input_ids hold {', '.join(map(str, found))} image "
             f"placeholders; each image takes {takes}, all in one row: pass as many images as the prompts have, and "
             "input_ids as the processor makes them"
         )
@@ -141,16 +251,16 @@ class FullPrompt:
         """Let the callables among `generate()`'s arguments see the full prompt."""
         for name, container in (("logits_processor", LogitsProcessorList), ("stopping_criteria", StoppingCriteriaList)):
             if call.get(name):
-                call[name] = container(_Seeing(each, self.restore) for each in call[name])
+                call[name] = container(_FullPromptView(each, self.restore) for each in call[name])
         if call.get("streamer") is not None:
-            call["streamer"] = _Seeing(call["streamer"], self.restore)
+            call["streamer"] = _FullPromptView(call["streamer"], self.restore)
         if (allowed := call.get("prefix_allowed_tokens_fn")) is not None:
             call["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
                 row, torch.cat([self.full[row].to(ids.device), ids[self.short_length :]])
             )
 
 
-class _Seeing:
+class _FullPromptView:
     """A logits processor, stopping criterion or streamer that sees restored ids."""
 
     def __init__(self, wrapped: Any, restore: Callable[[Tensor], Tensor]) -> None:
@@ -160,7 +270,7 @@ class _Seeing:
         return self._wrapped(self._restore(input_ids), scores)
 
     def put(self, value: Tensor) -> None:
-        self._wrapped.put(value if self._started else self._restore(value))  # the prompt is what comes first
+        self._wrapped.put(value if self._started else self._restore(value))  # the prompt comes first
         self._started = True
 
     def __getattr__(self, name: str) -> Any:

@@ -42,7 +42,7 @@ class PruMerge(Method):
     paper: ClassVar[str] = "arXiv 2403.15388"
     needs: ClassVar[Needs] = Needs(keys="last", query=True)
     adaptive: ClassVar[bool] = True
-    operations: ClassVar[tuple[str, ...]] = ("row_scores", "topk", "merge")
+    operations: ClassVar[tuple[str, ...]] = ("row_scores", "topk", "merge_neighbors")
 
     adaptive_count: bool = True
     neighbors: int = 32
@@ -67,7 +67,7 @@ class PruMerge(Method):
         key = keys.transpose(1, 2).flatten(2)  # [B, 1 + N, C]: the heads side by side
         scores = ops.row_scores(query.flatten(1).unsqueeze(1), key.unsqueeze(1), skip=1, backend=self.backend)
         targets, counts = self._targets(scores, keep)
-        features, _ = ops.merge(
+        features, _ = ops.merge_neighbors(
             outputs.hidden[:, 1:],
             key[:, 1:],
             targets,

@@ -38,7 +38,7 @@ class VisionZip(Method):
     scores: ClassVar[str] = "[CLS] attention, the feature layer; similar keys merge"
     paper: ClassVar[str] = "arXiv 2412.04467"
     needs: ClassVar[Needs] = Needs(cls_probs=True, keys="feature")
-    operations: ClassVar[tuple[str, ...]] = ("topk", "compact", "merge")
+    operations: ClassVar[tuple[str, ...]] = ("topk", "compact", "merge_nearest")
 
     contextual: int | None = None
 
@@ -73,5 +73,5 @@ class VisionZip(Method):
             remaining = ops.topk(left, num_left, backend=self.backend)  # [B, M], ascending
             targets = remaining[:, :: num_left // contextual][:, :contextual]
             metric = keys.mean(dim=1, dtype=torch.float32)  # [B, 1 + N, D]
-            merged.append(ops.merge(outputs.hidden, metric, targets, left, backend=self.backend)[0])
+            merged.append(ops.merge_nearest(outputs.hidden, metric, targets, left, backend=self.backend)[0])
         return Tokens(torch.cat(merged, dim=1), None, patches, scores)

@@ -1,0 +1,74 @@
+"""Which method works with which model and vision tower, and why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vtc.hf import prune_limits
+from vtc.hf.families import FAMILIES, Family
+from vtc.hf.towers import TOWERS, TowerSpec
+from vtc.methods import METHODS
+
+
+def family_refusal(family: Family, method: str) -> str | None:
+    """Why `method` does not work with a family of models, as a clause, or None if it does."""
+    about = METHODS[method]
+    tiled = any(visual.layout != "whole" for visual in family.inputs)
+    if tiled and about.prunes == ("language",):
+        return f"prunes inside the language model, which cannot tell the tiles of an image of {family.name} apart"
+    if tiled and not about.keeps_patches() and method != "none":
+        return f"makes new tokens of an image's patches, and a {family.name} image or video has several views"
+    if family.stacked and about.adaptive:
+        return f"gives images different numbers of tokens, and {family.name} takes the same number from each"
+    return None
+
+
+def tower_refusal(tower: TowerSpec, method: str) -> str | None:
+    """Why `method` does not work with a vision tower, as a clause, or None if it does."""
+    about = METHODS[method]
+    if about.needs_cls() and not tower.cls:
+        return f"needs a vision tower with a [CLS] token, and {tower.name} has none"
+    if about.needs.grid and tower.registers:
+        return f"needs a grid of patches, and {tower.name} puts register tokens among them"
+    return None
+
+
+def methods_of(family: Family | None = None, tower: TowerSpec | None = None) -> tuple[str, ...]:
+    """The methods that work with a family, a tower, or both."""
+    return tuple(
+        name
+        for name in METHODS
+        if not (family and family_refusal(family, name)) and not (tower and tower_refusal(tower, name))
+    )
+
+
+def require(base: Any, config: Any, family: Family, tower: TowerSpec) -> None:
+    """Raise ValueError if the settings `config` ask for what the model `base` cannot do."""
+    if refusal := tower_refusal(tower, config.method) or family_refusal(family, config.method):
+        work = methods_of(family, tower)
+        raise ValueError(
+            f"method {config.method!r} {refusal}; methods that work with it: {', '.join(map(repr, work))}, e.g. "
+            f"vtc.configure(model, method={work[0]!r})"
+        )
+    if config.prune_after:
+        if [visual.layout for visual in family.inputs] != ["whole"]:
+            raise ValueError(
+                f"prune_layer={config.prune_after} needs models with one view per image, and {family.name} has "
+                "several; use prune_layer=0"
+            )
+        prune_limits.require(base.language_model, config)
+
+
+def table() -> str:
+    """The tables of models and vision towers, in Markdown."""
+    lines = ["| model | class in transformers | what `keep` counts | methods |", "|---|---|---|---|"]
+    for family in FAMILIES.values():
+        works = methods_of(family)
+        shown = "all" if works == tuple(METHODS) else ", ".join(f"`{method}`" for method in works)
+        lines += [f"| {family.name} | `{family.classes[1]}` | {family.budget} | {shown} |"]
+    lines += ["", "| vision tower | " + " | ".join(f"`{method}`" for method in METHODS) + " |"]
+    lines += ["|---|" + "---|" * len(METHODS)]
+    for tower in TOWERS.values():
+        marks = ["yes" if method in methods_of(tower=tower) else "no" for method in METHODS]
+        lines += [f"| {tower.name} | {' | '.join(marks)} |"]
+    return "\n".join(lines)

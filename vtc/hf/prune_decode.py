@@ -1,0 +1,73 @@
+"""Tokens that follow a prompt that was pruned inside the language model: their mask and positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.hf import conversation
+from vtc.hf.conversation import PrunedConversation
+from vtc.hf.names import CACHE
+from vtc.hf.prune import ARGUMENT, causal_mask, hooked
+from vtc.hf.prune_limits import is_static
+from vtc.hf.settings import Settings
+
+
+class _Decode:
+    """A call on top of a cache whose layers from r on are shorter: their mask is another one."""
+
+    def __init__(self, text: Any, note: PrunedConversation, mask: Tensor | None) -> None:
+        self.text, self.note, self.is_made = text, note, False
+        self.mask: Any = mask  # [B, S + T], and once it is made whatever the attention takes
+
+    def before(self, number: int, layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        if number >= self.note.layer:
+            if not self.is_made:
+                self.mask = causal_mask(self.text, hidden, self.mask, arguments[CACHE], self.note.layer)
+                self.is_made = True
+            arguments["attention_mask"] = self.mask
+        return hidden
+
+
+def decode(stock: Callable[..., Any], settings: Settings, call: dict[str, Any]) -> Any:
+    """Run the forward for tokens after a pruned prompt: the caller's mask has its L columns, the cache has S."""
+    cache, mask, language_model = call["cache"], call.get("attention_mask"), settings.base.language_model
+    note: Any = conversation.read(cache)
+    tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+    batch, new = tokens.shape[:2]
+    if new > 1 and not conversation.length_of(cache):
+        conversation.leave(cache, None)  # it was reset
+        return stock(**call)
+    valid, held = note.valid, len(cache.layers[0].keys)
+    if held != batch or (valid is not None and held != len(valid)):
+        raise ValueError(
+            f"the cache holds {held} rows, of {len(note.position if valid is None else valid)} pruned prompt(s), got "
+            f"{batch} rows; repeat or select prompts before they are read, not in the cache"
+        )
+    static = is_static(cache, note.compact)
+    seen = cache.get_seq_length() - (note.kept if note.compact else note.length)  # a tensor if the cache is static
+    if call.get("position_ids") is None:
+        call["position_ids"] = note.position.to(tokens.device) + seen + torch.arange(new, device=tokens.device)
+    if static:  # transformers made the mask for columns as in the full prompt: make it again
+        if valid is not None or mask is not None:
+            after = torch.ones(batch, cache.layers[0].max_cache_len - note.kept, dtype=torch.bool, device=tokens.device)
+            call["attention_mask"] = note.extended_mask(after)
+        return stock(**call)
+    if mask is not None and (mask.ndim != 2 or mask.shape[1] != note.length + seen + new):
+        raise ValueError(
+            f"attention_mask must be [B, {note.length + seen + new}], the full prompt of {note.length} tokens and what "
+            f"came after it, got {list(mask.shape)}"
+        )
+    after = tokens.new_ones(batch, seen + new, dtype=torch.bool) if mask is None else mask[:, note.length :].bool()
+    short = None if mask is None and valid is None else note.extended_mask(after)
+    if note.compact:
+        call["attention_mask"] = short
+        return stock(**call)
+    if mask is None and note.real is not None:
+        call["attention_mask"] = torch.cat([note.real.to(after.device), after], 1)
+    run = _Decode(language_model.config, note, short)
+    with hooked(language_model.layers, run):
+        return stock(**call, **{ARGUMENT: run})

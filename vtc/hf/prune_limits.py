@@ -1,0 +1,107 @@
+"""What cannot be pruned inside the language model: each check raises a ValueError that says what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from vtc.config import VTCConfig
+from vtc.hf import conversation
+from vtc.hf.conversation import PrunedConversation
+from vtc.hf.prompt import require_ids
+from vtc.hf.settings import Settings
+from vtc.methods import METHODS
+
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2")  # by model_type; their layers are alike
+
+
+def require(language_model: Any, config: VTCConfig) -> None:
+    """Raise ValueError if `language_model` cannot be pruned after layer `config.prune_after`."""
+    text = language_model.config
+    if text.model_type not in LANGUAGE_MODELS:
+        raise ValueError(
+            f"prune_layer={config.prune_after} needs a language model of type {', '.join(LANGUAGE_MODELS)}, got "
+            f"{text.model_type!r}; use prune_layer=0 and a method that prunes before the language model"
+        )
+    if getattr(text, "sliding_window", None) is not None:
+        raise ValueError(
+            f"prune_layer={config.prune_after} needs layers that attend to everything, but this language model has "
+            f"sliding_window={text.sliding_window}; use prune_layer=0"
+        )
+    if not 0 < config.prune_after < text.num_hidden_layers:
+        raise ValueError(
+            f"prune_layer={config.prune_after} leaves no layer to prune for: the language model has "
+            f"{text.num_hidden_layers}; use 1 to {text.num_hidden_layers - 1}, or 0 to prune before it"
+        )
+    if language_model.training and getattr(language_model, "gradient_checkpointing", False):
+        raise ValueError(
+            "gradient checkpointing runs layers again without the pruning of the first time; use "
+            "model.gradient_checkpointing_disable(), or prune_layer=0"
+        )
+
+
+def require_generate(settings: Settings, call: dict[str, Any], images: bool, option: Callable[[str], Any]) -> None:
+    """Raise ValueError if `generate()` cannot prune this prompt, or go on after one that was pruned.
+
+    Parameters
+    ----------
+    images : bool
+        Whether the call has images.
+    option : callable
+        The value of an option of `generate()` by its name.
+    """
+    config, cache = settings.config, call.get("cache")
+    note = conversation.read(cache)
+    if conversation.length_of(cache):
+        if images or not isinstance(note, PrunedConversation) or note.compact:
+            raise ValueError(
+                "a further turn cannot go on from a cache pruned inside the language model, unless it brings no image "
+                'and kv="full"; start without the cache, with the whole conversation and all its images'
+            )
+        return
+    if cache is not None:
+        conversation.leave(cache, None)  # it was reset
+    if not images:
+        return
+    require_ids(call)
+    inside = METHODS[config.method].prunes_only_language()
+    if option("use_cache") is False and (config.kv == "compact" or inside):
+        raise ValueError(
+            f"method={config.method!r} with kv={config.kv!r} and prune_layer={config.prune_after} drops tokens once, "
+            "when the prompt is read, and needs the cache to remember; use use_cache=True, or "
+            'method="vtc-cls" and kv="full"'
+        )
+    for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):
+        if call.get(name) is not None or option(name):
+            raise ValueError(f"prune_layer > 0 needs the prompt in one piece and one token at a time; unset {name}")
+
+
+def require_forward(call: dict[str, Any], images: bool) -> None:
+    """Raise ValueError if `forward()` is asked for what a pruned prompt has no columns for."""
+    if images and (call.get("labels") is not None or isinstance(call.get("logits_to_keep"), Tensor)):
+        raise ValueError(
+            "labels and positions in logits_to_keep belong to tokens of which prune_layer > 0 drops some on the way; "
+            "use prune_layer=0 for them"
+        )
+
+
+def is_static(cache: Any, compact: bool) -> bool:
+    """Whether `cache` is a static one; ValueError if it is of a kind that cannot be shortened."""
+    kinds = {type(layer) for layer in getattr(cache, "layers", ())}
+    if getattr(cache, "offloading", False) or not kinds <= {DynamicLayer, StaticLayer} or len(kinds) > 1:
+        raise ValueError(
+            f"prune_layer > 0 works with a DynamicCache or a StaticCache of plain layers, got {type(cache).__name__} "
+            f"of {', '.join(sorted(kind.__name__ for kind in kinds))}"
+            f"{', offloaded' if getattr(cache, 'offloading', False) else ''}; leave the cache and "
+            "cache_implementation out, or use prune_layer=0"
+        )
+    static = kinds == {StaticLayer}
+    if static and not compact:
+        raise ValueError(
+            'kv="full" gives layers of two lengths, which a static cache is not for; use '
+            'vtc.configure(model, kv="compact"), or a dynamic cache'
+        )
+    return static

@@ -1,0 +1,64 @@
+"""LLaVA-NeXT's tiles: how many an image has, and which token stands at each of its placeholders."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vtc.hf.settings import Settings
+
+
+class Tiling(NamedTuple):
+    """The tiles of one image, the base image first.
+
+    Attributes
+    ----------
+    num_tiles : int
+    layout : Tensor[n], int64, on the CPU
+        In the order of the image's placeholders, the number of each token among all of its tiles' (tile * N + token);
+        -1 for a newline.
+    """
+
+    num_tiles: int
+    layout: Tensor
+
+
+def tilings(settings: Settings, sizes: Tensor) -> list[Tiling]:
+    """The tiles of images of `sizes` `[images, 2]` (height, width).
+
+    Runs transformers' own packing on token numbers, so that unpadding and newlines match by construction.
+    """
+    base = settings.base
+    vision, module = base.config.vision_config, sys.modules[settings.family.module]
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    found = []
+    for size in sizes.cpu():
+        count = module.image_size_to_num_patches(size, base.config.image_grid_pinpoints, vision.image_size)
+        numbers = torch.arange(count * tokens, device="cpu").view(count, tokens, 1)
+        newline = torch.tensor([-1], device="cpu")
+        packed, _ = base.pack_image_features([numbers], size[None], "default", image_newline=newline)
+        found.append(Tiling(count, packed[0][:, 0]))
+    return found
+
+
+def flat_tiles(pixels: Tensor, tiles: list[Tiling], name: str) -> Tensor:
+    """All tiles of all images, `[T, 3, height, width]`, without what pads an image to the most tiles of all.
+
+    Raises
+    ------
+    ValueError
+        If the pixels do not hold the tiles that the sizes of the images ask for.
+    """
+    shape: Any = tuple(pixels.shape)
+    if pixels.ndim == 5 and len(pixels) == len(tiles):
+        pixels = torch.cat([own[: tiling.num_tiles] for own, tiling in zip(pixels, tiles, strict=True)])
+    if pixels.ndim != 4 or len(pixels) != sum(tiling.num_tiles for tiling in tiles):
+        raise ValueError(
+            f"{name} of shape {shape} does not hold the {[tiling.num_tiles for tiling in tiles]} tiles of image_sizes; "
+            "it must be [images, tiles, 3, height, width] as the processor makes it"
+        )
+    return pixels

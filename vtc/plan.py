@@ -1,0 +1,171 @@
+"""The settings applied to one model's configs: grid, N, K, scored layers, shares of tiles. No module runs here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtc.config import VTCConfig, kept_count
+from vtc.methods import Method
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Plan(NamedTuple):
+    """What is to be done with each view, that is with whatever one pass of the vision tower sees.
+
+    Attributes
+    ----------
+    config : VTCConfig
+    method : Method
+    grid : tuple of int
+        Rows and columns of patches, after pooling.
+    num_tokens : int
+        N, visual tokens of a view.
+    num_kept : int
+        K; 0 for tiles, which share the K of their image.
+    num_outputs : int
+        The tokens that the method makes of N with K; an upper bound if it is adaptive; 0 for tiles.
+    feature_layers : tuple of int
+        The number of vision layers before each feature layer.
+    num_layers : int
+        The number of vision layers that run.
+    scored : range
+        Those whose [CLS] probabilities are scored, from 0.
+    pool : int
+        pool x pool patches become one before the selection.
+    """
+
+    config: VTCConfig
+    method: Method
+    grid: tuple[int, int]
+    num_tokens: int
+    num_kept: int
+    num_outputs: int
+    feature_layers: tuple[int, ...]
+    num_layers: int
+    scored: range
+    pool: int
+
+    @classmethod
+    def of(
+        cls,
+        config: VTCConfig,
+        model_config: Any,
+        *,
+        has_cls: bool = True,
+        num_registers: int = 0,
+        size: Sequence[int] | None = None,
+        feature_layer: int | list[int] | None = None,
+        strategy: str | None = None,
+        layout: str = "whole",
+    ) -> Plan:
+        """Apply `config` to a LLaVA's config.
+
+        Parameters
+        ----------
+        model_config
+            With `vision_config`, `vision_feature_layer`, `vision_feature_select_strategy` and so on.
+        has_cls, num_registers
+            Whether the vision tower has a [CLS] token, and how many register tokens follow it.
+        size : sequence of int, optional
+            Height and width of the views in pixels; the vision config's if not given.
+        feature_layer, strategy
+            In place of the model config's.
+        layout : {"whole", "tiles", "frames"}
+            What a view is.
+
+        Raises
+        ------
+        ValueError
+            If the settings ask for what a model of these configs cannot do.
+        """
+        vision = model_config.vision_config
+        depth = vision.num_hidden_layers
+        method = config.build_method()
+        feature_layers = _feature_layers(model_config, depth, feature_layer)
+        _require_strategy(strategy or getattr(model_config, "vision_feature_select_strategy", None), has_cls)
+        end = min(max(feature_layers), depth - 1)  # the last layer is never scored
+        num_layers = max(feature_layers)
+        if method.needs.keys == "last":  # that layer does not run, but those before it do
+            num_layers = max(num_layers, depth - 1)
+        pool = model_config.spatial_pool_stride if layout == "frames" else 1
+        sides, patch = _pair(vision.image_size) if size is None else size, _pair(vision.patch_size)
+        grid = (sides[0] // patch[0] // pool, sides[1] // patch[1] // pool)
+        num_tokens = grid[0] * grid[1] + num_registers
+        if layout != "whole" and num_registers:
+            raise ValueError(
+                "this vision tower has register tokens among the patches; tiles and frames cannot have them"
+            )
+        kept = 0 if layout == "tiles" else kept_count(config, num_tokens)
+        outputs = 0 if layout == "tiles" else method.num_outputs(num_tokens, kept)
+        scored = method.scored_layers(end)
+        return cls(config, method, grid, num_tokens, kept, outputs, feature_layers, num_layers, scored, pool)
+
+
+def share_out(scores: Tensor, layout: Tensor, how: str) -> Tensor:
+    """Ranking `[n]` of an image's tokens: its K largest are each tile's best, with the tiles' shares as `how` says.
+
+    The token of rank r = 0, 1, 2, ... in its tile gets mass / (r + 1/2), with the tile's mass the sum of its scores
+    ("mass") or 1 ("equal"). Taking the largest of these is how Sainte-Lague shares out seats: shares are proportional,
+    rounded without bias, and what a small tile cannot use goes to the others. Newlines come last.
+
+    Parameters
+    ----------
+    scores : Tensor[T, N], floating point
+        Of the tokens of an image's tiles, the base image first; NaN ranks last.
+    layout : Tensor[n], int64, on the CPU
+        In the order of the image's placeholders, the number of each token among all of its tiles' (tile * N + token);
+        -1 for a newline.
+    how : {"mass", "equal"}
+
+    Returns
+    -------
+    Tensor[n], float32
+    """
+    tile = torch.where(layout < 0, len(scores), layout // scores.shape[1])
+    sizes = tile.bincount(minlength=len(scores) + 1)
+    start = (sizes.cumsum(0) - sizes).to(scores.device)
+    tile, layout = tile.to(scores.device), layout.to(scores.device)
+    score = scores.flatten()[layout.clamp(min=0)].float()
+    order = score.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
+    order = order[tile[order].argsort(stable=True)]  # tile after tile, each from its best to its worst
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - start[tile[order]]
+    mass = torch.ones_like(start, dtype=torch.float32)
+    if how == "mass":
+        own = tile == torch.arange(len(start), device=tile.device)[:, None]
+        mass = torch.where(own, score.nan_to_num(nan=0.0), 0.0).sum(1)
+    return torch.where(layout < 0, -1.0, mass[tile] / (rank + 0.5))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _feature_layers(config: Any, depth: int, given: Any) -> tuple[int, ...]:
+    """How many layers of the tower come before each feature layer; several are concatenated, as VipLLaVA does."""
+    own: Any = getattr(config, "vision_feature_layer", None)
+    own = getattr(config, "vision_feature_layers", None) if own is None else own  # the name in VipLLaVA's old configs
+    given = own if given is None else given
+    layers = [given] if isinstance(given, int) else list(given)
+    if len(layers) != (1 if isinstance(own, int) else len(own)):
+        raise ValueError(
+            f"vision_feature_layer={given!r}, but the model's projector was made for {own!r}; do not pass it"
+        )
+    stops = tuple(layer if layer >= 0 else depth + 1 + layer for layer in layers)
+    if not all(0 < stop <= depth for stop in stops):
+        raise ValueError(f"vision_feature_layer={given!r} does not exist; the tower has {depth} layers")
+    return stops
+
+
+def _require_strategy(strategy: str | None, has_cls: bool) -> None:
+    strategy, wanted = strategy or "default", "default" if has_cls else "full"
+    if strategy != wanted:
+        reason = "drops [CLS] from the features" if has_cls else "keeps all tokens of a tower without [CLS]"
+        raise ValueError(
+            f"vision_feature_select_strategy={strategy!r} is not supported; VTC accepts {wanted!r}, which {reason}"
+        )
