@@ -19,7 +19,9 @@ from bench import parts as gpu
 from bench.checkout import ROOT
 from bench.workloads import WORKLOADS
 from vtc import ops, reference, tiny
-from vtc.hf import families
+from vtc.hf import compatibility
+from vtc.hf.families import FAMILIES
+from vtc.hf.towers import TOWERS
 from vtc.methods import METHODS, Method
 
 FOLDERS = (".github", "kernels", "vtc", "bench", "tests")  # where documents are, besides the top level
@@ -172,26 +174,21 @@ def explained(documented: object) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in entries}
 
 
-def works(known: families.Model | families.Tower) -> list[str]:
-    """The methods that work with a family of models or a vision tower."""
-    return [method for method in METHODS if known.refusal(method) is None]
-
-
 def models(page: Path) -> str:
     """The families of models, and which methods work with each."""
     rows = []
-    for family in families.MODELS.values():
-        able = works(family)
+    for family in FAMILIES.values():
+        able = compatibility.methods_of(family)
         listed = "all" if len(able) == len(METHODS) else ", ".join(f"`{method}`" for method in able)
-        rows.append([family.name, f"`{families.classes(family)[1]}`", family.budget, listed])
+        rows.append([family.name, f"`{family.classes[1]}`", family.budget, listed])
     return plain(["model", "class in transformers", "what `keep` counts", "methods"], rows)
 
 
 def towers(page: Path) -> str:
     """The vision towers, and which methods work with each."""
     rows = [
-        [tower.name, *("yes" if method in works(tower) else "no" for method in METHODS)]
-        for tower in families.TOWERS.values()
+        [tower.name, *("yes" if method in compatibility.methods_of(tower=tower) else "no" for method in METHODS)]
+        for tower in TOWERS.values()
     ]
     return plain(["vision tower", *(f"`{method}`" for method in METHODS)], rows)
 
