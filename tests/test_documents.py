@@ -34,7 +34,7 @@ BENCH = ROOT / "bench/README.md"
 METHODS = ROOT / "vtc/methods/README.md"
 PAGES = readme.documents()
 HUB_ID = '"llava-hf/llava-1.5-7b-hf"'
-WHEEL = "transformers-5.23.0-py3-none-any.whl"
+WHEEL = "transformers-5.24.0-py3-none-any.whl"
 
 # Commands of the documents that no test of this file runs as they stand, and why.
 NOT_RUN = {
@@ -340,7 +340,7 @@ def test_the_wheels_fit_the_machine() -> None:
     """The list against the versions there, by what the wheel itself asks for, where it is the one that is installed."""
     machine = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "bench/machine.txt").read_text(), re.MULTILINE))
     wheels = dict(re.findall(r"`([\w]+)-([\d.]+)-py3-none-any\.whl`", BENCH.read_text(encoding="utf-8")))
-    assert wheels == {"transformers": "5.23.0"}
+    assert wheels == {"transformers": "5.24.0"}
     assert f"carried=transformers=={wheels['transformers']}" in (ROOT / "bench/rehearse.sh").read_text()
     if metadata.version("transformers") != wheels["transformers"]:
         pytest.skip("another transformers is installed")
