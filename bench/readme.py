@@ -22,10 +22,9 @@ from vtc import ops, reference, tiny
 from vtc.hf import compatibility
 from vtc.hf.families import FAMILIES
 from vtc.hf.towers import TOWERS
-from vtc.methods import METHODS, Method
+from vtc.methods import METHODS, PLACES, Method
 
 FOLDERS = (".github", "kernels", "vtc", "bench", "tests")  # where documents are, besides the top level
-PLACES = {"tower": "before the projector", "language": "in the language model"}
 PARTS = {  # of `python -m bench gpu`: what each tells
     "probe": "versions, copy and matmul rates, which SDPA runs where, the host's time for a launch",
     "gate": "whether each operation is right at LLaVA's shapes, in three dtypes, against float64, "
