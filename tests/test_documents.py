@@ -48,7 +48,7 @@ NOT_RUN = {
     "pytest tests/ops/test_topk.py": "a part of the tests",
     'python -m tests.support.mutate "topk: ties"': "takes minutes",
     "python tests/ops/test_compile.py --write": "rewrites the budgets",
-    "python -m bench quality --sweep --out bench/results/quality --readme bench/results/quality/README.md": "hours",
+    "python -m bench quality --sweep --out bench/results/quality": "takes hours",
     "python -m bench readme": "rewrites the documents; test_generated_blocks_are_current runs it on a copy",
     "python3 -m pip install -q --no-index --no-deps --no-build-isolation -e .": "see test_installing_without_a_network",
     f"python3 -m pip install -q --no-index --no-deps --target carried {WHEEL}": "needs the wheel",
@@ -408,7 +408,7 @@ def test_adding_a_method(tmp_path: Path) -> None:
     insert("vtc/methods/__init__.py", "METHODS: dict[str, type[Method]] = {\n", "    Longest.name: Longest,\n")
     golden = tree / "tests/support/golden/methods.py"
     golden.write_text(f"{golden.read_text(encoding='utf-8')}\n\n{transcription}", encoding="utf-8")
-    insert("tests/methods/test_methods.py", "\nCASES = [\n", f"    {tensors}")
+    insert("tests/methods/test_methods.py", "\nCASES = [\n", f"    {tensors.rstrip()},\n")
     insert("tests/hf/test_methods_model.py", "\nCASES = {\n", f"    {model}")
 
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
