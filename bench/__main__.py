@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 import bench
-from bench import checkout, compare, e2e, gpu, micro, plots, readme, record
+from bench import checkout, record
+
+# Each command imports what it runs: `compare` runs this file with an older vtc, which may lack what others need.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit status, 2 if it was asked for something that cannot be."""
+    """Run one command; returns its exit status, 2 for a request that is not possible."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _micro_options(commands.add_parser("micro", help="every operation, every provider, side by side"))
@@ -31,11 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--sweep", action="store_true", help="also every number of layers and every ensemble of vtc-cls")
     add.add_argument("--out", type=Path, help="folder for the records, JSON lines, and the plot")
     add.add_argument("--no-plot", action="store_true")
-    add.add_argument("--readme", type=Path, help="also put the tables between this file's <!-- quality --> marks")
-    add = commands.add_parser("gpu", help="all that a machine with a GPU can tell, in minutes")
+    add = commands.add_parser("gpu", help="everything that is measured on a GPU, in minutes")
     add.add_argument("--out", type=Path, required=True, help="folder for at most 8 files")
     add.add_argument("--minutes", type=float, default=9)
-    add.add_argument("--parts", nargs="+", default=(), metavar="PART", help=f"default: {' '.join(gpu.PARTS)}")
+    add.add_argument(
+        "--parts", nargs="+", default=(), metavar="PART", help="default: all, in the order of bench/README.md"
+    )
     _mode_options(add)
     add = commands.add_parser("worker", help="a process that `gpu` starts")
     add.add_argument("part")
@@ -43,8 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         add.add_argument(f"--{name}", type=Path)
     add.add_argument("--skip", type=int, default=0)
     _mode_options(add)
-    add = commands.add_parser("kernels", help="print the table of kernels")
-    add.add_argument("--readme", type=Path, help="put it between this file's <!-- kernels --> marks instead")
+    commands.add_parser("readme", help="rewrite the generated blocks of all documents")
     add = commands.add_parser("plot", help="draw records")
     add.add_argument("records", type=Path, help="a micro.jsonl")
     add.add_argument("--out", type=Path, default=checkout.ROOT / "bench/plots", help="folder")
@@ -81,6 +83,8 @@ def _output_options(add: argparse.ArgumentParser) -> None:
 
 
 def _micro(chosen: Any, rest: list[str]) -> int:
+    from bench import micro
+
     options = micro.Options(
         ops=tuple(chosen.op),
         providers=tuple(chosen.provider),
@@ -96,12 +100,16 @@ def _micro(chosen: Any, rest: list[str]) -> int:
 
 
 def _e2e(chosen: Any, rest: list[str]) -> int:
+    from bench import e2e
+
     batches = tuple(chosen.batch or ((1, 4, 16) if chosen.device.startswith("cuda") else (1, 4)))
     return _timed("e2e", chosen, lambda device, out: e2e.run(device, batches, out, chosen.rep_ms))
 
 
 def _timed(suite: str, chosen: Any, run: Any) -> int:
     """Run a suite with its records going to `--out`, and draw them."""
+    from bench import plots
+
     out = None
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
@@ -112,37 +120,37 @@ def _timed(suite: str, chosen: Any, run: Any) -> int:
     return status
 
 
+def _compare(chosen: Any, rest: list[str]) -> int:
+    from bench import compare
+
+    return compare.run(chosen.revision, rest)
+
+
 def _gpu(chosen: Any, rest: list[str]) -> int:
+    from bench import gpu
+
     return gpu.run(
         chosen.out, chosen.minutes, chosen.parts, gpu.Mode(chosen.rehearse, chosen.plant), started=bench.STARTED
     )
 
 
 def _worker(chosen: Any, rest: list[str]) -> int:
-    gpu.work(chosen.part, chosen.out, chosen.journal, chosen.skip, gpu.Mode(chosen.rehearse, chosen.plant))
+    from bench import parts
+
+    parts.work(chosen.part, chosen.out, chosen.journal, chosen.skip, parts.Mode(chosen.rehearse, chosen.plant))
     return 0
 
 
-def _kernels(chosen: Any, rest: list[str]) -> int:
-    made = readme.kernels()
-    if chosen.readme is None:
-        print(made)
-        return 0
-    _put(made, chosen.readme, "kernels")
+def _readme(chosen: Any, rest: list[str]) -> int:
+    from bench import readme
+
+    for page in readme.rewrite():
+        print(f"rewrote {page.relative_to(checkout.ROOT)}")
     return 0
-
-
-def _put(made: str, page: Path, name: str) -> None:
-    """Replace what stands between the page's lines <!-- name --> and <!-- /name -->."""
-    head, mark, after = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-    _, end, tail = after.partition(f"<!-- /{name} -->")
-    if not mark or not end:
-        raise ValueError(f"{page} lacks the lines <!-- {name} --> and <!-- /{name} -->")
-    page.write_text(f"{head}{mark}{made}\n{end}{tail}", encoding="utf-8")
 
 
 def _quality(chosen: Any, rest: list[str]) -> int:
-    from bench import quality  # not above: `compare` runs this file with a vtc that may lack what quality needs
+    from bench import quality, quality_tables
 
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
@@ -154,15 +162,17 @@ def _quality(chosen: Any, rest: list[str]) -> int:
         sweep=chosen.sweep,
         split=chosen.split,
     )
-    print("\n" + quality.tables(records))
+    print("\n" + quality_tables.tables(records))
     if chosen.out and not chosen.no_plot:
+        from bench import plots
+
         print(*plots.draw_quality(records, chosen.out / "quality"), sep="\n")
-    if chosen.readme:
-        _put(quality.tables(records), chosen.readme, "quality")
     return 0
 
 
 def _plot(chosen: Any, rest: list[str]) -> int:
+    from bench import plots
+
     name = f"{chosen.records.resolve().parent.name}-{chosen.records.stem}"
     print(*plots.draw(record.read(chosen.records), chosen.out / name), sep="\n")
     return 0
@@ -172,10 +182,10 @@ COMMANDS = {
     "micro": _micro,
     "e2e": _e2e,
     "quality": _quality,
-    "compare": lambda chosen, rest: compare.run(chosen.revision, rest),
+    "compare": _compare,
     "gpu": _gpu,
     "worker": _worker,
-    "kernels": _kernels,
+    "readme": _readme,
     "plot": _plot,
 }
 

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 import vtc
 from bench import record, table, timing
-from bench.accuracy import WrongResult
 from bench.jobs import Job
 from bench.jobs import run as run_jobs
 from bench.record import Record
-from vtc import ops, reference
-from vtc.hf.patch import Plan, encode, settings
-from vtc.methods import VisionOutputs
+from bench.stages import TEXT_TOKENS, Stages, build, make_inputs, shared_copy
 
-TEXT_TOKENS = 40
-NEW_TOKENS = 16
 NOT_CAPTURED = {
     "first token": "transformers reads values back",
     "first token, new length": "each call is longer than the last",
@@ -34,7 +27,7 @@ STAGES = ("vision", "select", "projector", "prefill", "decode", "first token", "
 
 
 class Variant(NamedTuple):
-    """What stands side by side: how many visual tokens are kept, None for the stock model, and by which SDPA."""
+    """One side of a comparison: the number of kept visual tokens, None for the stock model, and which SDPA may run."""
 
     keep: int | None
     cudnn: bool = True
@@ -45,7 +38,7 @@ class Variant(NamedTuple):
 
     @property
     def stock(self) -> Variant:
-        """What it is compared with."""
+        """The variant that it is compared with."""
         return self._replace(keep=None)
 
 
@@ -54,169 +47,22 @@ VARIANTS = (Variant(None), Variant(128), Variant(64))
 LENGTHS = tuple(Variant(keep, cudnn) for keep in (None, 64) for cudnn in (True, False))
 
 
-def build(device: torch.device, image_size: int = 336) -> tuple[str, str, LlavaForConditionalGeneration]:
-    """Name, dtype and model: LLaVA-1.5-7B with random weights; on a CPU a small one, its images of 576 tokens, too."""
-    on_gpu = device.type == "cuda"
-    wide = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-    slim = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=2)
-    small = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, vocab_size=1000)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=image_size, patch_size=14, **(wide if on_gpu else slim)),
-        text_config=LlamaConfig(max_position_embeddings=4096, **({"vocab_size": 32064} if on_gpu else small)),
-        image_token_id=32000 if on_gpu else 999,
-    )
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    with device:
-        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    return ("LLaVA-1.5-7B", "bf16", model) if on_gpu else ("small LLaVA", "fp32", model)
-
-
-def make_inputs(model: LlavaForConditionalGeneration, batch: int, text_tokens: int = TEXT_TOKENS) -> dict[str, Tensor]:
-    """`batch` prompts of one image and `text_tokens` of text."""
-    size, image = model.config.vision_config.image_size, model.config.image_token_id
-    generator = torch.Generator().manual_seed(batch)
-    pixels = torch.randn(batch, 3, size, size, generator=generator)
-    text = torch.randint(3, 900, (batch, text_tokens), generator=generator)
-    placeholders = torch.full((batch, Plan.of(model.model).tokens), image)
-    ids = torch.cat([text[:, :5], placeholders, text[:, 5:]], dim=1)
-    return {"input_ids": ids.to(model.device), "pixel_values": pixels.to(model.device, model.dtype)}
-
-
-class Stages:
-    """The stages of one model on one batch as calls that can be timed; `model` compresses already, or does not."""
-
-    def __init__(self, model: LlavaForConditionalGeneration, inputs: dict[str, Tensor], keep: int | None) -> None:
-        self.model, self.base, self.inputs, self.keep = model, model.model, inputs, keep
-        self.plan = Plan.of(self.base, inputs["pixel_values"])
-        self.features = self.vision()
-        visual = self.projector()
-        ids = inputs["input_ids"]
-        embeds = model.get_input_embeddings()
-        self.embeds = torch.cat([embeds(ids[:, :5]), visual, embeds(ids[:, 5 + self.plan.tokens :])], dim=1)
-        self.token = embeds(ids[:, -1:])
-        self.cache = self.language(self.embeds).past_key_values
-        heads = self.base.vision_tower.config.num_attention_heads
-        layer = torch.randn(3, len(ids), 1 + self.plan.tokens, heads, self.features.shape[-1] // heads)
-        layer = layer.to(model.device, model.dtype)
-        self.query, self.key = layer[0].transpose(1, 2), layer[1].transpose(1, 2)
-        self.hidden = layer[2].flatten(2)
-        self.lengths = itertools.count(TEXT_TOKENS + 1)
-        self.prompt = [(layer.keys, layer.values) for layer in self.cache.layers]
-
-    def call(self, stage: str) -> tuple[Callable[[], Any], int]:
-        """What a stage calls, and the bytes it has to read or write at least: mostly its weights, once."""
-        base, size = self.base, self.model.dtype.itemsize
-        language = _nbytes(base.language_model) + _nbytes(self.model.lm_head)
-        everything = _nbytes(self.model)
-        cached = sum(t.nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
-        kept = 2 * (self.keep or 0) * self.hidden.shape[0] * self.hidden.shape[2] * size
-        return {
-            "vision": (self.vision, _nbytes(base.vision_tower)),
-            "select": (self.select, len(self.plan.scored) * self.key.nbytes + kept),
-            "projector": (self.projector, _nbytes(base.multi_modal_projector)),
-            "prefill": (self.prefill, language),
-            "decode": (self.decode, language + cached),
-            "first token": (self.first_token, everything),
-            "first token, new length": (self.new_length, everything),
-            "generate": (self.generate, everything + (NEW_TOKENS - 1) * (language + cached)),
-        }[stage]
-
-    def vision(self) -> Tensor:
-        """The tower and what it hands to the projector; with VTC that includes `select`."""
-        pixels = self.inputs["pixel_values"]
-        if self.keep is not None:
-            return encode(self.base, pixels, self.plan)[0]
-        return self.base.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-
-    def select(self) -> Tensor:
-        """What VTC adds to the tower, alone: scores of the scored layers, topk, compact."""
-        config = settings(self.base)
-        rows = [
-            ops.row_scores(self.query[:, :, 0], self.key, skip=1, backend=config.backend).unsqueeze(1)
-            for _ in self.plan.scored
-        ]
-        tower = VisionOutputs(self.hidden, self.plan.grid, torch.stack(rows))
-        return self.plan.method.reduce(tower, self.plan.kept).features
-
-    def projector(self) -> Tensor:
-        return self.base.multi_modal_projector(self.features)
-
-    def language(self, embeds: Tensor, cache: Any = None) -> Any:
-        return self.base.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-
-    def prefill(self) -> Tensor:
-        return self.model.lm_head(self.language(self.embeds).last_hidden_state[:, -1:])
-
-    def decode(self) -> Tensor:
-        """One token on top of the prompt; afterwards the cache has the prompt's own tensors again.
-
-        A graph's replays read them, so they must not be those that the capture has made.
-        """
-        try:
-            return self.model.lm_head(self.language(self.token, self.cache).last_hidden_state)
-        finally:
-            for layer, (keys, values) in zip(self.cache.layers, self.prompt, strict=True):
-                layer.keys, layer.values = keys, values
-
-    def first_token(self) -> Tensor:
-        """All of it through the model's own forward, from pixels to the first logits."""
-        return self.model(**self.inputs, logits_to_keep=1).logits
-
-    def new_length(self) -> Tensor:
-        """As `first_token`, one token of text longer at each call."""
-        ids = self.inputs["input_ids"]
-        ids = torch.cat([ids, ids[:, -1:].expand(-1, next(self.lengths) - TEXT_TOKENS)], dim=1)
-        return self.model(**{**self.inputs, "input_ids": ids}, logits_to_keep=1).logits
-
-    def generate(self) -> Tensor:
-        """NEW_TOKENS tokens, greedy, as a user generates them."""
-        return self.model.generate(
-            **self.inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-        )
-
-    def check(self) -> None:
-        """The gate: raise unless forward gives what the stages give, and the patches are those the formula chooses."""
-        _close("logits", self.first_token(), self.prefill())
-        if self.keep is None:
-            return
-        pixels, base = self.inputs["pixel_values"], self.base
-        kept, selection = encode(base, pixels, self.plan)
-        if not torch.equal(selection.indices, reference.topk(selection.scores, self.keep)):
-            raise WrongResult("indices: not those of the highest scores")
-        with vtc.compress(self.model):
-            vtc.disable(self.model)
-            base.set_attn_implementation({"vision_config": "eager"})
-            seen = base.vision_tower(pixels[:1], output_hidden_states=True, output_attentions=True)
-        scores = sum(seen.attentions[number][:, :, 0, 1:].float().mean(dim=1) for number in self.plan.scored)
-        _close("scores", selection.scores[:1], scores.to(kept.dtype).float(), kept.dtype)
-        _close(
-            "kept rows", kept[:1], reference.compact(seen.hidden_states[self.plan.stop][:, 1:], selection.indices[:1])
-        )
-
-
-def _nbytes(module: torch.nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def _close(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raise unless the difference's norm is within 16 units of rounding of the norm: layers add up their roundings."""
-    eps = torch.finfo(dtype or expected.dtype).eps
-    error = ((actual - expected).double().norm() / expected.double().norm()).item()
-    if not error <= 16 * eps:
-        raise WrongResult(f"{what}: relative error {error:.3g} > {16 * eps:.3g}")
-
-
 class Bench:
-    """The model, and the stages of one variant on one batch: both are made, and gated, when they are first needed."""
+    """The models, and the stages of one variant on one batch; both are made, and gated, when they are first needed."""
 
     def __init__(self, device: torch.device, image_size: int) -> None:
         self.device, self.image_size = device, image_size
         self._ready: dict[tuple[int, Variant], Stages | Exception] = {}
 
     @functools.cached_property
-    def model(self) -> tuple[str, str, LlavaForConditionalGeneration]:
+    def stock(self) -> tuple[str, str, LlavaForConditionalGeneration]:
+        """Name, dtype and model; VTC never touches this one."""
         return build(self.device, self.image_size)
+
+    @functools.cached_property
+    def compressed(self) -> LlavaForConditionalGeneration:
+        """The stock model's weights in a model that compresses."""
+        return shared_copy(self.stock[2])
 
     @functools.cached_property
     def copy(self) -> float:
@@ -224,11 +70,10 @@ class Bench:
 
     @contextlib.contextmanager
     def running(self, variant: Variant) -> Iterator[LlavaForConditionalGeneration]:
-        _, _, model = self.model
+        model = self.stock[2] if variant.keep is None else self.compressed
+        block = contextlib.nullcontext() if variant.keep is None else vtc.compress(model, keep=variant.keep)
         before = torch.backends.cuda.cudnn_sdp_enabled()
-        with vtc.compress(model, **({"keep": variant.keep} if variant.keep else {})), torch.no_grad():
-            if variant.keep is None:
-                vtc.disable(model)
+        with block, torch.no_grad():
             torch.backends.cuda.enable_cudnn_sdp(before and variant.cudnn)
             try:
                 yield model
@@ -269,7 +114,7 @@ class Bench:
     def number(self, batch: int, variant: Variant, stage: str, rep_ms: float, played: bool) -> list[Record]:
         stock = self.stock_timer(batch, variant, stage)
         with self.running(variant) as model:
-            name, dtype, _ = self.model
+            name, dtype, _ = self.stock
             stages = self.stages(model, batch, variant)
             call, moved = stages.call(stage)
             profiled = stages.decode if stage == "generate" else call  # of many tokens, one tells as much
@@ -285,7 +130,7 @@ class Bench:
 
 
 def jobs(device: torch.device, batches: tuple[int, ...], rep_ms: float = 100.0, played: bool = False) -> list[Job]:
-    """One for each stage of each variant and batch size; what new lengths cost is asked at the first size alone."""
+    """One job for each stage of each variant and batch size; new lengths are timed at the first size only."""
     bench = Bench(device, image_size=168 if played else 336)
     *stages, new_length, generate = STAGES
 
@@ -294,11 +139,11 @@ def jobs(device: torch.device, batches: tuple[int, ...], rep_ms: float = 100.0, 
 
     first, *others = batches
     lengths = [(first, v, s) for v in LENGTHS for s in (new_length, generate)]
-    asked = of(first) + lengths + [one for batch in others for one in of(batch)]
+    numbers = of(first) + lengths + [one for batch in others for one in of(batch)]
     # Whichever comes first, after a crash too, builds the model: all may take as long.
     return [
         Job(f"B={b} {v.name} {s}", functools.partial(bench.number, b, v, s, rep_ms, played), limit=60)
-        for b, v, s in asked
+        for b, v, s in numbers
     ]
 
 
@@ -321,7 +166,7 @@ def run(
 
 
 def shares(records: list[Record]) -> list[str]:
-    """What VTC adds to the vision tower, in percent of the stock tower's time."""
+    """The time that VTC adds to the vision tower, in percent of the stock tower's."""
     tower = {r.shape["B"]: r.ms for r in records if (r.op, r.backend) == ("vision", "sdpa")}
     return [
         f"B={r.shape['B']} {r.backend}: select takes {100 * r.ms / tower[r.shape['B']]:.2f} % of the stock tower"

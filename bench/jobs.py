@@ -1,8 +1,8 @@
-"""A suite as jobs, one number each, so that whatever befalls one of them costs that number and no other.
+"""A suite as jobs, one number each: a fault costs one number and no other.
 
-`run` does them in this process. `watch` has them done by a worker, a process that may crash or hang: it is ended, and
-another one goes on with the next job. What a job gives is on disk before the next one begins, in the suite's file of
-JSON lines: its records, or a line with "job" and "failed".
+`run` does them in this process; `bench.watch` has them done by workers, processes that may crash or hang. The result of
+a job is on disk before the next one begins, in the suite's file of JSON lines: its records, or a line with "job" and
+"failed".
 """
 
 from __future__ import annotations
@@ -10,21 +10,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
-import signal
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from bench import checkout, processes, record, timing
+from bench import record, timing
 
 BROKEN = 75  # exit status of a worker that cannot use its GPU any more: another process can go on
-TIME_IS_UP = "the time is up"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +35,8 @@ def run(
 ) -> tuple[list[Any], dict[str, str]]:
     """Do the jobs; returns their records, and the reasons of those that failed, by name.
 
-    `note` is told when a job begins and ends. A `SystemExit` with status BROKEN ends it early: no job can be done in
-    this process any more.
+    `note` is called when a job begins and ends. A `SystemExit` with status BROKEN ends it early: this process can do no
+    more jobs.
     """
     records: list[Any] = []
     failed: dict[str, str] = {}
@@ -50,10 +44,10 @@ def run(
         note({"begun": number})
         try:
             made = job.run()
-        except Exception as error:  # whatever it is: this job gets no number, the others are not lost
+        except Exception as error:  # any exception costs this job its number, and no other
             failed[job.name] = timing.reason(error)
             print(f"NO NUMBER: {job.name}: {failed[job.name]}", flush=True)
-            _not_done(out, job.name, failed[job.name])
+            not_done(out, job.name, failed[job.name])
             memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
             error.__traceback__ = None  # it holds the tensors of every frame
             del error
@@ -70,7 +64,7 @@ def run(
 
 
 def works() -> bool:
-    """Whether this process can still use its GPU: after an illegal access, say, it never can again."""
+    """Whether this process can still use its GPU; after an illegal access it cannot."""
     if not torch.cuda.is_initialized():
         return True
     try:
@@ -83,11 +77,11 @@ def works() -> bool:
 def _free() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
-        with contextlib.suppress(RuntimeError):  # `works` is asked next
+        with contextlib.suppress(RuntimeError):  # `works` is called next
             torch.cuda.empty_cache()
 
 
-def _not_done(out: Path | None, name: str, why: str) -> None:
+def not_done(out: Path | None, name: str, why: str) -> None:
     if out:
         record.append(out, [{"job": name, "failed": why}])
 
@@ -102,116 +96,3 @@ def work(jobs: Sequence[Job], out: Path, journal: Path, skip: int) -> None:
 
     note({"jobs": [job.name for job in jobs]})
     run(jobs[skip:], out, note)
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What became of a suite's jobs."""
-
-    names: list[str] = dataclasses.field(default_factory=list)
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)  # name to reason
-    left: list[str] = dataclasses.field(default_factory=list)  # not reached
-    trouble: str | None = None  # why the rest was not done, other than for want of time
-
-    @property
-    def done(self) -> int:
-        return len(self.names) - len(self.failed) - len(self.left)
-
-
-def watch(
-    arguments: list[str],
-    out: Path,
-    end: float,
-    log: IO[str],
-    *,
-    environment: Mapping[str, str | None] | None = None,
-    start_limit: float = 60.0,
-) -> Outcome:
-    """Have a suite's jobs done by workers, until all are or the clock (`time.monotonic`) shows `end`.
-
-    Parameters
-    ----------
-    arguments : list of str
-        `python ARGUMENTS --out OUT --journal FILE --skip N` is a worker: it calls `work`.
-    out : Path
-        The suite's file.
-    log : file
-        What workers print goes there.
-    environment : mapping
-        Variables for the workers; None unsets one.
-    start_limit : float
-        Seconds that a worker may take before its first job.
-    """
-    outcome = Outcome()
-    following = 0  # the next job's number
-    while True:
-        worker = _Worker(arguments, out, following, log)
-        stopped = worker.follow(end, start_limit, environment or {})
-        outcome.names = worker.names or outcome.names
-        if worker.begun is None:
-            outcome.trouble = f"a worker began no job: {stopped}"
-            break
-        following = worker.begun + 1
-        if not worker.ended and stopped == TIME_IS_UP:
-            following = worker.begun
-        elif not worker.ended:
-            name = outcome.names[worker.begun]
-            _not_done(out, name, stopped)
-            print(f"LOST: {name}: {stopped}", file=log, flush=True)
-        if following == len(outcome.names) or stopped == TIME_IS_UP:
-            break
-    outcome.left = outcome.names[following:]
-    reasons = record.failures(out)
-    outcome.failed = {name: reasons[name] for name in outcome.names if name in reasons}
-    return outcome
-
-
-class _Worker:
-    """One worker process and what its journal says."""
-
-    def __init__(self, arguments: list[str], out: Path, skip: int, log: IO[str]) -> None:
-        self.arguments = [*arguments, "--out", str(out), "--skip", str(skip)]
-        self.log = log
-        self.names: list[str] = []
-        self.begun: int | None = None  # the last job that it began
-        self.ended = False  # whether that one has ended
-        self.limit = 0.0
-        self._cut_off = ""  # of the journal, a line that is being written
-
-    def follow(self, end: float, start_limit: float, environment: Mapping[str, str | None]) -> str:
-        """Start it and see it through; returns why it stopped."""
-        with tempfile.TemporaryDirectory() as folder, checkout.packages(environment=environment) as options:
-            journal = Path(folder) / "journal"
-            journal.touch()
-            process = processes.Group([sys.executable, *self.arguments, "--journal", str(journal)], self.log, **options)
-            try:
-                with journal.open(encoding="utf-8") as lines:
-                    since = time.monotonic()
-                    while (status := process.wait(0.05)) is None:
-                        now = time.monotonic()
-                        since = now if self._read(lines) else since
-                        allowed = start_limit if self.begun is None else self.limit
-                        if now > end:
-                            return TIME_IS_UP
-                        if now > since + allowed:
-                            return f"hung: nothing for {allowed:.0f} s"
-                    self._read(lines)
-            finally:
-                process.end()
-        return f"the worker died: {_told(status)}"
-
-    def _read(self, lines: IO[str]) -> bool:
-        """Take in what is new in the journal; whether there was anything."""
-        *new, self._cut_off = (self._cut_off + lines.read()).split("\n")
-        for line in map(json.loads, new):
-            self.names = line.get("jobs", self.names)
-            if "begun" in line:
-                self.begun, self.limit, self.ended = line["begun"], line["limit"], False
-            self.ended |= "ended" in line
-        return bool(new)
-
-
-def _told(status: int) -> str:
-    if status >= 0:
-        return f"exit status {status}"
-    return f"signal {signal.Signals(-status).name}"

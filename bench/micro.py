@@ -38,11 +38,11 @@ class Options:
     played: bool = False  # on a CPU: Triton in its interpreter, a loop for a CUDA graph; to rehearse, not to time
 
 
-def chosen(what: str, asked: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-    """`asked`, or all that is `known`; ValueError for what is not."""
-    if unknown := sorted(set(asked) - set(known)):
+def chosen(what: str, names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """The `names`, by default all that are `known`; ValueError for an unknown one."""
+    if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"unknown {what} {', '.join(unknown)}; there are {', '.join(known)}")
-    return tuple(name for name in known if name in asked) if asked else known
+    return tuple(name for name in known if name in names) if names else known
 
 
 def sizes(work: Workload, options: Options, on_gpu: bool) -> list[tuple[int, int | None]]:
@@ -112,8 +112,8 @@ def _of_shape(
     shape = {n: s for n, s in model.shape(batch, keep).items() if n in work.sizes + "K"}
     made = []
     for name, provider in work.providers().items():
-        asked = name in options.providers if options.providers else name != "compiled"
-        if asked and available(name, device, options.played):
+        wanted = name in options.providers if options.providers else name != "compiled"
+        if wanted and available(name, device, options.played):
             number = functools.partial(
                     time_provider, work, shape, dtype, device, provider,
                     rep_ms=options.rep_ms, played=options.played, suite="micro", op=op, model=model.name, backend=name,
@@ -141,9 +141,9 @@ def time_provider(
         If it does not pass the gate.
     """
     size = DTYPES[dtype].itemsize
-    needed = work.needs_bytes(shape, size)
-    if not (count := 1 if played else number_of_sets(needed, device)):
-        raise ValueError(f"its inputs take {needed / 2**30:.0f} GiB, too much for this device")
+    size_of_inputs = work.needs_bytes(shape, size)
+    if not (count := 1 if played else number_of_sets(size_of_inputs, device)):
+        raise ValueError(f"its inputs take {size_of_inputs / 2**30:.0f} GiB, too much for this device")
     inputs = [work.make(shape, DTYPES[dtype], device) for _ in range(count)]
     calls = [functools.partial(provider, *one) for one in inputs]
     with torch.no_grad():
@@ -159,12 +159,12 @@ def time_provider(
     return [made]
 
 
-def number_of_sets(needed: int, device: torch.device) -> int:
-    """How many inputs of `needed` bytes take turns: twice what the L2 cache holds, and at most 0.4 of the memory."""
+def number_of_sets(size: int, device: torch.device) -> int:
+    """How many inputs of `size` bytes take turns: twice the L2 cache, and at most 0.4 of the memory."""
     if device.type != "cuda":
-        return min(SETS[0], 2**32 // needed)
+        return min(SETS[0], 2**32 // size)
     about = torch.cuda.get_device_properties(device)
-    return min(max(SETS[0], -(-2 * about.L2_cache_size // needed)), SETS[1], int(0.4 * about.total_memory) // needed)
+    return min(max(SETS[0], -(-2 * about.L2_cache_size // size)), SETS[1], int(0.4 * about.total_memory) // size)
 
 
 @functools.cache

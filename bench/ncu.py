@@ -61,9 +61,9 @@ def launch_once(device: torch.device, played: bool = False) -> None:
 
 
 def error(out: Path) -> str | None:
-    """What ncu says went wrong, in its file."""
-    told = out.read_text(encoding="utf-8", errors="replace").splitlines() if out.exists() else []
-    return next((line for line in told if line.startswith("==ERROR==")), None)
+    """The error that ncu wrote into its file, if any."""
+    printed = out.read_text(encoding="utf-8", errors="replace").splitlines() if out.exists() else []
+    return next((line for line in printed if line.startswith("==ERROR==")), None)
 
 
 def profiles(out: Path) -> list[str]:
@@ -82,10 +82,10 @@ def profiles(out: Path) -> list[str]:
         raise ValueError(f"{out.name} has no table of kernels: {error(out) or 'and no error'}")
     found = []
     for row in rows:
-        told = dict(zip(head, row, strict=False))
+        value = dict(zip(head, row, strict=False))
         unit = dict(zip(head, units, strict=False))
-        counters = [f"{name} {told[m]} {unit[m]}".strip() for m, name in METRICS.items() if told.get(m)]
-        found.append(f"{told['Kernel Name']}: {', '.join(counters)}")
+        counters = [f"{name} {value[m]} {unit[m]}".strip() for m, name in METRICS.items() if value.get(m)]
+        found.append(f"{value['Kernel Name']}: {', '.join(counters)}")
     return found
 
 

@@ -25,7 +25,7 @@ class Probed:
 
 
 def jobs(device: torch.device) -> list[Job]:
-    asked: dict[str, Callable[[torch.device], Any]] = {
+    probes: dict[str, Callable[[torch.device], Any]] = {
         "versions": versions,
         "gpu": gpu,
         "copy GB/s": timing.copy_gb_per_s,
@@ -38,7 +38,7 @@ def jobs(device: torch.device) -> list[Job]:
         "host us to launch: Triton": launch_triton,
         "ncu": lambda device: ncu.path(),
     }
-    return [Job(name, lambda name=name, ask=ask: [Probed(name, ask(device))]) for name, ask in asked.items()]
+    return [Job(name, lambda name=name, probe=probe: [Probed(name, probe(device))]) for name, probe in probes.items()]
 
 
 def versions(device: torch.device) -> dict[str, Any]:

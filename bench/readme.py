@@ -1,47 +1,110 @@
-"""`python -m bench kernels`: the table of the kernels, made from their docstrings and from the files that are there."""
+"""`python -m bench readme`: every generated block of every document, made from the code and from the records.
+
+A block stands between the lines `<!-- name -->` and `<!-- /name -->` of a page. `MAKERS` has a function for each name.
+"""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import inspect
+import json
+import os
 import re
+from collections.abc import Callable
+from pathlib import Path
 
-from bench import table
+from bench import card, pages, quality, quality_tables, record, speedups
+from bench import parts as gpu
 from bench.checkout import ROOT
 from bench.workloads import WORKLOADS
-from vtc import ops, reference
+from vtc import ops, reference, tiny
+from vtc.hf import compatibility
+from vtc.hf.families import FAMILIES
+from vtc.hf.towers import TOWERS
+from vtc.methods import METHODS, PLACES, Method
+
+FOLDERS = (".github", "kernels", "vtc", "bench", "tests")  # where documents are, besides the top level
+PARTS = {  # of `python -m bench gpu`: what each tells
+    "probe": "versions, copy and matmul rates, which SDPA runs where, the host's time for a launch",
+    "gate": "whether each operation is right at LLaVA's shapes, in three dtypes, against float64, "
+    "with the same bits in every run",
+    "e2e": "time to the first token and each stage, batch sizes 1, 4, 16",
+    "micro": "every operation against its baselines: LLaVA-1.5 first, bf16 first, `select` first",
+    "attention": "which block sizes suit `cls_attention`, against SDPA",
+    "ncu": "hardware counters of each kernel, where Nsight Compute is installed",
+    "tests": f"the tests that run on the GPU, in {gpu.TESTS_AT_ONCE} processes",
+}
 
 
-def kernels() -> str:
-    """The table, Markdown: what, shapes, kernel, reference, test, benchmark.
+def documents(root: Path = ROOT) -> list[Path]:
+    """Every document of the tree."""
+    return [*sorted(root.glob("*.md")), *(page for folder in FOLDERS for page in sorted((root / folder).rglob("*.md")))]
+
+
+def blocks(page: Path) -> dict[str, str]:
+    """What stands in the marked blocks of a page, by name."""
+    return dict(re.findall(r"^<!-- (\w+) -->\n(.*?)^<!-- /\1 -->$", page.read_text(encoding="utf-8"), re.M | re.S))
+
+
+def rewrite(root: Path = ROOT) -> list[Path]:
+    """Make every block of every page anew; returns the pages that changed.
 
     Raises
     ------
     ValueError
-        If an operation lacks one of them.
+        If a page has a block that nothing makes, or an operation lacks one of its namesakes.
+    """
+    changed = []
+    for page in documents(root):
+        before = page.read_text(encoding="utf-8")
+        for name in blocks(page):
+            if name not in MAKERS:
+                raise ValueError(f"{page} has the block {name}; bench/readme.py makes {', '.join(MAKERS)}")
+            pages.put(MAKERS[name](ROOT / page.relative_to(root)), page, name)
+        if page.read_text(encoding="utf-8") != before:
+            changed.append(page)
+    return changed
+
+
+def link(page: Path, target: str, text: str) -> str:
+    """A link from a page to a file of the project, which must be there."""
+    if not (ROOT / target).exists():
+        raise ValueError(f"{page} is to link to {target}, which does not exist")
+    return f"[{text}]({os.path.relpath(ROOT / target, page.parent)})"
+
+
+def plain(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table that is not aligned: one cell does not widen all others."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
+
+
+def kernels(page: Path) -> str:
+    """The operations: kernel, what it computes, shapes, tests, benchmark.
+
+    Raises
+    ------
+    ValueError
+        If an operation lacks one of its namesakes.
     """
     rows = []
     for op in ops.OPS:
         function = getattr(ops, op)
-        found = [
-            path for path in sorted(ROOT.glob("kernels/*.py")) if f"\ndef {op}(" in path.read_text(encoding="utf-8")
-        ]
-        test = f"tests/ops/test_{op}.py"
-        has = {"one launcher": len(found) == 1, test: (ROOT / test).exists()}
+        kernel, test, workload = f"kernels/{op}.py", f"tests/ops/test_{op}.py", f"bench/workloads/{op}.py"
+        has = {file: (ROOT / file).exists() for file in (kernel, test, workload)}
         has |= {"a reference": hasattr(reference, op), "a workload": op in WORKLOADS}
         if missing := [what for what, there in has.items() if not there]:
             raise ValueError(f"{op} lacks {', '.join(missing)}")
-        what = inspect.getdoc(function).split("\n")[0].split(":")[0].rstrip(".")
         rows.append(
             [
-                f"[`{op}`](kernels/{found[0].name})",
-                what,
+                link(page, kernel, f"`{op}`"),
+                (inspect.getdoc(function) or "").split("\n")[0].split(":")[0].rstrip("."),
                 f"{shapes(function, 'Parameters')} → {shapes(function, 'Returns')}",
-                f"`vtc.reference.{op}`",
-                f"[test]({test})",
-                f"`python -m bench micro --op {op}`",
+                link(page, test, "tests"),
+                link(page, workload, "workload"),
             ]
         )
-    return table.markdown(["kernel", "what it computes", "shapes", "reference", "tests", "benchmark"], rows)
+    return plain(["operation", "what it computes", "shapes", "tests", "benchmark"], rows)
 
 
 def shapes(function: object, section: str) -> str:
@@ -51,3 +114,142 @@ def shapes(function: object, section: str) -> str:
     (lines,) = [part for part in text if part.startswith(f"{section}\n")]
     found = re.findall(r"^(?:([\w, ]+) : )?(?:.*\b)?Tensor(\[.*?\])", lines, re.MULTILINE)
     return ", ".join(f"{name} {shape}".strip() for name, shape in found)
+
+
+def paper(method: type[Method]) -> str:
+    """A link to the method's paper, or "-"."""
+    return f"[{method.paper}](https://arxiv.org/abs/{method.paper.removeprefix('arXiv ')})" if method.paper else "-"
+
+
+def methods(page: Path) -> str:
+    """Name, score and paper of each method."""
+    return plain(
+        ["method", "what it scores", "paper"],
+        [[f"`{name}`", method.scores, paper(method)] for name, method in METHODS.items()],
+    )
+
+
+def parameters(page: Path) -> str:
+    """File, score, and where it prunes, of each method."""
+    rows = []
+    for name, method in METHODS.items():
+        rows.append(
+            [
+                link(page, f"vtc/methods/{Path(inspect.getfile(method)).name}", f"`{name}`"),
+                method.scores,
+                "yes" if method.needs_cls() else "no",
+                ", ".join(PLACES[place] for place in method.prunes) or "nowhere",
+                paper(method),
+            ]
+        )
+    return plain(["method", "what it scores", "needs [CLS]", "drops tokens", "paper"], rows)
+
+
+def options(page: Path) -> str:
+    """The options of each method, with their defaults, and what its docstring says of them.
+
+    Raises
+    ------
+    ValueError
+        If a docstring does not explain an option.
+    """
+    rows = []
+    for name, method in METHODS.items():
+        meanings = explained(method)
+        for field in dataclasses.fields(method):
+            if field.name not in method.options():
+                continue
+            if field.name not in meanings:
+                raise ValueError(f"the docstring of {method.__name__} does not explain its option {field.name}")
+            rows.append([f"`{name}`", f"`{field.name}={field.default!r}`", meanings[field.name]])
+    return plain(["method", "option", "meaning"], rows)
+
+
+def explained(documented: object) -> dict[str, str]:
+    """The text of each entry of a docstring's section "Parameters", in one line."""
+    _, _, section = (inspect.getdoc(documented) or "").partition("\nParameters\n----------\n")
+    section = re.split(r"\n(?=\w+\n-+\n)", section)[0]
+    entries = re.findall(r"^(\w+) : .*\n((?:(?:    .*)?\n?)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def models(page: Path) -> str:
+    """The families of models, and which methods work with each."""
+    rows = []
+    for family in FAMILIES.values():
+        able = compatibility.methods_of(family)
+        listed = "all" if len(able) == len(METHODS) else ", ".join(f"`{method}`" for method in able)
+        rows.append([family.name, f"`{family.classes[1]}`", family.budget, listed])
+    return plain(["model", "class in transformers", "what `keep` counts", "methods"], rows)
+
+
+def towers(page: Path) -> str:
+    """The vision towers, and which methods work with each."""
+    rows = [
+        [tower.name, *("yes" if method in compatibility.methods_of(tower=tower) else "no" for method in METHODS)]
+        for tower in TOWERS.values()
+    ]
+    return plain(["vision tower", *(f"`{method}`" for method in METHODS)], rows)
+
+
+def files(page: Path) -> str:
+    """The modules beside a page, and the first line of each docstring."""
+    rows = []
+    for file in sorted(page.parent.glob("*.py")):
+        doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+        if doc:
+            rows.append([link(page, str(file.relative_to(ROOT)), f"`{file.name}`"), sentence(doc)])
+    return plain(["file", "what it has"], rows)
+
+
+def sentence(doc: str) -> str:
+    """The first sentence of a docstring, in one line."""
+    return " ".join(re.split(r"(?<=\.)\s|\n\n", doc)[0].split()).rstrip(".:")
+
+
+def accuracy(page: Path) -> str:
+    """Accuracy of the bundled model by number of tokens, for its card."""
+    return card.accuracy(quality.read(card.RECORDS))
+
+
+def recipe(page: Path) -> str:
+    """How the bundled model was trained, for its card."""
+    return card.recipe(json.loads((tiny.CHECKPOINT / "training.json").read_text(encoding="utf-8")))
+
+
+def results(page: Path) -> str:
+    """The table of accuracies alone."""
+    return card.accuracy_table(quality.read(card.RECORDS))
+
+
+def comparison(page: Path) -> str:
+    """Every method at every number of tokens: the tables of `bench quality`."""
+    return quality_tables.tables(quality.read(card.RECORDS))
+
+
+def first_tokens(page: Path) -> str:
+    """Time to the first token of a whole model on an H100, against stock SDPA."""
+    return speedups.first_tokens(record.read(ROOT / "bench/results/h100/second/e2e.jsonl"))
+
+
+def parts(page: Path) -> str:
+    """The parts of `python -m bench gpu`, with the seconds that each gets at most."""
+    rows = [[f"`{name}`", str(part.seconds), PARTS[name]] for name, part in gpu.PARTS.items()]
+    return plain(["part", "seconds at most", "what it tells"], rows)
+
+
+MAKERS: dict[str, Callable[[Path], str]] = {
+    "accuracy": accuracy,
+    "files": files,
+    "first_tokens": first_tokens,
+    "kernels": kernels,
+    "methods": methods,
+    "models": models,
+    "options": options,
+    "parameters": parameters,
+    "parts": parts,
+    "quality": comparison,
+    "recipe": recipe,
+    "results": results,
+    "towers": towers,
+}

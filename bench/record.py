@@ -1,4 +1,4 @@
-"""The record: one JSON line per number, with everything that is needed to judge or repeat it."""
+"""The record: one JSON line per number, with its provenance."""
 
 from __future__ import annotations
 
@@ -22,8 +22,23 @@ from bench.timing import Times
 PACKAGES = Path(vtc.__file__).resolve().parent.parent  # of the checkout that is being run
 
 
-@dataclasses.dataclass
-class Record:
+@dataclasses.dataclass(kw_only=True)
+class Provenance:
+    """What is needed to judge or repeat a number: the device, the versions, the revision that ran, and the time."""
+
+    device: str
+    gpu: str | None
+    driver: str | None
+    torch: str
+    triton: str | None
+    transformers: str | None
+    revision: str | None
+    dirty: bool | None
+    date: str
+
+
+@dataclasses.dataclass(kw_only=True)
+class Record(Provenance):
     """One timed row. Times in milliseconds; GB are 1e9 bytes; `peak_bytes` beyond the inputs, None on a CPU."""
 
     suite: str  # "micro", "e2e" or "attention"
@@ -45,15 +60,6 @@ class Record:
     copy_share: float
     peak_bytes: int | None
     sdpa: str | None  # which of SDPA's implementations ran
-    device: str
-    gpu: str | None
-    driver: str | None
-    torch: str
-    triton: str | None
-    transformers: str | None
-    revision: str | None
-    dirty: bool | None
-    date: str
     # How many times as long the stock model takes, the host's part included, of samples taken in turn.
     speedup_20: float | None = None
     speedup_50: float | None = None
@@ -88,14 +94,18 @@ def make(*, times: Times, moved: int, copy: float, device: torch.device, **rest:
         gb_per_s=rate,
         copy_gb_per_s=copy,
         copy_share=rate / copy,
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **provenance(device),
         **rest,
     )
 
 
-@functools.cache
 def provenance(device: torch.device) -> dict[str, Any]:
+    """The fields of a `Provenance`, now."""
+    return _environment(device) | {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+
+
+@functools.cache
+def _environment(device: torch.device) -> dict[str, Any]:
     """Device, versions, and the revision of the `vtc` that is being run."""
     on_gpu = device.type == "cuda"
     revision, dirty = git_state(PACKAGES)
@@ -114,12 +124,12 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def git_state(root: Path) -> tuple[str | None, bool | None]:
     """The revision of a checkout and whether it differs from it (new files included).
 
-    The environment variable VTC_REVISION goes before, for an unpacked archive or a copy of the files alone; then
-    nothing tells whether the files differ.
+    The environment variable VTC_REVISION takes precedence, for an unpacked archive or a copy of the files; whether
+    the files differ is then unknown.
     """
-    told = os.environ.get("VTC_REVISION")
-    if told or not (root / ".git").exists():  # a repository further up is not ours
-        return told, None
+    given = os.environ.get("VTC_REVISION")
+    if given or not (root / ".git").exists():  # a repository further up is not ours
+        return given, None
     revision = _output("git", "-C", str(root), "rev-parse", "HEAD")
     status = _output("git", "-C", str(root), "status", "--porcelain")
     return revision, None if status is None else bool(status)

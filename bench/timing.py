@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import graphs
 
 QUANTILES = (0.2, 0.5, 0.8)
 SAMPLES = 7  # at least: with fewer, three quantiles say nothing
@@ -63,7 +61,7 @@ def measure(
         return Times(host, None, "no GPU", speedup)
     captured = calls * max(1, min(100, int(2 / host[1])) // len(calls))  # two milliseconds or so
     try:
-        replay = _play(captured) if played else _capture(captured)
+        replay = graphs.play(captured) if played else graphs.capture(captured)
     except Exception as error:
         global spoiled
         spoiled = device.type == "cuda"
@@ -139,62 +137,6 @@ def _device_ms(replay: Callable[[], Any], count: int, device: torch.device, rep_
 
     low, middle, high = _quantiles(_samples(sample, rep_ms))
     return low / count, middle / count, high / count
-
-
-def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None]:
-    """A CUDA graph of `calls`, one after the other. What they return is let go: replays write the same memory."""
-    stream = _stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries set themselves up for each stream: not within the capture
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # The outer block puts the stream back even if the capture fails. transformers makes an explicit mask while it is
-    # captured, which makes SDPA another one than in the call that is captured.
-    with torch.cuda.stream(stream), _uncaptured(), torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    return graph.replay
-
-
-@functools.cache
-def _stream() -> torch.cuda.Stream:
-    """One for all captures: libraries keep memory for each stream."""
-    return torch.cuda.Stream()
-
-
-def _uncaptured() -> Any:
-    """Within it, transformers does as without a capture; nothing where it is not imported, or does not ask."""
-    import_utils = sys.modules.get("transformers.utils.import_utils")
-    if not hasattr(import_utils, "is_cuda_stream_capturing"):
-        return contextlib.nullcontext()
-    return mock.patch.object(import_utils, "is_cuda_stream_capturing", return_value=False)
-
-
-def _play(calls: list[Callable[[], Any]]) -> Callable[[], None]:
-    with _NoSync():
-        calls[0]()
-
-    def replay() -> None:
-        for call in calls:
-            call()
-
-    return replay
-
-
-class _NoSync(TorchDispatchMode):
-    """Refuses operations whose result the host would have to wait for: on a GPU, these end a capture."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masked = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        if name in self.NAMES or masked:
-            raise RuntimeError(f"aten.{name} would wait for the GPU")
-        return func(*args, **(kwargs or {}))
 
 
 def synchronize(device: torch.device) -> None:

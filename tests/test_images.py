@@ -138,9 +138,6 @@ def test_animation_gives_its_first_frame(tmp_path):
     assert load_image(tmp_path / "a.gif").getpixel((4, 4)) == RED
 
 
-# ---- bad input: one line with what, why and what to do
-
-
 def refused(path, *words):
     with pytest.raises(ImageError) as caught:
         load_image(path)
@@ -160,7 +157,7 @@ def test_missing_directory_empty_and_url(tmp_path):
     refused(tmp_path, "is a directory", "pass the path of one image file")
     (tmp_path / "empty.png").touch()
     refused(tmp_path / "empty.png", "is empty (0 bytes)")
-    refused("https://example.org/cat.jpg", "is a URL", "download the picture")
+    refused("https://example.org/cat.jpg", "is a URL", "download the image")
     refused("nul\0byte.png", "does not exist")
 
 

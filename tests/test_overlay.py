@@ -1,6 +1,8 @@
 """`overlay`: kept patches are shown as they are, dropped ones are dark and grey, and the crop is the model's."""
 
+import ast
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +28,16 @@ def patches(picture, grid=(24, 24)):
 
 def is_outline(pixels):
     return (pixels == OUTLINE).all(-1)
+
+
+def test_the_module_imports_nothing_heavy():
+    """`import vtc` imports it."""
+    import vtc
+
+    tree = ast.parse((Path(vtc.__file__).parent / "overlay.py").read_text())
+    modules = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    assert modules == {"__future__", "typing"}
 
 
 def test_kept_patches_are_untouched_inside_their_outline():
@@ -61,7 +73,7 @@ def test_outline_surrounds_the_region_not_each_patch():
     assert is_outline(below)[-1].all()
 
 
-def test_everything_kept_is_outlined_at_the_edge_of_the_picture_only():
+def test_everything_kept_is_outlined_at_the_edge_of_the_image_only():
     got = np.asarray(overlay(Image.new("RGB", (336, 336), RED), selection(list(range(576)))))
     assert is_outline(got)[0].all()
     assert is_outline(got)[:, -1].all()

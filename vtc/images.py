@@ -1,4 +1,4 @@
-"""Read any image file a person may have as an upright 8-bit RGB picture, or say in one line why not."""
+"""Read any image file as an upright 8-bit RGB image; a file that cannot be read is a one-line error."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         Missing, a directory, empty, truncated, not an image, too large, too elongated, or a URL.
     """
     if "://" in str(path):
-        raise ImageError(f"{path} is a URL; download the picture and pass the path of the file")
+        raise ImageError(f"{path} is a URL; download the image and pass the path of the file")
     file = Path(path)
     if file.is_dir():
         raise ImageError(f"{path} is a directory; pass the path of one image file")
@@ -77,7 +77,7 @@ def _decode(file: Path) -> Image.Image:
         except Image.DecompressionBombError as error:
             raise ImageError(f"{file} has more than {2 * MAX_PIXELS:,} pixels; make it smaller first") from error
         except UnidentifiedImageError as error:
-            hint = "convert it to JPEG or PNG if it is a picture"
+            hint = "convert it to JPEG or PNG if it is an image"
             raise ImageError(f"{file} is not an image that Pillow can read; {hint}") from error
         with image:
             _check_size(file, image)
@@ -122,6 +122,6 @@ def _grey(image: Image.Image, white: float | None = None) -> Image.Image:
         black, white = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
         np.nan_to_num(values, copy=False, nan=black, posinf=white, neginf=black)
     scale = 255 / ((white - black) or 1.0)
-    values *= scale  # in place: the largest accepted picture already takes 360 MB as float32
+    values *= scale  # in place: the largest accepted image already takes 360 MB as float32
     values += 0.5 - black * scale
     return Image.fromarray(values.astype(np.uint8)).convert("RGB")

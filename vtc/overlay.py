@@ -1,4 +1,7 @@
-"""Pictures for people: which patches of an image were kept."""
+"""`overlay`: an image with its kept patches.
+
+Its module imports numpy and Pillow inside the function only: `import vtc` imports this module.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,18 @@ OUTLINE = (255, 196, 0)
 
 
 def overlay(image: Image.Image, selection: Any, index: int = 0, side: int = SIDE) -> Image.Image:
-    """The image as the model saw it, with the kept patches crisp and outlined, the dropped ones dark and grey.
+    """The image as the model saw it: kept patches crisp and outlined, dropped ones dark and grey.
 
-    The model's processor resizes the shorter side and crops the centre, and so does this picture: what lies outside
-    of it the model never saw.
+    As the model's processor does, it resizes the shorter side and crops the centre.
 
     Parameters
     ----------
     image : PIL.Image.Image
-        The picture that was given to the processor, of any size and mode.
+        The image that was given to the processor, of any size and mode.
     selection : Selection
         What `vtc.select` returned: `indices` [B, K] int64, row-major patch numbers; `grid` (rows, columns); `counts`
-        [B], how many of an image's indices count, or None. Register tokens, which come before the patches, are not
-        drawn.
+        [B], the number of valid indices of each image, or None. Register tokens, which come before the patches, are
+        not drawn.
     index : int
         Which image of the batch.
     side : int
@@ -76,7 +78,7 @@ def overlay(image: Image.Image, selection: Any, index: int = 0, side: int = SIDE
 
 
 def _rim(mask: Any, width: int) -> Any:
-    """The outermost `width` pixels of the True regions of `mask` [H, W]; edges of the picture count as edges."""
+    """The outermost `width` pixels of the True regions of `mask` [H, W]; edges of the image count as edges."""
     import numpy as np
 
     padded = np.pad(mask, width)

@@ -2,7 +2,6 @@
 
 import copy
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +13,12 @@ from test_api import python
 
 import vtc
 from vtc import plan
-from vtc.hf import compatibility
 from vtc.hf.families import FAMILIES
 from vtc.hf.towers import TOWERS
 
 LAYERS = (2, 3, 4)  # of 6; the deepest feature layer is hidden_states[-2]
 STEPS = 5
 SIDE = 14 * GRID
-README = (Path(__file__).parents[2] / "README.md").read_text()
 
 # Every tower in a LLaVA, every other model with CLIP.
 CASES = {f"llava-{tower}": ("llava", tower) for tower in TOWERS if TOWERS[tower].cls}
@@ -390,11 +387,3 @@ def test_frames_are_five_dimensional(built):
     vtc.enable(model, keep=7)
     with pytest.raises(ValueError, match=r"must be \[videos, frames, 3, height, width\], got shape \(3, 3, 84, 84\)"):
         model.get_video_features(models.images(FRAMES))
-
-
-# --- the table in README ----------------------------------------------------------------------------------------------
-
-
-def test_readme_has_the_registry_s_table():
-    (shown,) = re.findall(r"<!-- models -->\n(.*?)<!-- /models -->", README, re.DOTALL)
-    assert shown.strip() == compatibility.table(), f"put there:\n{compatibility.table()}"

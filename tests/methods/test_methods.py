@@ -15,7 +15,7 @@ from vtc import methods, ops, tiny
 from vtc.config import SHARED, VTCConfig
 from vtc.methods import METHODS, VisionOutputs
 from vtc.methods.prumerge import _fraction_count, _outliers, top_and_step
-from vtc.tiny.evaluate import prepare
+from vtc.tiny.questions import prepare
 from vtc.tiny.scenes import balanced_questions
 
 LAYERS = 3  # scored, the last of them the feature layer; one more has keys and queries

@@ -1,4 +1,4 @@
-"""One question about one picture, as `vtc run` asks it: load, prompt, answer, measure."""
+"""`vtc run`: one question about one image. Load, prompt, answer, measure."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneratio
 
 import vtc
 from vtc import tiny
+from vtc.tiny import questions
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 WARM_RUNS = 5
@@ -79,9 +80,9 @@ def load(model: str | None, device: torch.device, dtype: torch.dtype) -> tuple[A
 def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> Any:
     """Model inputs for one question, with the processor's chat template or else LLaVA-1.5's prompt."""
     if not question.strip():
-        raise ValueError("the question is empty; ask something about the picture")
+        raise ValueError("the question is empty; ask something about the image")
     if processor.image_token in question:
-        raise ValueError(f"the question contains {processor.image_token}, which stands for the picture; leave it out")
+        raise ValueError(f"the question contains {processor.image_token}, which stands for the image; leave it out")
     if getattr(processor, "chat_template", None):
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         inputs = processor.apply_chat_template(
@@ -98,7 +99,7 @@ def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> An
 
 
 def unknown_words(processor: Any, question: str) -> list[str]:
-    """Words that the tokenizer does not know; always empty for tokenizers that spell words out."""
+    """Words of the question that the tokenizer does not know; empty for tokenizers of word pieces."""
     tokenizer = processor.tokenizer
     unknown = tokenizer.unk_token_id
     return [
@@ -130,7 +131,7 @@ def compare(model: Any, processor: Any, inputs: Any, length: int, timed: bool = 
     """
 
     def side() -> dict[str, Any]:
-        found: dict[str, Any] = {"answer": answer(model, processor, inputs, length)[0]}
+        found: dict[str, Any] = {"answer": questions.greedy(model, processor, inputs, length)[0]}
         if timed:
             seconds, kv_bytes = first_token(model, inputs)
             found |= {"time_to_first_token_ms": round(1000 * seconds, 2), "kv_cache_bytes": kv_bytes}
@@ -145,11 +146,28 @@ def compare(model: Any, processor: Any, inputs: Any, length: int, timed: bool = 
     }
 
 
-def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
-    """Greedy answers, one per row of the batch."""
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new = out[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+def comparison(result: dict[str, Any]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """Title, columns and rows of the table of `vtc run --compare`, of its JSON document."""
+    columns = ("", "visual tokens", "time to first token", "KV cache", "answer")
+    rows: list[tuple[str, ...]] = [
+        (
+            name,
+            str(side["visual_tokens"]),
+            f"{side['time_to_first_token_ms']:.1f} ms",
+            f"{side['kv_cache_bytes'] / 2**20:.2f} MiB",
+            " ".join(side["answer"].split()),
+        )
+        for name, side in (("all tokens", result["uncompressed"]), (result["method"], result["compressed"]))
+    ]
+    return result["question"], columns, rows
+
+
+def footnote(result: dict[str, Any]) -> str:
+    """How the figures of the table were measured."""
+    return (
+        f"Time to first token: median of {WARM_RUNS} warm runs on {result['device']}, {result['dtype']}, "
+        "from pixels to token. KV cache: after the prompt."
+    )
 
 
 def first_token(model: Any, inputs: Any, runs: int = WARM_RUNS) -> tuple[float, int]:
@@ -173,7 +191,7 @@ def first_token(model: Any, inputs: Any, runs: int = WARM_RUNS) -> tuple[float, 
 
 
 def as_seen(image: Image.Image, processor: Any, pixel_values: torch.Tensor) -> Image.Image:
-    """The picture to draw kept patches on: `image` itself if the processor only resizes and crops its centre.
+    """The image to draw kept patches on: `image` itself if the processor only resizes and crops its centre.
 
     Otherwise (padding, distortion) it is recovered from `pixel_values` [1, 3, H, W].
     """

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vtc.hf import prune_limits
-from vtc.hf.families import FAMILIES, Family
-from vtc.hf.towers import TOWERS, TowerSpec
+from vtc.hf.families import Family
+from vtc.hf.towers import TowerSpec
 from vtc.methods import METHODS
 
 
@@ -57,18 +57,3 @@ def require(base: Any, config: Any, family: Family, tower: TowerSpec) -> None:
                 "several; use prune_layer=0"
             )
         prune_limits.require(base.language_model, config)
-
-
-def table() -> str:
-    """The tables of models and vision towers, in Markdown."""
-    lines = ["| model | class in transformers | what `keep` counts | methods |", "|---|---|---|---|"]
-    for family in FAMILIES.values():
-        works = methods_of(family)
-        shown = "all" if works == tuple(METHODS) else ", ".join(f"`{method}`" for method in works)
-        lines += [f"| {family.name} | `{family.classes[1]}` | {family.budget} | {shown} |"]
-    lines += ["", "| vision tower | " + " | ".join(f"`{method}`" for method in METHODS) + " |"]
-    lines += ["|---|" + "---|" * len(METHODS)]
-    for tower in TOWERS.values():
-        marks = ["yes" if method in methods_of(tower=tower) else "no" for method in METHODS]
-        lines += [f"| {tower.name} | {' | '.join(marks)} |"]
-    return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The bundled model: a LLaVA small enough to ship, trained from nothing on `vtc.tiny.scenes`.
 
-`scenes` makes pictures with known content, `train` makes the model, `checkpoint/` is what it made.
+`scenes` makes images with known content, `train` makes the model from `recipe`, `checkpoint/` is the trained model,
+`questions` asks it. Its model card is `checkpoint/README.md`.
 """
 
 from __future__ import annotations

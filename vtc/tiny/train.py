@@ -1,6 +1,6 @@
 """Train the bundled model from nothing: `python -m vtc.tiny.train --out DIR`.
 
-The recipe is LLaVA's, with what LLaVA takes ready-made trained first:
+The recipe is LLaVA's. What LLaVA takes ready-made is trained first:
 
 1. `vision`: a CLIP vision tower with a [CLS] token, by image-caption contrast. A caption is a set of phrases; every
    phrase of the vocabulary is scored against every image with the sigmoid loss (SigLIP, arXiv 2303.15343), and since
@@ -10,16 +10,16 @@ The recipe is LLaVA's, with what LLaVA takes ready-made trained first:
 4. `language`: LLaVA's second stage. Projector and language model learn, the vision tower stays frozen.
 
 In stage 4 the words of the questions and of a caption are learnt too, at a tenth of an answer's weight: after "is the
-red" comes the shape of the red object, and so the model learns where to look before it learns what was asked. The
-caption follows the picture directly and the questions are LLaVA's conversation, so the two cannot be confused.
+red" comes the shape of the red object, so the model learns where to look before it learns the answers. The caption
+follows the image directly and the questions are LLaVA's conversation, so the model cannot confuse the two.
 
-All visual tokens are always present. Pictures grow from phase to phase (70 to 336 pixels), because small ones show more
-objects per token; a small one is a window on the canvas and uses that window's position embeddings. The last phases mix
-sizes, then shapes and close-ups: where something is and how much there is must be read from the features, not from how
-many visual tokens there are, how long their lines are, or how many of them show background. In the last ones pictures
-share a prompt, and the question is how many objects they show together, which the share of visual tokens that show
-objects does not tell; least of all in albums, where pictures differ in shape and some are blank. Every batch is drawn
-from its own seed, so a run can be interrupted and resumed, and two runs on one machine agree.
+All visual tokens are always present. Images grow from phase to phase (70 to 336 pixels), because small ones show more
+objects per token. A small image is a window on the canvas and uses that window's position embeddings. The last phases
+mix sizes, then shapes and close-ups. The model must read place and number from the features; the number of visual
+tokens, the length of their lines and the share of background must not give them away. In the last phases several images
+share a prompt, and the question is how many objects they show together. In albums, images differ in shape and some are
+blank. Every batch is drawn from its own seed, so a run can be interrupted and resumed, and two runs on one machine
+agree.
 
 Weight matrices between layers learn with Muon (arXiv 2502.16982), which takes far fewer steps here; everything else
 with AdamW.
@@ -29,390 +29,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from torch.utils.data import DataLoader
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
-from vtc.tiny.scenes import CANVAS, COUNTING, PATCH, PHRASES, WORDS, Scene
-
-GRID = CANVAS // PATCH
-PHRASE_NUMBER = {phrase: number for number, phrase in enumerate(PHRASES)}
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-STD = (0.26862954, 0.26130258, 0.27577711)
-WORD_WEIGHT = 0.1  # of a word in a question or a caption, against 1 for an answer
-
-
-class Alike(NamedTuple):
-    """Pictures of a batch that can be stacked: how many, their width and height in pixels, and their content."""
-
-    number: int
-    size: tuple[int, int]
-    zoom: float = 1.0
-    blank: bool = False  # nothing but background
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training with one kind of data and one learning-rate cycle."""
-
-    stage: str  # "vision" | "text" | "projector" | "language"
-    size: int  # pixels
-    steps: int
-    batch: int
-    lr: float  # the peak
-    draws: int = 2  # in the language stages: rounds of questions about each scene
-    mixed: str = ""  # "sizes" | "shapes" | "close-ups" | "zooms" | "albums": pictures vary, see `kinds_of`
-    cycle: int | None = None  # steps of the learning-rate cycle, for a phase that ends before it
-    pictures: int = 1  # up to so many share a prompt, which then asks how many objects they show together
-    objects: int = 9  # at most, in all pictures of a prompt
-    zoom: float = 1.0  # of "albums": some windows are zoomed up to so much
-    counting: float = 1.0  # weight of the answer to "how many": it is asked once a picture, other things many times
-
-    def kinds_of(self, step: int) -> list[Alike]:
-        """The pictures of batch `step`."""
-        width = height = self.size
-        zoom = 1.0
-        if self.mixed == "albums" and step % 4:
-            rng = np.random.default_rng(step)
-            canvas = self.size, self.size
-            window, other, close = (
-                (int(across) * PATCH, int(down) * PATCH)
-                for across, down in rng.integers(70 // PATCH, self.size // PATCH + 1, (3, 2))
-            )
-            kinds = [
-                (0.25, canvas, 1.0, False),
-                (0.25, window, 1.0, False),
-                (0.17, canvas, 1.0, True),
-                (0.17, other, 1.0, True),
-            ]
-            if self.zoom > 1:
-                kinds.append((0.25, close, float(rng.uniform(1, min(self.zoom, close[0] / 70, close[1] / 70))), False))
-            return [
-                Alike(max(1, round(share * self.batch * self.size / math.sqrt(w * h))), (w, h), zoom, blank)
-                for share, (w, h), zoom, blank in kinds
-            ]
-        if self.mixed == "sizes":
-            width = height = MIXED_SIZES[step % len(MIXED_SIZES)]
-        elif self.mixed == "close-ups" and step % 3 == 1:
-            zoom = (1.5, 2.0)[step % 2]
-        elif self.mixed == "zooms" and step % 4:
-            rng = np.random.default_rng(step)
-            width, height = (int(side) * PATCH for side in rng.integers(112 // PATCH, self.size // PATCH + 1, 2))
-            zoom = float(rng.uniform(1, min(3, width / 112, height / 112)))
-        elif self.mixed in ("shapes", "close-ups") and step % 3:
-            sides = np.random.default_rng(step).integers(70 // PATCH, self.size // PATCH + 1, 2)
-            width, height = (int(side) * PATCH for side in sides)
-        return [Alike(int(self.batch * self.size / math.sqrt(width * height)), (width, height), zoom)]
-
-    def pictures_of(self, step: int) -> int:
-        """Up to how many pictures share a prompt of batch `step`."""
-        if self.mixed == "albums" and step % 4 == 0:
-            return 1
-        return 1 + int(np.random.default_rng(step).integers(self.pictures))
-
-
-MIXED_SIZES = (112, 168, 224, 280, CANVAS)
-RECIPE = (
-    Phase("vision", 70, 1000, 64, 1e-3),
-    Phase("vision", 112, 500, 48, 1e-3),
-    Phase("vision", 224, 400, 16, 7e-4),
-    Phase("vision", 336, 300, 12, 5e-4),
-    Phase("text", 112, 100, 32, 1e-3),
-    Phase("projector", 112, 60, 32, 1e-3),
-    Phase("language", 112, 700, 32, 1e-3),
-    Phase("language", 336, 400, 10, 1e-3, draws=3, mixed="sizes", cycle=1000),
-    Phase("language", 336, 600, 10, 1e-3, draws=3, mixed="shapes", cycle=1100),
-    Phase("language", 336, 200, 10, 7e-4, draws=3, mixed="close-ups", cycle=450),
-    Phase("language", 336, 300, 10, 6e-4, draws=3, mixed="close-ups", counting=5.0),
-    Phase("language", 336, 300, 10, 8e-4, draws=1, mixed="zooms", cycle=1000, counting=5.0),
-    Phase("language", 336, 700, 12, 8e-4, draws=1, mixed="zooms", pictures=3, counting=5.0),
-    Phase("language", 336, 600, 16, 8e-4, draws=1, mixed="albums", pictures=4, counting=5.0),
-    Phase("language", 336, 100, 14, 7e-4, 1, "albums", cycle=400, pictures=4, objects=5, zoom=3.0, counting=5.0),
-    Phase("language", 336, 60, 14, 2e-4, 1, "albums", pictures=4, objects=5, zoom=3.0, counting=5.0),
-)
-QUICK = tuple(replace(phase, steps=2, batch=2) for phase in RECIPE)  # exercises every line, learns nothing
-
-
-# --- model and tokenizer -----------------------------------------------------------------------------------------
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; case does not matter; what it does not know becomes `<unk>`."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=["<image>"],
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def build_processor() -> LlavaProcessor:
-    """The stock processor: resize, crop, normalise, and one `<image>` per visual token."""
-    side = {"height": CANVAS, "width": CANVAS}
-    template = (
-        "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}{% if c.type == 'image' %}<image>\n"
-        "{% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-    )
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": CANVAS}, crop_size=side),
-        tokenizer=build_tokenizer(),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    )
-
-
-def build_model() -> LlavaForConditionalGeneration:
-    """A LLaVA-1.5 in miniature: 6-layer CLIP tower, 4-layer Llama, random weights."""
-    vision = CLIPVisionConfig(
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=3,
-        image_size=CANVAS,
-        patch_size=PATCH,
-        projection_dim=192,
-        hidden_act="gelu_pytorch_tanh",
-    )
-    text = LlamaConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=0.05,  # the usual 0.02 is for ten times the width
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=SPECIAL.index("<image>"),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=GRID**2,
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config)
-    _start_well(model.model.vision_tower)
-    return model
-
-
-@torch.no_grad()
-def _start_well(tower: CLIPVisionModel) -> None:
-    """Initial values from which a small vision transformer learns quickly: only the start differs from stock CLIP.
-
-    Positions start as 2-D sines; queries and keys start equal, so that every token first looks at tokens that resemble
-    it (mimetic initialisation, arXiv 2305.09828).
-    """
-    width = tower.config.hidden_size
-    frequencies = 1.5 * (1 / 24) ** (torch.arange(width // 4) / (width // 4 - 1))  # radians per patch
-    angles = torch.arange(GRID)[:, None] * frequencies
-    waves = 0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)  # [GRID, width / 2]
-    rows, columns = waves[:, None].expand(-1, GRID, -1), waves[None].expand(GRID, -1, -1)
-    tower.embeddings.position_embedding.weight[1:] = torch.cat([rows, columns], dim=-1).flatten(0, 1)
-    for layer in tower.encoder.layers:
-        attention: Any = layer.self_attn
-        nn.init.normal_(attention.q_proj.weight, std=0.6 * width**-0.5)
-        attention.k_proj.weight.copy_(attention.q_proj.weight)
-
-
-def encode(tower: CLIPVisionModel, pixels: Tensor, origins: Tensor) -> list[Tensor]:
-    """Hidden states `[B, 1 + n, C]` before the first layer and after each, for windows on the canvas.
-
-    `pixels` is `[B, 3, height, width]`, `origins` the windows' corners `[B, 2]` (x, y) in patches. For the whole canvas
-    this is what `CLIPVisionModel.forward` computes.
-    """
-    embeddings = tower.embeddings
-    patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
-    rows, columns = (torch.arange(side // PATCH) for side in pixels.shape[2:])
-    window = (rows[:, None] * GRID + columns).flatten()  # [n]
-    ids = 1 + origins[:, :1] + origins[:, 1:] * GRID + window  # [B, n]
-    first = embeddings.class_embedding + embeddings.position_embedding.weight[0]
-    hidden = torch.cat([first.expand(len(pixels), 1, -1), patches + embeddings.position_embedding(ids)], dim=1)
-    states = [tower.pre_layrnorm(hidden)]
-    for layer in tower.encoder.layers:
-        states.append(layer(states[-1], attention_mask=None))
-    return states
-
-
-class PhraseContrast(nn.Module):
-    """Cosine similarity of images and phrases; a phrase is the bag of its words, passed through a small network."""
-
-    def __init__(self, tower: CLIPVisionModel, width: int = 192) -> None:
-        super().__init__()
-        self.tower = tower
-        self.words = nn.EmbeddingBag(len(WORDS), width, mode="sum")
-        self.phrase_head = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-        self.image_head = nn.Linear(tower.config.hidden_size, width)
-        self.log_scale = nn.Parameter(torch.tensor(3.0))
-        self.bias = nn.Parameter(torch.tensor(-4.0))
-        flat = [WORDS.index(word) for phrase in PHRASES for word in phrase.split()]
-        lengths = [len(phrase.split()) for phrase in PHRASES]
-        self.register_buffer("flat", torch.tensor(flat), persistent=False)
-        self.register_buffer("offsets", torch.tensor([0, *np.cumsum(lengths)[:-1]]), persistent=False)
-
-    def forward(self, pixels: Tensor, origins: Tensor) -> Tensor:
-        """Logits `[B, len(PHRASES)]` of pictures `[B, 3, height, width]`."""
-        pooled = self.tower.post_layernorm(encode(self.tower, pixels, origins)[-1][:, 0])
-        images = F.normalize(self.image_head(pooled), dim=-1)
-        phrases = F.normalize(self.phrase_head(self.words(self.flat, self.offsets)), dim=-1)
-        return self.log_scale.exp() * images @ phrases.T + self.bias
-
-
-# --- data --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Batch:
-    """Pictures with true phrases (vision stage) or packed questions (other stages); what a stage needs not is empty."""
-
-    pixels: list[Tensor]  # of each kind, [S, 3, height, width] fp32
-    origins: list[Tensor]  # of each kind, [S, 2] int64, in patches
-    order: list[int]  # in which the pictures of all kinds follow each other in the prompts
-    phrases: Tensor  # [S, P] fp32, 1 where the phrase is true
-    tokens: Tensor  # [B, T] int64, `<image>` where a visual token goes
-    segments: Tensor  # [B, T]: 0 for the part every question sees, 1.. for each question, -1 for padding
-    targets: Tensor  # [B, T] int64, the next token
-    weights: Tensor  # [B, T] fp32, how much the target counts; 0 where there is none
-
-
-class Scenes(Dataset):
-    """Item i is batch i of the phase: no scene is seen twice."""
-
-    def __init__(self, phase: Phase, first: int) -> None:
-        self.phase, self.first = phase, first
-        self.tokenizer = build_tokenizer()
-
-    def __len__(self) -> int:
-        return self.phase.steps
-
-    def __getitem__(self, step: int) -> Batch:
-        start = self.first + step * self.phase.batch
-        scenes: list[Scene] = []
-        pixels, origins = [], []
-        for number, size, zoom, blank in self.phase.kinds_of(step):
-            alike = [Scene("train", start + len(scenes) + i, size, zoom, blank) for i in range(number)]
-            if self.phase.stage != "text":
-                stacked = np.stack([np.asarray(scene.image, np.float32) for scene in alike])
-                stacked = ((stacked / 255 - MEAN) / STD).astype(np.float32)
-                pixels.append(torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous())
-                origins.append(torch.tensor([scene.origin for scene in alike]) // PATCH)
-            scenes += alike
-        order = list(range(len(scenes)))
-        if len(pixels) > 1:
-            order = np.random.default_rng(step).permutation(order).tolist()
-        truth = torch.zeros(0)
-        rows: list[tuple[Tensor, ...]] = [(torch.zeros(0),) * 4]
-        if self.phase.stage == "vision":
-            truth = torch.zeros(len(scenes), len(PHRASES))
-            for row, scene in zip(truth, scenes, strict=True):
-                row[[PHRASE_NUMBER[phrase] for phrase in scene.phrases]] = 1
-        else:
-            rows = [self._pack(group) for group in self._grouped([scenes[i] for i in order], step)]
-        packed = (
-            nn.utils.rnn.pad_sequence([row[i] for row in rows], batch_first=True, padding_value=value)
-            for i, value in enumerate((0, -1, 0, 0))
-        )
-        return Batch(pixels, origins, order, truth, *packed)
-
-    def _grouped(self, scenes: list[Scene], step: int) -> list[list[Scene]]:
-        """The scenes of each prompt: as many in all of the batch, but where these are too many objects or tokens."""
-        most = self.phase.pictures_of(step)
-        groups: list[list[Scene]] = []
-        for scene in scenes:
-            more = [*groups[-1], scene] if groups else []
-            objects, area = sum(len(s.objects) for s in more), sum(s.width * s.height for s in more)
-            if 0 < len(more) <= most and objects <= self.phase.objects and area <= 3 * CANVAS**2:
-                groups[-1].append(scene)
-            else:
-                groups.append([scene])
-        return groups
-
-    def _pack(self, scenes: list[Scene]) -> tuple[Tensor, ...]:
-        """Many questions about the same pictures in one row; each sees them and itself, as if asked alone."""
-        scene = scenes[0]
-
-        def ids(text: str) -> list[int]:
-            return self.tokenizer(text, add_special_tokens=False).input_ids
-
-        if self.phase.stage == "text":
-            shown = ids(scene.caption)
-        else:
-            shown = [SPECIAL.index("<image>")] * sum(s.width * s.height // PATCH**2 for s in scenes)
-        tokens = [SPECIAL.index("<s>"), *ids("USER:"), *shown]
-        segments, targets, weights = [0] * len(tokens), [0] * len(tokens), [0.0] * len(tokens)
-        asked = [question for draw in range(self.phase.draws) for question in scene.ask(draw)]
-        weight = {"counting": self.phase.counting}
-        said = [(f"{q.text} ASSISTANT:", q.answer, weight.get(q.family, 1.0)) for q in dict.fromkeys(asked)]
-        if len(scenes) > 1:
-            said = [(f"{COUNTING} ASSISTANT:", str(sum(len(s.objects) for s in scenes)), self.phase.counting)]
-        if self.phase.stage == "projector":
-            said = []
-        if self.phase.stage != "text" and len(scenes) == 1 and scene.caption:
-            said.append((scene.caption, "", 1.0))
-        for number, (before, answer, counts) in enumerate(said, start=1):
-            asking, reply = ids(before), [*ids(answer), SPECIAL.index("</s>")]
-            tokens += asking + reply
-            segments += [number] * (len(asking) + len(reply))
-            # A position's target is the token after it.
-            targets += [*asking[1:], *reply, 0]
-            weights += [WORD_WEIGHT] * (len(asking) - 1) + [counts] * len(reply) + [0.0]
-        return torch.tensor(tokens), torch.tensor(segments), torch.tensor(targets), torch.tensor(weights)
-
-
-def attention_of(segments: Tensor) -> tuple[Tensor, Tensor]:
-    """Which token sees which, `[B, 1, T, T]` bool, and positions `[B, T]`, from `segments` `[B, T]`."""
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    shown = segments[:, None, :] == 0
-    same = segments[:, None, :] == segments[:, :, None]
-    allowed = causal & (shown | same)
-    # The number of tokens it sees, less one, is a token's position in its own conversation.
-    return allowed[:, None], allowed.sum(-1) - 1
-
-
-# --- training ----------------------------------------------------------------------------------------------------
+from vtc.tiny.data import Batch, Scenes, attention_of
+from vtc.tiny.model import PhraseContrast, build_model, build_processor, encode
+from vtc.tiny.recipe import QUICK, RECIPE, Phase
 
 
 def vision_loss(contrast: PhraseContrast, batch: Batch) -> tuple[Tensor, float]:
-    """Sigmoid loss summed over phrases; the figure beside it is how many true phrases rank among the top ones."""
+    """Sigmoid loss summed over phrases, and the share of true phrases with a positive logit."""
     logits = contrast(batch.pixels[0], batch.origins[0]).float()
     loss = F.binary_cross_entropy_with_logits(logits, batch.phrases, reduction="sum") / len(logits)
     hit = ((logits > 0) & (batch.phrases > 0)).sum() / batch.phrases.sum()
@@ -421,15 +57,15 @@ def vision_loss(contrast: PhraseContrast, batch: Batch) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def features(tower: CLIPVisionModel, batch: Batch) -> Tensor:
-    """What the tower says of every visual token, `[V, C]`, as they follow each other in the prompts of the batch."""
-    seen: list[Tensor] = []  # one a picture, [n, C]
+    """The tower's features of every visual token, `[V, C]`, in the order of the prompts of the batch."""
+    views: list[Tensor] = []  # one per image, [n, C]
     for pixels, origins in zip(batch.pixels, batch.origins, strict=True):
-        seen += encode(tower, pixels, origins)[-2][:, 1:]
-    return torch.cat([seen[i] for i in batch.order])
+        views += encode(tower, pixels, origins)[-2][:, 1:]
+    return torch.cat([views[i] for i in batch.order])
 
 
 def language_loss(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, float]:
-    """Weighted cross-entropy; the figure beside it is the share of the answers' tokens that are right."""
+    """Weighted cross-entropy, and the share of right tokens among those of the answers."""
     embeds = model.get_input_embeddings()(batch.tokens)
     if batch.pixels:
         visual = model.model.multi_modal_projector(features(model.model.vision_tower, batch))
@@ -448,7 +84,7 @@ def language_loss(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[T
 
 
 def trainable(stage: str, contrast: PhraseContrast, model: LlavaForConditionalGeneration) -> dict[str, nn.Parameter]:
-    """Freeze everything but what this stage learns; return that by name."""
+    """Freeze everything but what this stage learns; return the latter's parameters by name."""
     learns: dict[str, list[nn.Module]] = {
         "vision": [contrast],
         "text": [model.model.language_model, model.lm_head],

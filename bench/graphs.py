@@ -1,0 +1,76 @@
+"""Captured CUDA graphs, which time the device without its host; and their stand-in on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def capture(calls: list[Callable[[], Any]]) -> Callable[[], None]:
+    """The replay of a CUDA graph of `calls`, one after the other. Results are dropped, as replays overwrite them."""
+    stream = _stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries set themselves up for each stream: not within the capture
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # The outer block puts the stream back even if the capture fails. transformers makes an explicit mask while it is
+    # captured, which makes SDPA another one than in the call that is captured.
+    with torch.cuda.stream(stream), uncaptured(), torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    """One for all captures: libraries keep memory for each stream."""
+    return torch.cuda.Stream()
+
+
+@contextlib.contextmanager
+def uncaptured() -> Iterator[None]:
+    """Inside, transformers behaves as without a capture, if it is imported and checks for one."""
+    import_utils: Any = sys.modules.get("transformers.utils.import_utils")
+    checks = getattr(import_utils, "is_cuda_stream_capturing", None)
+    if checks is None:
+        yield
+        return
+    import_utils.is_cuda_stream_capturing = lambda: False
+    try:
+        yield
+    finally:
+        import_utils.is_cuda_stream_capturing = checks
+
+
+def play(calls: list[Callable[[], Any]]) -> Callable[[], None]:
+    """A loop in place of `capture`; RuntimeError for what a capture refuses."""
+    with _NoSync():
+        calls[0]()
+
+    def replay() -> None:
+        for call in calls:
+            call()
+
+    return replay
+
+
+class _NoSync(TorchDispatchMode):
+    """Refuses operations whose result the host would have to wait for: on a GPU, these end a capture."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masked = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if name in self.NAMES or masked:
+            raise RuntimeError(f"aten.{name} would wait for the GPU")
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,106 @@
+"""VTC's times against the others', one line for each operation or stage, and the table of first tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from bench import table
+from bench.record import Record
+from bench.workloads.base import NEED_GPU
+
+
+def _best(records: Iterable[Record]) -> Record | None:
+    return min(records, key=lambda r: r.ms, default=None)
+
+
+def operations(records: list[Record]) -> list[tuple[str, float]]:
+    """One line for each operation, model and dtype: VTC's best against the best of the others, at each batch size."""
+    lines = []
+    for (op, model, dtype), group in table.grouped([r for r in records if r.suite == "micro"]):
+        cases, ratios = [], []
+        for case in dict.fromkeys(table.case(r) for r in group):
+            same = [r for r in group if table.case(r) == case]
+            ours = _best(r for r in same if r.backend in NEED_GPU)
+            other = _best(r for r in same if r.backend not in NEED_GPU)
+            if ours and other and (ours.shape.get("K", 64) == 64 or ours.device != "cuda"):
+                ratios.append(other.ms / ours.ms)
+                cases.append(
+                    f"B={ours.shape['B']} {ratios[-1]:.2f}x ({ours.backend} {1e3 * ours.ms:.1f} us, {other.backend} "
+                    f"{1e3 * other.ms:.1f}; host {other.ms_50 / ours.ms_50:.2f}x)"
+                )
+        if cases:
+            lines.append((f"{op} {model} {dtype}: {', '.join(cases)}", min(ratios)))
+    return lines
+
+
+def blocks(records: list[Record]) -> list[tuple[str, float]]:
+    """At each batch size the best blocks of `cls_attention`, the shipped ones, and SDPA with and without scores."""
+    lines = []
+    for case in dict.fromkeys(table.case(r) for r in records if r.suite == "attention"):
+        same = {r.backend: r for r in records if r.suite == "attention" and table.case(r) == case}
+        best = _best(r for name, r in same.items() if name.startswith("triton "))
+        if best:
+            times = [
+                f"{name} {1e3 * same[name].ms:.1f}" for name in ("triton", "sdpa", "sdpa+row_scores") if name in same
+            ]
+            base = same.get("sdpa+row_scores", best)
+            text = f"cls_attention blocks B={best.shape['B']}: best {best.backend} {1e3 * best.ms:.1f} us"
+            lines.append((f"{text} ({', '.join(times)})", base.ms / best.ms))
+    return lines
+
+
+def models(records: list[Record]) -> list[tuple[str, float]]:
+    """The whole model: VTC against stock, one line for each stage and variant; and what its graphs would take."""
+    lines = []
+    found = {(r.op, r.backend, r.shape["B"]): r for r in records}
+    variants = dict.fromkeys(r.backend for r in records if r.backend.startswith("vtc"))
+    for variant in variants:
+        stock = variant.replace(variant.partition(",")[0], "sdpa")
+        for op in dict.fromkeys(r.op for r in records):
+            pairs = [
+                (batch, found[op, stock, batch], ours)
+                for (stage, name, batch), ours in found.items()
+                if (stage, name) == (op, variant) and (op, stock, batch) in found
+            ]
+            cases, ratios = [], []
+            for batch, other, ours in pairs:
+                host = ours.speedup_50 or other.ms_50 / ours.ms_50  # taken in turn, if it was
+                stock_ms = host * ours.ms if ours.device_ms_50 is None else other.ms
+                ratios.append(stock_ms / ours.ms)
+                cases.append(
+                    f"B={batch} {stock_ms:.2f} -> {ours.ms:.2f} ms = {ratios[-1]:.2f}x"
+                    + ("" if ours.device_ms_50 is None else f" (host {host:.2f}x)")
+                )
+            if cases:
+                kind = "host: " if pairs[0][2].device_ms_50 is None else ""
+                lines.append((f"{variant}, {op}: {kind}{', '.join(cases)}", min(ratios)))
+        cases, ratios = [], []
+        for batch in dict.fromkeys(batch for _, _, batch in found):
+            both = [_as_graphs(found, name, batch) for name in (stock, variant)]
+            if all(both):
+                ratios.append(both[0] / both[1])
+                cases.append(f"B={batch} {both[0]:.2f} -> {both[1]:.2f} ms = {ratios[-1]:.2f}x")
+        if cases:
+            lines.append((f"{variant}, vision + projector + prefill as graphs: {', '.join(cases)}", min(ratios)))
+    return lines
+
+
+def first_tokens(records: list[Record]) -> str:
+    """A table of the time to the first token: how many times as long the stock model takes, by batch size."""
+    found = {(r.op, r.backend, r.shape["B"]): r for r in records}
+    batches = dict.fromkeys(r.shape["B"] for r in records)
+    rows = []
+    for name in dict.fromkeys(r.backend for r in records if r.op == "first token" and r.speedup_50):
+        tokens = name.removeprefix("vtc ")
+        called = [found["first token", name, batch].speedup_50 for batch in batches]
+        alone = [_as_graphs(found, "sdpa", batch) / _as_graphs(found, name, batch) for batch in batches]
+        for kind, ratios in (("model(...)", called), ("the GPU's work alone", alone)):
+            rows.append([tokens, kind, *(f"{ratio:.2f}x" for ratio in ratios)])
+    return table.markdown(["tokens", "what is timed", *(f"B = {batch}" for batch in batches)], rows)
+
+
+def _as_graphs(found: dict[tuple[str, str, int], Record], variant: str, batch: int) -> float:
+    """The device's milliseconds of the stages up to the first token; 0 if one of them has none."""
+    stages = [found.get((stage, variant, batch)) for stage in ("vision", "projector", "prefill")]
+    times = [r.device_ms_50 if r else None for r in stages]
+    return 0.0 if None in times else sum(times)

@@ -1,0 +1,98 @@
+"""`bench quality`: intervals, settings, tables, and the measurement itself."""
+
+import re
+
+import pytest
+
+from bench import __main__ as command
+from bench import plots, quality, quality_tables
+from bench.intervals import paired, wilson
+from vtc import tiny
+from vtc.tiny.questions import Answers, answer, batches
+from vtc.tiny.scenes import balanced_questions
+
+
+def test_intervals_are_those_of_the_textbook():
+    """Newcombe (1998): 81 of 263 is 0.2553 to 0.3662 by Wilson's method."""
+    assert wilson(81, 263) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=1e-4)
+    assert wilson(0, 20)[1:] == pytest.approx((0.0, 0.1611), abs=1e-4)
+    ours, theirs = [True] * 40 + [False] * 60, [True] * 30 + [False] * 10 + [True] * 2 + [False] * 58
+    half = 1.96 * (10 + 2 - 8**2 / 100) ** 0.5 / 100
+    assert paired(ours, theirs) == pytest.approx((0.08, 0.08 - half, 0.08 + half))
+    assert paired(ours, ours) == (0.0, 0.0, 0.0)
+
+
+def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
+    """The model's part is played: it is right wherever enough tokens are kept, and random does worse."""
+
+    questions = balanced_questions("val", 50)
+
+    def play(model, processor, batches, method="", keep=0, ensemble="sum", **options):
+        share = {"vtc-cls": 0.8, "random": 0.2, "prumerge": 0.6, "": 1.0}[method]
+        known = round(share * 50 * (0.5 if ensemble == "min" else 1))
+        texts = [question.answer if i < known else "?" for i, (_, question) in enumerate(questions)]
+        return Answers(texts, {"": None, "prumerge": 29.3}.get(method, float(keep)), 1.0)
+
+    monkeypatch.setattr(quality, "batches", lambda model, processor, questions: ["all of them"])
+    monkeypatch.setattr(quality, "answer", play)
+    lines = []
+    records = quality.run(
+        50,
+        (64, 16),
+        ("vtc-cls", "prumerge", "random"),
+        tmp_path / "quality.jsonl",
+        sweep=True,
+        split="val",
+        say=lines.append,
+    )
+    assert [(r.name, r.keep, r.tokens) for r in records[:8]] == [
+        *(("all tokens", 576, 576), ("vtc-cls", 64, 64), ("vtc-cls", 16, 16), ("prumerge", 64, 29.3)),
+        *(("random", 64, 64), ("random", 16, 16), ("vtc-cls prune_layer=2", 64, 64), ("vtc-cls prune_layer=2", 16, 16)),
+    ]
+    full, ours, _, _, random = records[:5]
+    assert (full.accuracy[0], ours.accuracy[0], random.accuracy[0]) == (1.0, 0.8, 0.2)
+    assert (full.agreement, ours.difference) == (None, None)
+    assert random.agreement == wilson(10, 50)
+    assert random.difference == paired([True] * 10 + [False] * 40, [True] * 40 + [False] * 10)
+    assert {f for r in records for f in r.families} == {"existence", "attribute", "relation", "counting", "digit"}
+    swept = [next(iter(r.options.items())) for r in records[8:]]
+    assert swept == [("ensemble_layers", n) for n in (1, 2, 4, 5)] + [("ensemble", e) for e in ("mean", "max", "min")]
+    text = quality_tables.tables(records)
+    assert re.search(r"\| random +\| 20\.0 ± ", text)
+    assert re.search(r"\| prumerge +\| 60\.0 ± \d+\.\d \(29 tokens\) \| +\|", text)
+    methods, settings = re.findall(r"^Against vtc-cls .* own\): (.*)$", text, re.MULTILINE)
+    assert methods == "worse: prumerge, random; not told apart: vtc-cls prune_layer=2."
+    assert settings.startswith("worse: vtc-cls ensemble=min; not told apart: vtc-cls ensemble_layers=1, ")
+    read = quality.read(tmp_path / "quality.jsonl")
+    assert [(r.name, r.keep, r.accuracy[0]) for r in read] == [(r.name, r.keep, r.accuracy[0]) for r in records]
+    light, dark = plots.draw_quality(read, tmp_path / "quality")
+    assert "<!-- random -->" in light.read_text()
+    assert light.read_text() != dark.read_text()
+
+
+@pytest.mark.parametrize(
+    "setting", [{"method": "vtc-cls"}, {"method": "visionzip"}, {"method": "fastv"}, {"method": "pool"}]
+)
+def test_quality_runs_the_vision_tower_once_and_changes_nothing(setting):
+    model, processor = tiny.load(attn_implementation="sdpa")
+    prepared = batches(model, processor, balanced_questions("val", 6), 3)
+    runs = []
+    model.model.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    answers = quality.answers_by_keep(model, processor, prepared, (64, 16), **setting)
+    assert len(runs) == len(prepared)
+    for keep in (64, 16):
+        alone = answer(model, processor, prepared, keep=keep, **setting)
+        assert (answers[keep].texts, answers[keep].tokens) == (alone.texts, alone.tokens)
+    assert len(runs) == 3 * len(prepared)
+
+
+def test_quality_measures_the_bundled_model(tmp_path, capsys):
+    arguments = ["--questions", "5", "--keep", "64", "--method", "random", "--split", "val"]
+    assert command.main(["quality", *arguments, "--out", str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"quality.jsonl", "quality-light.svg", "quality-dark.svg"}
+    printed = capsys.readouterr().out
+    assert "| all tokens |" in printed
+    assert "| random     |" in printed
+    assert command.main(["quality", "--method", "best"]) == 2
+    assert "unknown method best; there are" in capsys.readouterr().err

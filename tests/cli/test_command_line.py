@@ -1,0 +1,133 @@
+"""`vtc`, `vtc methods` and `vtc env` as a user meets them: stdout, stderr, and the exit code."""
+
+import dataclasses
+import inspect
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.cli import call, python, refused, succeed
+
+import vtc
+from vtc.cli import output
+from vtc.methods import METHODS
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+import sys
+from vtc.cli.__main__ import app
+app(["--help"], standalone_mode=False)
+app(["run", "--help"], standalone_mode=False)
+app(["methods", "--help"], standalone_mode=False)
+app(["demo", "--help"], standalone_mode=False)
+heavy = {"torch", "transformers", "triton", "numpy", "PIL", "rich"} & set(sys.modules)
+print(sorted(heavy), file=sys.stderr)
+"""
+    done = python(code)
+    assert done.returncode == 0
+    assert done.stderr.strip() == "[]"
+    for word in (
+        "run",
+        "demo",
+        "methods",
+        "env",
+        "--method",
+        "--version",
+        "--overlay",
+        "--compare",
+        "--max-new-tokens",
+        "--ratio",
+        "--prune-layer",
+        "--kv",
+    ):
+        assert word in done.stdout
+
+
+def test_version():
+    assert succeed("--version").stdout == f"vtc {vtc.__version__}\n"
+
+
+def test_usage_errors_exit_with_2():
+    assert call("run").exit_code == 2
+    assert call("nonsense").exit_code == 2
+    assert call("run", "a.png", "what ?", "--keep", "many").exit_code == 2
+
+
+def test_methods_is_the_registry():
+    found = json.loads(succeed("methods", "--json").stdout)["methods"]
+    assert [row["name"] for row in found] == list(METHODS)
+    for row in found:
+        about = METHODS[row["name"]]
+        assert row == {
+            "name": about.name,
+            "scores": about.scores,
+            "needs_cls": about.needs_cls(),
+            "prunes": list(about.prunes),
+            "adaptive": about.adaptive,
+            "paper": about.paper or None,
+        }
+    table = succeed("methods").stdout
+    assert "\x1b" not in table
+    assert re.search(r"^name +scores +needs \[CLS\] +prunes +paper$", table, re.MULTILINE)
+    assert re.search(r"^prumerge +.* yes +before the projector +arXiv 2403.15388$", table, re.MULTILINE)
+    assert re.search(r"^none +nothing: all stay +no +nowhere +-$", table, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_method_is_its_docstring_and_its_options(name):
+    method = METHODS[name]
+    options = {field.name: field.default for field in dataclasses.fields(method) if field.name != "backend"}
+    found = json.loads(succeed("methods", name, "--json").stdout)
+    assert found["name"] == name
+    assert found["description"] == inspect.getdoc(method)
+    assert {option["name"]: option["default"] for option in found["options"]} == options
+    text = succeed("methods", name).stdout
+    assert inspect.getdoc(method) in text
+    for option, default in options.items():
+        assert re.search(rf"^{option} +.* {re.escape(repr(default))}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("as_json", [(), ("--json",)], ids=("text", "JSON"))
+def test_an_unknown_method_is_one_line_with_the_names(as_json):
+    message = refused("methods", "tome", *as_json)
+    assert "unknown method 'tome'" in message
+    for name in METHODS:
+        assert name in message
+
+
+def test_the_command_is_a_module():
+    done = subprocess.run([sys.executable, "-m", "vtc.cli", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"vtc {vtc.__version__}\n"
+
+
+def test_table_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    output.print_table("title", ("name", "answer"), [("a", "[red]not markup[/red]")])
+    printed = capsys.readouterr().out
+    assert "[red]not markup[/red]" in printed
+    assert "━" in printed
+
+
+def test_env(monkeypatch):
+    found = json.loads(succeed("env", "--json").stdout)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["vtc"] == vtc.__version__
+    assert set(found["backends"]["cpu"]) == set(vtc.ops.OPS)
+    assert found["backends"]["cpu"]["topk"]["backend"] == "torch"
+    assert "flash_attn" in found
+    plain = succeed("env").stdout
+    assert "\x1b" not in plain
+    assert torch.__version__ in plain
+    assert re.search(r"^cpu +row_scores +torch +", plain, re.MULTILINE)
+    assert "flash-attn: " in plain
+
+
+def test_env_shows_an_override_that_cannot_work(monkeypatch):
+    monkeypatch.setenv("VTC_BACKEND", "cuda")
+    found = json.loads(succeed("env", "--json").stdout)
+    assert found["backends"]["cpu"]["topk"]["backend"] == "none"
+    assert "VTC_BACKEND" in found["backends"]["cpu"]["topk"]["why"]
