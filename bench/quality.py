@@ -156,9 +156,9 @@ def _one_tower_run() -> Iterator[None]:
 
     The one place here that knows how `vtc.hf` encodes.
     """
-    from vtc.hf import patch as encoding
+    from vtc.hf import encode
 
-    run_tower = encoding.run_tower
+    run_tower = encode.run_tower
     outputs: list[Any] = []
 
     def first_or_again(*call: Any) -> Any:
@@ -166,11 +166,11 @@ def _one_tower_run() -> Iterator[None]:
             outputs.append(run_tower(*call))
         return outputs[0]
 
-    encoding.run_tower = first_or_again
+    encode.run_tower = first_or_again
     try:
         yield
     finally:
-        encoding.run_tower = run_tower
+        encode.run_tower = run_tower
 
 
 def _record(
