@@ -76,11 +76,11 @@ def run(
         progress("loading …")
         quieten(model)
 
-        from vtc.api import must_choose
+        from vtc.api import require_selection
         from vtc.cli import ask
 
         if out:
-            must_choose(method)
+            require_selection(method)
         where = ask.pick_device(device)
         net, processor = ask.load(model, where, ask.pick_dtype(dtype, where))
         inputs = ask.prepare(net, processor, loaded, question)
