@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from bench import record
 from bench.intervals import Share, paired, percent, wilson
 from bench.record import Provenance
 from vtc import tiny
-from vtc.config import DEFAULT_PRUNE_LAYER
+from vtc.config import DEFAULT_PRUNE_LAYER, VTCConfig
+from vtc.hf.encode import run_tower
+from vtc.hf.settings import Settings, open_block
+from vtc.hf.views import plan_of
 from vtc.methods import METHODS
-from vtc.tiny.questions import Answers, answer, batches
+from vtc.tiny.questions import Answers, answer, batches, greedy
 from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 
 KEEPS = (288, 192, 128, 64, 32, 16)
@@ -139,9 +142,12 @@ def answers_by_keep(
     """The answers at each of `keeps`; the vision tower runs once per batch."""
     parts: dict[int, list[Answers]] = {keep: [] for keep in keeps}
     for batch in prepared:
-        with _one_tower_run():
-            for keep in keeps:
-                parts[keep].append(answer(model, processor, [batch], keep=keep, **setting))
+        vision = _tower_outputs(model, batch["pixel_values"], VTCConfig.of(keep=max(keeps), **setting))
+        for keep in keeps:
+            begun = time.perf_counter()
+            with open_block(model.base_model, VTCConfig.of(keep=keep, **setting), vision) as run:
+                texts = greedy(model, processor, batch, max_new_tokens=3)
+            parts[keep].append(Answers(texts, run.tokens_after, time.perf_counter() - begun))
     joined = {}
     for keep, of in parts.items():
         texts = [text for part in of for text in part.texts]
@@ -150,27 +156,11 @@ def answers_by_keep(
     return joined
 
 
-@contextlib.contextmanager
-def _one_tower_run() -> Iterator[None]:
-    """Inside, for calls that differ in `keep` alone, the vision tower runs once: its outputs do not depend on `keep`.
-
-    The one place here that knows how `vtc.hf` encodes.
-    """
-    from vtc.hf import encode
-
-    run_tower = encode.run_tower
-    outputs: list[Any] = []
-
-    def first_or_again(*call: Any) -> Any:
-        if not outputs:
-            outputs.append(run_tower(*call))
-        return outputs[0]
-
-    encode.run_tower = first_or_again
-    try:
-        yield
-    finally:
-        encode.run_tower = run_tower
+@torch.no_grad()
+def _tower_outputs(model: Any, pixel_values: torch.Tensor, config: VTCConfig) -> Any:
+    """What the vision tower leaves of the images [B, 3, height, width]; it does not depend on `config.keep`."""
+    settings = Settings.of(model)._replace(config=config)
+    return run_tower(settings, pixel_values, plan_of(settings, views=pixel_values))
 
 
 def _record(

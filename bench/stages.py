@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from bench.accuracy import WrongResult
 from vtc import ops, reference
-from vtc.hf import encode
+from vtc.hf import encode, names
 from vtc.hf.settings import Settings
 from vtc.hf.views import plan_of
 from vtc.methods import VisionOutputs
@@ -62,15 +62,15 @@ class Stages:
 
     def __init__(self, model: LlavaForConditionalGeneration, inputs: dict[str, Tensor], keep: int | None) -> None:
         self.model, self.base, self.inputs, self.keep = model, model.model, inputs, keep
-        self.settings = Settings.of(self.base)
-        self.plan = plan_of(self.settings, "whole", inputs["pixel_values"])
+        self.settings = Settings.of(model)
+        self.plan = plan_of(self.settings, views=inputs["pixel_values"])
         self.features = self.vision()
         visual = self.projector()
         ids = inputs["input_ids"]
         embeds = model.get_input_embeddings()
         self.embeds = torch.cat([embeds(ids[:, :5]), visual, embeds(ids[:, 5 + self.plan.num_tokens :])], dim=1)
         self.token = embeds(ids[:, -1:])
-        self.cache = self.language(self.embeds).past_key_values
+        self.cache = names.cache_of(self.language(self.embeds))
         heads = self.base.vision_tower.config.num_attention_heads
         layer = torch.randn(3, len(ids), 1 + self.plan.num_tokens, heads, self.features.shape[-1] // heads)
         layer = layer.to(model.device, model.dtype)
@@ -106,18 +106,18 @@ class Stages:
 
     def select(self) -> Tensor:
         """What VTC adds to the tower: scores of the scored layers, topk, compact."""
-        rows = [
+        cls_probs = [
             ops.row_scores(self.query[:, :, 0], self.key, skip=1, backend=self.plan.config.backend).unsqueeze(1)
             for _ in self.plan.scored
         ]
-        tower = VisionOutputs(self.hidden, self.plan.grid, torch.stack(rows))
-        return self.plan.method.reduce(tower, self.plan.num_kept).features
+        outputs = VisionOutputs(self.hidden, self.plan.grid, torch.stack(cls_probs))
+        return self.plan.method.reduce(outputs, self.plan.num_kept).features
 
     def projector(self) -> Tensor:
         return self.base.multi_modal_projector(self.features)
 
     def language(self, embeds: Tensor, cache: Any = None) -> Any:
-        return self.base.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        return self.base.language_model(inputs_embeds=embeds, **{names.CACHE: cache}, use_cache=True)
 
     def prefill(self) -> Tensor:
         return self.model.lm_head(self.language(self.embeds).last_hidden_state[:, -1:])
@@ -155,19 +155,21 @@ class Stages:
         if self.keep is None:
             return
         pixels, base = self.inputs["pixel_values"], self.base
-        kept, selection = self.vision(), encode.select(self.settings, pixels, self.plan)
-        if not torch.equal(selection.indices, reference.topk(selection.scores, self.keep)):
+        kept, indices, scores = self._selected()
+        if not torch.equal(indices, reference.topk(scores, self.keep)):
             raise WrongResult("indices: not those of the highest scores")
         tower = shared_copy(base.vision_tower)
         tower.set_attn_implementation("eager")
         seen = tower(pixels[:1], output_hidden_states=True, output_attentions=True)
-        scores = sum(seen.attentions[number][:, :, 0, 1:].float().mean(dim=1) for number in self.plan.scored)
-        _close("scores", selection.scores[:1], scores.to(kept.dtype).float(), kept.dtype)
-        _close(
-            "kept rows",
-            kept[:1],
-            reference.compact(seen.hidden_states[self.plan.num_layers][:, 1:], selection.indices[:1]),
-        )
+        expected = sum(seen.attentions[number][:, :, 0, 1:].float().mean(dim=1) for number in self.plan.scored)
+        _close("scores", scores[:1], expected.to(kept.dtype).float(), kept.dtype)
+        patches = seen.hidden_states[self.plan.num_layers][:, 1:]
+        _close("kept features", kept[:1], reference.compact(patches, indices[:1]))
+
+    def _selected(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [B, K, D], indices [B, K] and scores [B, N] of the patches that stay."""
+        tokens, _ = encode.reduce(self.settings, self.inputs["pixel_values"], self.plan)
+        return tokens.features, tokens.indices, tokens.scores
 
 
 def _nbytes(module: torch.nn.Module) -> int:

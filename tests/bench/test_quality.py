@@ -35,6 +35,13 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
 
     monkeypatch.setattr(quality, "batches", lambda model, processor, questions: ["all of them"])
     monkeypatch.setattr(quality, "answer", play)
+    monkeypatch.setattr(
+        quality,
+        "answers_by_keep",
+        lambda model, processor, batches, keeps, **setting: {
+            keep: play(model, processor, batches, keep=keep, **setting) for keep in keeps
+        },
+    )
     lines = []
     records = quality.run(
         50,

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneratio
 
 import vtc
 from vtc import tiny
+from vtc.hf import names
 from vtc.tiny import questions
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -186,7 +187,7 @@ def first_token(model: Any, inputs: Any, runs: int = WARM_RUNS) -> tuple[float, 
         out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
         out.sequences.cpu()  # waits for the device
         times.append(time.perf_counter() - start)
-    layers = out.past_key_values.layers
+    layers = names.cache_of(out).layers
     return statistics.median(times[1:]), sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 

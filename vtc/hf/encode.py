@@ -40,8 +40,11 @@ class Selection(NamedTuple):
 def run_tower(settings: Settings, views: Tensor, plan: Plan) -> tuple[VisionOutputs, list[str]]:
     """Run the vision tower on views `[T, 3, height, width]`.
 
-    Returns what it leaves for the method, and the operations that computed the scores.
+    Returns what it leaves for the method, and the operations that computed the scores; those of the open block if it
+    was opened with them.
     """
+    if settings.vision is not None:
+        return settings.vision  # type: ignore[no-any-return]
     base, tower, needs = settings.base, settings.base.vision_tower, plan.method.needs
     spec = tower_of(tower.config)
     layers = spec.layers_of(tower)

@@ -67,10 +67,11 @@ class Run:
 
 @dataclasses.dataclass
 class Block:
-    """One open `vtc.compress` block: its settings, its thread, and what happened in it."""
+    """One open block: its settings, what happened in it, the tower's outputs if they are known, and its thread."""
 
     config: VTCConfig
     run: Run
+    vision: Any = None
     thread: int = dataclasses.field(default_factory=threading.get_ident)
 
 
@@ -85,19 +86,23 @@ class Settings(NamedTuple):
     config : VTCConfig
     run : Run or None
         Of the open block.
+    vision : tuple or None
+        What `vtc.hf.encode.run_tower` returns, if the block was opened with it.
     """
 
     base: Any
     family: Family
     config: VTCConfig
-    run: Run | None
+    run: Run | None = None
+    vision: Any = None
 
     @classmethod
     def of(cls, model: Any) -> Settings:
         """The settings of `model`, a LLaVA with or without a head."""
         base = model.base_model
-        block = block_of(base)
-        return cls(base, family_of(base), block.config if block else stored(base), block.run if block else None)
+        if block := block_of(base):
+            return cls(base, family_of(base), block.config, block.run, block.vision)
+        return cls(base, family_of(base), stored(base))
 
     @property
     def budget(self) -> str:
@@ -150,10 +155,14 @@ def switch_off(base: Any) -> None:
 
 
 @contextlib.contextmanager
-def open_block(base: Any, config: VTCConfig) -> Iterator[Run]:
-    """Compress with `config` while the block is open; when the last one closes, the model is what it was before."""
+def open_block(base: Any, config: VTCConfig, vision: Any = None) -> Iterator[Run]:
+    """Compress with `config` while the block is open; when the last one closes, the model is what it was before.
+
+    `vision` is what `vtc.hf.encode.run_tower` returned for the images of every call in the block: for settings that
+    differ in `keep` only, the tower has to run once.
+    """
     own = base.__dict__  # plain attributes: modules and parameters are elsewhere
-    opened = Block(config, Run())
+    opened = Block(config, Run(), vision)
     with _LOCK:
         if not own.get("_vtc_blocks"):
             own["_vtc_outside"] = {
