@@ -12,7 +12,6 @@ from support.kernels import (
     assert_is_merged,
     cosines_and_slack,
     guarded_empty,
-    in_layout,
     merge_inputs,
     property_test,
     reserves,
