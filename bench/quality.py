@@ -159,8 +159,9 @@ def answers_by_keep(
 @torch.no_grad()
 def _tower_outputs(model: Any, pixel_values: torch.Tensor, config: VTCConfig) -> Any:
     """What the vision tower leaves of the images [B, 3, height, width]; it does not depend on `config.keep`."""
-    settings = Settings.of(model)._replace(config=config)
-    return run_tower(settings, pixel_values, plan_of(settings, views=pixel_values))
+    with open_block(model.base_model, config):
+        settings = Settings.of(model)
+        return run_tower(settings, pixel_values, plan_of(settings, views=pixel_values))
 
 
 def _record(

@@ -1,4 +1,4 @@
-"""The mutants of `python -m tests.mutate` still fit the code that they break."""
+"""The mutants of `python -m tests.support.mutate` still fit the code that they break."""
 
 import ast
 

@@ -26,7 +26,7 @@ from vtc.cli import ask
         (("{picture}", QUESTION, "--method", "visionzip", "--keep", 1), ["visionzip", "keep=1", "keep=2 or more"]),
         (
             ("{picture}", QUESTION, "--method", "pool", "--overlay", "out.png"),
-            ["'pool' chooses no patches", "'vtc-cls'"],
+            ["'pool' selects no patches", "'vtc-cls'"],
         ),
         (
             ("{picture}", QUESTION, "--method", "fastv", "--prune-layer", 0),
@@ -37,7 +37,7 @@ from vtc.cli import ask
         (("{picture}", QUESTION, "--kv", "short"), ["kv", "'compact'", "'full'"]),
         (
             ("{picture}", QUESTION, "--method", "fastv", "--overlay", "out.png"),
-            ["'fastv' chooses inside the language model", "'vtc-cls'"],
+            ["'fastv' selects inside the language model", "'vtc-cls'"],
         ),
         (("{picture}", QUESTION, "--overlay", "out.xyz"), ["out.xyz", ".png"]),
         (("{picture}", QUESTION, "--overlay", "no/such/dir/out.png"), ["directory no/such/dir", "create it"]),

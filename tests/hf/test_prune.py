@@ -501,7 +501,7 @@ def test_what_cannot_be_done_says_so(model, stock):
         ({"attention_mask": torch.ones(1, length) - torch.eye(length)[10]}, "hides 1"),
         ({"input_ids": call["input_ids"][:, :-7], "attention_mask": None}, "each image takes 36"),
         ({"pixel_values": models.images(2)}, "image"),
-        ({"past_key_values": model(**call).past_key_values}, "on top of past_key_values"),
+        ({"past_key_values": model(**call).past_key_values}, "on top of a cache"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(1, length, 64)}, "input_ids"),
     ]:
         with pytest.raises(ValueError, match=message):

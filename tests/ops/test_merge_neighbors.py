@@ -251,6 +251,9 @@ def test_launcher_never_reads_outside_its_input():
     assert features.isfinite().all()
     assert mix[0, 1, 3] == mix[1, 0, 8] == mix[1, 2, 0] == 1
     assert (mix[0, 0] < 1.5).all()
+    extra = weight.clone()
+    extra[0, 3] = extra[1, 8] = extra[1, 0] = 0
+    assert torch.equal(mix[:, 3], extra)
 
 
 def test_the_kernel_counts_up_to_2_to_the_21():
