@@ -325,6 +325,68 @@ MUTANTS = [
         "ops/test_common",
         {"range not checked": ("if low < 0 or high >= end:", "if low < 0:")},
     ),
+    *_of(
+        "vtc/hf/prompt.py",
+        "hf/test_prompt",
+        {
+            "hidden placeholders accepted": ("if any(hidden):", "if False:"),
+            "left-aligned": ("[:, stays.shape[1] - length :]", "[:, :length]"),
+            "the first token's label stays": ("masked_fill(~real | first, -100)", "masked_fill(~real, -100)"),
+            "positions not closed up": ("expand(batch, length) - dropped.cumsum(1)", "expand(batch, length)"),
+            "unequal rows get no mask": ("if mask is not None or min(lengths) < max(lengths):", "if mask is not None:"),
+            "the first image's share for all": ("number - (ends - tokens)[image] >= kept[image]", "number - (ends - tokens)[image] >= kept[0]"),
+            "lengths count the first image's drop": ("lengths[row] -= sum(dropped[:count])", "lengths[row] -= count * (dropped or [0])[0]"),
+            "copies of a prompt are not neighbours": ("self.full.repeat_interleave(len(ids) // len(self.full), 0)", "self.full.repeat(len(ids) // len(self.full), 1)"),
+            "columns not checked": ("if tensor is not None and (tensor.ndim != 2 or tensor.shape[1] != length):", "if False:"),
+        },
+    ),
+    *_of(
+        "vtc/hf/names.py",
+        "hf/test_versions",
+        {
+            "the new word ignored": ("for word in CACHE_WORDS if call.get(word) is not None", 'for word in CACHE_WORDS[1:] if call.get(word) is not None'),
+            "both words accepted": ("if len(given) > 1:", "if False:"),
+            "a tuple has no cache": ("if isinstance(outputs, tuple):", "if False:"),
+            "an old transformers accepted": ("release[:2] >= Version(OLDEST).release", "release[:2] >= (5, 0)"),
+            "a new transformers not mentioned": ("release[:2] > Version(NEWEST).release", "release[:2] > (6, 0)"),
+        },
+    ),
+    *_of(
+        "vtc/hf/conversation.py",
+        "hf/test_conversation",
+        {
+            "budgets may differ": ("if budget and note.budget and budget != note.budget:", "if False:"),
+            "part of a conversation accepted": ("if len(ids) != len(note.input_ids) or not note.length <= start < ids.shape[1]:", "if False:"),
+            "what was generated is forgotten": ("torch.cat([self.input_ids, ids[:, self.length : start], ", "torch.cat([self.input_ids, ids[:, start:start], "),
+            "an uncompressed image accepted": ("if any((ids[:, :count] == placeholder).any() for placeholder in placeholders):", "if False:"),
+        },
+    ),
+    *_of(
+        "vtc/hf/prune.py",
+        "hf/test_prune",
+        {
+            "a layer too late": ("if number == self.config.prune_after:", "if number == self.config.prune_after + 1:"),
+            "the first token's query": ("last = length - 1 - self.real", "last = 0 * self.real"),
+            "the first row's indices for every beam": ("order += [*range(first, first + count)] * copies", "order += [*range(count)] * copies"),
+            "early layers stay long": ('if self.config.kv == "compact":\n            self._compact_cache()', "if False:\n            self._compact_cache()"),
+        },
+    ),
+    *_of(
+        "vtc/hf/prune_decode.py",
+        "hf/test_prune",
+        {
+            "positions of the short prompt": ("note.position.to(tokens.device) + seen", "0 * note.position.to(tokens.device) + note.kept + seen"),
+            "a reset cache remembered": ("if new > 1 and not conversation.length_of(cache):", "if False:"),
+        },
+    ),
+    *_of(
+        "vtc/plan.py",
+        "hf/test_families hf/test_encode",
+        {
+            "shares not proportional": ('if how == "mass":', "if False:"),
+            "the last layer is scored": ("end = min(max(feature_layers), depth - 1)", "end = max(feature_layers)"),
+        },
+    ),
 ]  # fmt: skip
 
 
