@@ -61,7 +61,8 @@ class Plan(NamedTuple):
         size: Sequence[int] | None = None,
         feature_layer: int | list[int] | None = None,
         strategy: str | None = None,
-        layout: str = "whole",
+        pool: int = 1,
+        shares_keep: bool = False,
     ) -> Plan:
         """Apply `config` to a LLaVA's config.
 
@@ -75,8 +76,10 @@ class Plan(NamedTuple):
             Height and width of the views in pixels; the vision config's if not given.
         feature_layer, strategy
             In place of the model config's.
-        layout : {"whole", "tiles", "frames"}
-            What a view is.
+        pool : int
+            pool x pool patches become one before the selection.
+        shares_keep : bool
+            Whether the views of an image share its K, so that a view has none of its own.
 
         Raises
         ------
@@ -92,16 +95,11 @@ class Plan(NamedTuple):
         num_layers = max(feature_layers)
         if method.needs.keys == "last":  # that layer does not run, but those before it do
             num_layers = max(num_layers, depth - 1)
-        pool = model_config.spatial_pool_stride if layout == "frames" else 1
         sides, patch = _pair(vision.image_size) if size is None else size, _pair(vision.patch_size)
         grid = (sides[0] // patch[0] // pool, sides[1] // patch[1] // pool)
         num_tokens = grid[0] * grid[1] + num_registers
-        if layout != "whole" and num_registers:
-            raise ValueError(
-                "this vision tower has register tokens among the patches; tiles and frames cannot have them"
-            )
-        kept = 0 if layout == "tiles" else kept_count(config, num_tokens)
-        outputs = 0 if layout == "tiles" else method.num_outputs(num_tokens, kept)
+        kept = 0 if shares_keep else kept_count(config, num_tokens)
+        outputs = 0 if shares_keep else method.num_outputs(num_tokens, kept)
         scored = method.scored_layers(end)
         return cls(config, method, grid, num_tokens, kept, outputs, feature_layers, num_layers, scored, pool)
 

@@ -13,10 +13,9 @@ from vtc.methods import METHODS
 def family_refusal(family: Family, method: str) -> str | None:
     """Why `method` does not work with a family of models, as a clause, or None if it does."""
     about = METHODS[method]
-    tiled = any(visual.layout != "whole" for visual in family.inputs)
-    if tiled and about.prunes == ("language",):
+    if not family.is_one_view and about.prunes == ("language",):
         return f"prunes inside the language model, which cannot tell the tiles of an image of {family.name} apart"
-    if tiled and not about.keeps_patches() and method != "none":
+    if not family.is_one_view and not about.keeps_patches() and method != "none":
         return f"makes new tokens of an image's patches, and a {family.name} image or video has several views"
     if family.stacked and about.adaptive:
         return f"gives images different numbers of tokens, and {family.name} takes the same number from each"
@@ -51,7 +50,7 @@ def require(base: Any, config: Any, family: Family, tower: TowerSpec) -> None:
             f"vtc.configure(model, method={work[0]!r})"
         )
     if config.prune_after:
-        if [visual.layout for visual in family.inputs] != ["whole"]:
+        if not family.is_one_view:
             raise ValueError(
                 f"prune_layer={config.prune_after} needs models with one view per image, and {family.name} has "
                 "several; use prune_layer=0"

@@ -35,6 +35,11 @@ class Family(NamedTuple):
         """Names of its class without and with a head for generation."""
         return f"{self.prefix}Model", f"{self.prefix}ForConditionalGeneration"
 
+    @property
+    def is_one_view(self) -> bool:
+        """Whether the vision tower sees an image in one pass, neither as tiles nor as frames."""
+        return all(each.layout == IMAGE.layout for each in self.inputs)
+
     def inputs_of(self, call: dict[str, Any]) -> tuple[VisualInput, ...]:
         """Those whose pixels are among the arguments of a call."""
         return tuple(each for each in self.inputs if call.get(each.pixels) is not None)

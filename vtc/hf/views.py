@@ -44,7 +44,8 @@ class ImageOutputs(BaseModelOutputWithPooling):
 def plan_of(settings: Settings, layout: str | None = None, views: Tensor | None = None, **given: Any) -> Plan:
     """The settings applied to the model, and to `views` `[T, 3, height, width]` if they are known.
 
-    `given` are the arguments of `Plan.of` that a call may change.
+    `layout` is a name in `LAYOUTS`, by default that of the model's images. `given` are the arguments of `Plan.of` that
+    a call may change.
 
     Raises
     ------
@@ -53,16 +54,21 @@ def plan_of(settings: Settings, layout: str | None = None, views: Tensor | None 
     """
     base, config = settings.base, settings.config
     spec = tower_of(base.vision_tower.config)
+    kind = LAYOUTS[layout or settings.family.inputs[0].layout]
+    num_registers = spec.num_registers(base.vision_tower.config)
     compatibility.require(base, config, settings.family, spec)
+    if kind.needs_grid and num_registers:
+        raise ValueError(f"{spec.name} puts register tokens among the patches, and {kind.layout} cannot have them")
     if views is not None and views.ndim != 4:
         raise ValueError(f"pixel_values must be [images, 3, height, width], got shape {tuple(views.shape)}")
     return Plan.of(
         config,
         base.config,
         has_cls=spec.cls,
-        num_registers=spec.num_registers(base.vision_tower.config),
+        num_registers=num_registers,
         size=None if views is None else views.shape[-2:],
-        layout=layout or settings.family.inputs[0].layout,
+        pool=kind.pool_of(base.config),
+        shares_keep=kind.shares_keep,
         **given,
     )
 
@@ -92,6 +98,13 @@ class Views:
     views: Tensor
     counts: list[tuple[int, int]]
     layout: ClassVar[str]
+    needs_grid: ClassVar[bool] = True  # tokens have to be patches in rows and columns, without registers
+    shares_keep: ClassVar[bool] = False  # the views of an image share its K
+
+    @classmethod
+    def pool_of(cls, config: Any) -> int:
+        """pool x pool patches become one before the selection."""
+        return 1
 
     @classmethod
     def of(cls, settings: Settings, visual: VisualInput, call: dict[str, Any]) -> Views:
@@ -129,7 +142,7 @@ class Views:
 class Whole(Views):
     """An image is one view."""
 
-    layout = "whole"
+    layout, needs_grid = "whole", False
 
     @classmethod
     def of(cls, settings: Settings, visual: VisualInput, call: dict[str, Any]) -> Whole:
@@ -155,6 +168,11 @@ class Frames(Views):
     layout = "frames"
 
     @classmethod
+    def pool_of(cls, config: Any) -> int:
+        stride: int = config.spatial_pool_stride
+        return stride
+
+    @classmethod
     def of(cls, settings: Settings, visual: VisualInput, call: dict[str, Any]) -> Frames:
         pixels = call[visual.pixels]
         if pixels.ndim != 5:
@@ -176,7 +194,7 @@ class Tiles(Views):
     """An image is a base image and tiles, which share its K."""
 
     tiles: list[Tiling]
-    layout = "tiles"
+    layout, shares_keep = "tiles", True
 
     @classmethod
     def of(cls, settings: Settings, visual: VisualInput, call: dict[str, Any]) -> Tiles:
