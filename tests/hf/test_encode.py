@@ -111,6 +111,9 @@ def test_scored_layers_end_at_the_feature_layer_but_never_at_the_last(feature_la
     vtc.enable(model, keep=9)
     out = model.generate(**call, max_new_tokens=STEPS, do_sample=False)
     assert out[0, len(rows[0]) :].tolist() == golden.decode(eager, embeds, STEPS)[0]
+    with torch.no_grad():
+        expected = torch.tensor([golden.scores(eager, call["pixel_values"][0], layers)])
+    torch.testing.assert_close(vtc.select(model, call["pixel_values"]).scores, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_image_does_not_depend_on_its_batch(stock):
