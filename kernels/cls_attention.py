@@ -115,7 +115,7 @@ def _cls_attention_kernel(
         logit of -inf has the probability 0; a row with a NaN or inf logit is NaN, and so is a row whose logits are all
         -inf. The same holds for the rows of probabilities that `out` is computed with.
 
-    Program (b·H + h)·ceil(N / BLOCK_M) + i processes BLOCK_M query rows, from row i·BLOCK_M on, of one head of one image
+    Program (b·H + h)·ceil(N / BLOCK_M) + i processes BLOCK_M query rows of one head of one image, from i·BLOCK_M on,
     against all its keys and values, NUM_BLOCKS = ceil(N / BLOCK_N) blocks of them. The programs of a head follow one
     another: its keys and values come from DRAM once, then from L2. All programs together read and write 4·B·H·N·D
     elements, plus 12·B·H·N bytes for `cls_probs`. Head dims are padded to a power of two: padding is 44 % of the tensor

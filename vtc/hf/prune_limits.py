@@ -44,7 +44,7 @@ def require(language_model: Any, config: VTCConfig) -> None:
 
 
 def require_generate(settings: Settings, call: dict[str, Any], images: bool, option: Callable[[str], Any]) -> None:
-    """Raise ValueError if `generate()` cannot prune this prompt, or go on after one that was pruned.
+    """Raise ValueError if `generate()` cannot prune this prompt, or cannot continue after one that was pruned.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def require_generate(settings: Settings, call: dict[str, Any], images: bool, opt
 
 
 def require_forward(call: dict[str, Any], images: bool) -> None:
-    """Raise ValueError if `forward()` is asked for what a pruned prompt has no columns for."""
+    """Raise ValueError if `forward()` gets labels or positions for columns that a pruned prompt does not have."""
     if images and (call.get("labels") is not None or isinstance(call.get("logits_to_keep"), Tensor)):
         raise ValueError(
             "labels and positions in logits_to_keep belong to tokens of which prune_layer > 0 drops some on the way; "
@@ -89,7 +89,7 @@ def require_forward(call: dict[str, Any], images: bool) -> None:
 
 
 def is_static(cache: Any, compact: bool) -> bool:
-    """Whether `cache` is a static one; ValueError if it is of a kind that cannot be shortened."""
+    """Whether `cache` is a static one. Raises ValueError if it is of a kind that cannot be shortened."""
     kinds = {type(layer) for layer in getattr(cache, "layers", ())}
     if getattr(cache, "offloading", False) or not kinds <= {DynamicLayer, StaticLayer} or len(kinds) > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What `merge_neighbors` and `merge_nearest` share: the checks of their tensors, and the gradient of a weighted sum."""
+"""Shared by `merge_neighbors` and `merge_nearest`: the checks of their tensors, and the gradient of a weighted sum."""
 
 from __future__ import annotations
 

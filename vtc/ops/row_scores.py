@@ -34,7 +34,7 @@ def row_scores(
     skip : int
         0 <= skip < N leading columns are left out of the result, but stay in the denominator ([CLS]: 1).
     mask : Tensor[B, N], bool, optional
-        False where a key gets no attention (padding). A row that sees nothing is NaN.
+        False where a key gets no attention (padding). A row whose keys are all masked is NaN.
     backend : {"auto", "triton", "torch"}
 
     Returns
