@@ -28,7 +28,7 @@ def tables(records: list[Quality]) -> str:
 
 
 def _tokens(r: Quality) -> str:
-    """The number of tokens that were left, where it is not the number asked for."""
+    """The number of tokens that were kept, if it differs from `keep`."""
     return "" if abs(r.tokens - r.keep) < 0.5 else f" ({r.tokens:.0f} tokens)"
 
 
