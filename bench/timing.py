@@ -46,8 +46,8 @@ def measure(
 
     Each of the two times is measured for about `rep_ms` milliseconds after a warm-up. The device's time is that of a
     captured graph, without the host. Without a GPU there is no device time. With `played`, a loop replaces the graph
-    and refuses the operations that a capture refuses. A call that cannot be captured has no device time, and `why` has the
-    reason. If that is known beforehand, pass the reason as `not_captured`, and no capture is tried.
+    and refuses the operations that a capture refuses. A call that cannot be captured has no device time, and `why` has
+    the reason. If that is known beforehand, pass the reason as `not_captured`, and no capture is tried.
 
     `other` times the call to compare with, once. The two take turns, because a host may be much slower a second later.
     """

@@ -447,7 +447,7 @@ def test_configure_refuses(built, build, settings, says):
 def test_more_tokens_than_places_are_explained(model, call):
     """PruMerge+ may keep every patch of an image, and then there is the extra token."""
     vtc.enable(model, keep=KEEP, method="prumerge+", adaptive_count=True)
-    with pytest.raises(ValueError, match=f"made {TOKENS + 1} tokens of image 0: .* a prompt has {TOKENS} places"):
+    with pytest.raises(ValueError, match=f"made {TOKENS + 1} tokens of image 0: .* a prompt has {TOKENS} placeholders"):
         model.generate(**{**call, "pixel_values": models.images(4)})
 
 

@@ -88,8 +88,8 @@ def reduce(settings: Settings, views: Tensor, plan: Plan) -> tuple[Tokens, list[
         if max(counts) > plan.num_tokens:
             raise ValueError(
                 f"{plan.config.method} made {max(counts)} tokens of image {counts.index(max(counts))}: it kept all "
-                f"{plan.num_tokens} patches and has an extra token, but a prompt has {plan.num_tokens} places for an "
-                "image; use another method, or a smaller keep and no adaptive_count"
+                f"{plan.num_tokens} patches and has an extra token, but a prompt has {plan.num_tokens} placeholders "
+                "for an image; use another method, or a smaller keep and no adaptive_count"
             )
         after = round(sum(counts) / len(counts))
     count(settings, plan, used, len(views), plan.num_tokens, after)

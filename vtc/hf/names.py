@@ -60,7 +60,7 @@ def require_supported() -> None:
     if not is_supported():
         raise ValueError(
             f"VTC compresses models of transformers {OLDEST} or newer, and this is {transformers.__version__}, where "
-            f"it would answer wrongly; use pip install 'transformers>={OLDEST}' (vtc.ops and vtc.methods go on)"
+            f"answers would be wrong; use pip install 'transformers>={OLDEST}' (vtc.ops and vtc.methods still work)"
         )
 
 

@@ -158,7 +158,7 @@ class Prompt:
 def require_ids(call: dict[str, Any]) -> None:
     """Raise ValueError if a prompt with images has no token ids."""
     if call.get("input_ids") is None or call.get("inputs_embeds") is not None:
-        raise ValueError("VTC finds the places of the images in input_ids; pass input_ids and no inputs_embeds")
+        raise ValueError("VTC finds image placeholders in input_ids; pass input_ids and no inputs_embeds")
 
 
 def right_aligned(stays: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -189,7 +189,7 @@ def _expand_for_beams(indices: Tensor, images: list[int]) -> Tensor:
     """Repeat the indices `[images, K]` if the rows are C copies of each prompt (beams)."""
     copies, rest = divmod(sum(images), max(len(indices), 1))
     if rest:
-        raise ValueError(f"got {len(indices)} image(s), but input_ids has places for {sum(images)}")
+        raise ValueError(f"got {len(indices)} image(s), but input_ids has placeholders for {sum(images)}")
     if copies == 1:
         return indices
     order, first = [], 0

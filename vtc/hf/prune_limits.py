@@ -76,15 +76,15 @@ def require_generate(settings: Settings, call: dict[str, Any], images: bool, opt
         )
     for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):
         if call.get(name) is not None or option(name):
-            raise ValueError(f"prune_layer > 0 needs the prompt in one piece and one token at a time; unset {name}")
+            raise ValueError(f"prune_layer > 0 needs the whole prompt at once, then one token at a time; unset {name}")
 
 
 def require_forward(call: dict[str, Any], images: bool) -> None:
     """Raise ValueError if `forward()` gets labels or positions for columns that a pruned prompt does not have."""
     if images and (call.get("labels") is not None or isinstance(call.get("logits_to_keep"), Tensor)):
         raise ValueError(
-            "labels and positions in logits_to_keep belong to tokens of which prune_layer > 0 drops some on the way; "
-            "use prune_layer=0 for them"
+            "prune_layer > 0 does not support labels, or positions in logits_to_keep, because it drops some of their "
+            "tokens; use prune_layer=0"
         )
 
 
@@ -101,7 +101,7 @@ def is_static(cache: Any, compact: bool) -> bool:
     static = kinds == {StaticLayer}
     if static and not compact:
         raise ValueError(
-            'kv="full" gives layers of two lengths, which a static cache is not for; use '
+            'kv="full" gives layers of two lengths, which a static cache does not support; use '
             'vtc.configure(model, kv="compact"), or a dynamic cache'
         )
     return static

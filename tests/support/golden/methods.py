@@ -1,8 +1,9 @@
 """Every method again, slow and plain: one image, loops, float64, full attention matrices. No code of `vtc`.
 
 An image is given by the outputs of a tower with eager attention: `hidden` [1 + N, C] of the feature layer, the full
-attention probabilities [H, 1 + N, 1 + N] of each layer, the keys and queries of a layer [1 + N, C] before they are split
-into heads. Each function returns the indices of the patches that stay, in the order of selection, and the features [R, C].
+attention probabilities [H, 1 + N, 1 + N] of each layer, the keys and queries of a layer [1 + N, C] before they are
+split into heads. Each function returns the indices of the patches that stay, in the order of selection, and the
+features [R, C].
 """
 
 import math
