@@ -65,7 +65,7 @@ class Select(Workload):
         expected = reference.topk(total, k)
         if indices.shape != expected.shape or (indices[:, 1:] <= indices[:, :-1]).any():
             raise WrongResult("indices: not ascending, or not K of them")
-        equal("chosen scores", total.gather(1, indices).sort(1).values, total.gather(1, expected).sort(1).values)
+        equal("selected scores", total.gather(1, indices).sort(1).values, total.gather(1, expected).sort(1).values)
         equal("features", kept, reference.compact(hidden[:, 1:], indices))
         return [*attention, accuracy]
 

@@ -5,8 +5,8 @@ The recipe is LLaVA's. What LLaVA takes ready-made is trained first:
 1. `vision`: a CLIP vision tower with a [CLS] token, by image-caption contrast. A caption is a set of phrases; every
    phrase of the vocabulary is scored against every image with the sigmoid loss (SigLIP, arXiv 2303.15343). Since the
    scene is known, the true phrases are known: there are no false negatives.
-2. `text`: the language model alone, on captions as text followed by questions and answers.
-3. `projector`: LLaVA's first stage. The projector alone learns, vision tower and language model are frozen.
+2. `text`: only the language model, on captions as text followed by questions and answers.
+3. `projector`: LLaVA's first stage. Only the projector learns; vision tower and language model are frozen.
 4. `language`: LLaVA's second stage. Projector and language model learn, the vision tower stays frozen.
 
 In stage 4 the words of the questions and of a caption are targets too, at a tenth of an answer's weight: after "is the
