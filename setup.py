@@ -18,7 +18,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",
-        # Models need 5.23 or newer, and say so with an older one; operations and methods do not.
+        # Models need 5.23 or newer and raise an error with an older version; operations and methods do not.
         "transformers>=5.16",
         "wrapt",
         "packaging",

@@ -3,4 +3,4 @@
 import time
 
 STARTED = time.monotonic()
-"""When this process began, before the imports that take longest: what `bench gpu --minutes` counts from."""
+"""When this process began, before the slowest imports: `bench gpu --minutes` counts from here."""

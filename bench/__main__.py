@@ -12,11 +12,11 @@ import torch
 import bench
 from bench import checkout, record
 
-# Each command imports what it runs: `compare` runs this file with an older vtc, which may lack what others need.
+# Each command imports what it runs: `compare` runs this file with an older vtc, which may lack modules of the others.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit status, 2 for a request that is not possible."""
+    """Run one command; returns its exit status, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _micro_options(commands.add_parser("micro", help="every operation, every provider, side by side"))
@@ -61,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _mode_options(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--rehearse", action="store_true", help="play it on a CPU, in miniature")
-    add.add_argument("--plant", action="store_true", help="with faults, to see that they cost nothing else")
+    add.add_argument("--rehearse", action="store_true", help="run it on a CPU, in miniature")
+    add.add_argument("--plant", action="store_true", help="with faults, to check that they cost no other number")
 
 
 def _micro_options(add: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def _micro_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--batch", type=int, nargs="+", default=(), metavar="B")
     add.add_argument("--keep", type=int, nargs="+", default=(), metavar="K")
     add.add_argument("--full", action="store_true", help="every K with every B, not every K at one B and vice versa")
-    add.add_argument("--budget", type=float, metavar="SECONDS", help="begin no new shape after so long")
+    add.add_argument("--budget", type=float, metavar="SECONDS", help="begin no new number after this time")
     _output_options(add)
 
 

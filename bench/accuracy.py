@@ -50,7 +50,7 @@ def eager(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_row(query: Tensor, key: Tensor) -> Tensor:
-    """The [CLS] row [B, H, N] beside SDPA in two lines of PyTorch: the baseline that is hard to beat."""
+    """The [CLS] row [B, H, N] in two lines of PyTorch, to run after SDPA: the strongest baseline."""
     logits = query[:, :, :1] @ key.mT * query.shape[-1] ** -0.5
     return logits.softmax(dim=-1, dtype=torch.float32)[:, :, 0]
 
@@ -63,20 +63,20 @@ def chunks(query: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def check_attention(layer: tuple[Tensor, ...], out: Tensor, rows: Tensor | None) -> list[Accuracy]:
-    """Raise unless `out` [B, N, H, D] and `rows` [B, H, N] are as exact as `eager` in the same dtype."""
+def check_attention(layer: tuple[Tensor, ...], out: Tensor, cls_probs: Tensor | None) -> list[Accuracy]:
+    """Raise unless `out` [B, N, H, D] and `cls_probs` [B, H, N] are as exact as `eager` in the same dtype."""
     accuracies = Accuracy("attention"), Accuracy("[CLS] rows")
     for part in chunks(layer[0]):
         plain = eager(*(x[part] for x in layer))
         oracle = eager(*(x[part].double() for x in layer))
-        for accuracy, got, p, o in zip(accuracies, (out, rows), plain, oracle, strict=True):
+        for accuracy, got, p, o in zip(accuracies, (out, cls_probs), plain, oracle, strict=True):
             if got is not None:
                 accuracy.add(got[part], p, o)
-    return [accuracy.check() for accuracy in (accuracies if rows is not None else accuracies[:1])]
+    return [accuracy.check() for accuracy in (accuracies if cls_probs is not None else accuracies[:1])]
 
 
 def head_mean(query: Tensor, key: Tensor) -> Tensor:
-    """The scores [B, N - 1] from plain attention weights in the inputs' dtype; with float64 inputs the oracle."""
+    """The scores [B, N - 1] from plain attention weights in the inputs' dtype; float64 inputs give the oracle."""
     logits = query[:, :, :1] @ key.mT * query.shape[-1] ** -0.5
     wide = torch.promote_types(query.dtype, torch.float32)
     return logits.softmax(dim=-1, dtype=wide).to(query.dtype).to(wide)[:, :, 0].mean(dim=1)[:, 1:]

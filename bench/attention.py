@@ -1,4 +1,4 @@
-"""Which block sizes suit `cls_attention` here: each against what is shipped, SDPA, and SDPA with `row_scores`."""
+"""Which block sizes suit `cls_attention` here: each against the shipped ones, SDPA, and SDPA with `row_scores`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def jobs(device: torch.device, played: bool = False, rep_ms: float = 40.0) -> li
 
 
 def with_blocks(block_m: int, block_n: int, warps: int, stages: int) -> Callable[..., Any]:
-    """`cls_attention` by the kernel, in these blocks."""
+    """The kernel of `cls_attention` with these block sizes."""
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
         from vtc_kernels import tuning

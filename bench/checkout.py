@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @contextlib.contextmanager
 def revision(name: str) -> Iterator[Path]:
-    """The files of a git revision, in a folder of their own.
+    """The files of a git revision, in a temporary folder.
 
     Raises
     ------
@@ -39,13 +39,13 @@ def revision(name: str) -> Iterator[Path]:
 def packages(root: Path = ROOT, environment: Mapping[str, str | None] | None = None) -> Iterator[dict[str, Any]]:
     """Options for `subprocess` with which Python imports `vtc` and `vtc_kernels` from the checkout `root`.
 
-    `bench` is always this one. The working directory holds links to the three and nothing else, and comes first on
-    Python's path. `environment` has further variables; None unsets one.
+    `bench` is always that of this checkout. The working directory has links to the three packages and nothing else, and
+    comes first on Python's path. `environment` has further variables; None unsets one.
     """
     with tempfile.TemporaryDirectory() as folder:
         for name, target in {"bench": ROOT / "bench", "vtc": root / "vtc", "vtc_kernels": root / "kernels"}.items():
             (Path(folder) / name).symlink_to(target.resolve(), target_is_directory=True)
-        # Absolute: the working directory is another one.
+        # Absolute, because the working directory changes.
         given = [os.path.abspath(one) for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
         path = os.pathsep.join([folder, *given])
         variables = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(environment or {})}

@@ -11,7 +11,7 @@ from statistics import median
 from bench import checkout, record, table
 from bench.record import Record
 
-ORDER = ("old", "new", "new", "old")  # a drift of the machine hits both alike
+ORDER = ("old", "new", "new", "old")  # so that a drift of the machine affects both equally
 
 
 def run(revision: str, arguments: list[str], say: Callable[[str], None] = print) -> int:

@@ -43,12 +43,12 @@ class Variant(NamedTuple):
 
 
 VARIANTS = (Variant(None), Variant(128), Variant(64))
-# A prompt of a new length takes cuDNN's SDPA tens of milliseconds of planning. Every token that is generated is one.
+# cuDNN's SDPA spends tens of milliseconds on planning for each new length, and every generated token is a new length.
 LENGTHS = tuple(Variant(keep, cudnn) for keep in (None, 64) for cudnn in (True, False))
 
 
 class Bench:
-    """The models, and the stages of one variant on one batch; both are made, and gated, when they are first needed."""
+    """The models, and the stages of one variant on one batch; both are made, and checked, when first needed."""
 
     def __init__(self, device: torch.device, image_size: int) -> None:
         self.device, self.image_size = device, image_size
@@ -61,7 +61,7 @@ class Bench:
 
     @functools.cached_property
     def compressed(self) -> LlavaForConditionalGeneration:
-        """The stock model's weights in a model that compresses."""
+        """A model that compresses, with the stock model's weights."""
         return shared_copy(self.stock[2])
 
     @functools.cached_property
@@ -81,7 +81,7 @@ class Bench:
                 torch.backends.cuda.enable_cudnn_sdp(before)
 
     def stages(self, model: LlavaForConditionalGeneration, batch: int, variant: Variant) -> Stages:
-        """Kept as long as the batch is the same. What failed fails again at once."""
+        """The stages, kept as long as the batch is the same. Stages that failed to build raise their error again."""
         self._ready = {key: ready for key, ready in self._ready.items() if key[0] == batch}
         if (batch, variant) not in self._ready:
             try:
@@ -96,13 +96,13 @@ class Bench:
         return ready
 
     def stock_timer(self, batch: int, variant: Variant, stage: str) -> Callable[[], float] | None:
-        """What times the stock model's stage once; None if there is nothing to compare, or it has failed itself."""
+        """A function that times the stock model's stage once; None if there is none to compare with, or it failed."""
         if variant == variant.stock or stage == "select":
             return None
         try:
             with self.running(variant.stock) as model:
                 call, _ = self.stages(model, batch, variant.stock).call(stage)
-        except Exception:  # the stock model's own number says why
+        except Exception:  # the record of the stock model's stage says why
             return None
 
         def stock_ms() -> float:
@@ -117,7 +117,7 @@ class Bench:
             name, dtype, _ = self.stock
             stages = self.stages(model, batch, variant)
             call, moved = stages.call(stage)
-            profiled = stages.decode if stage == "generate" else call  # of many tokens, one tells as much
+            profiled = stages.decode if stage == "generate" else call  # profiling one token is enough
             times = timing.measure(
                 [call], self.device, rep_ms, not_captured=NOT_CAPTURED.get(stage), played=played, other=stock
             )
@@ -140,7 +140,7 @@ def jobs(device: torch.device, batches: tuple[int, ...], rep_ms: float = 100.0, 
     first, *others = batches
     lengths = [(first, v, s) for v in LENGTHS for s in (new_length, generate)]
     numbers = of(first) + lengths + [one for batch in others for one in of(batch)]
-    # Whichever comes first, after a crash too, builds the model: all may take as long.
+    # The first job of a worker builds the model, also after a crash, so every job has the long limit.
     return [
         Job(f"B={b} {v.name} {s}", functools.partial(bench.number, b, v, s, rep_ms, played), limit=60)
         for b, v, s in numbers

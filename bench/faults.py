@@ -1,4 +1,4 @@
-"""Faults planted into a rehearsal, to see that each costs the number it befalls and no other."""
+"""Faults planted into a rehearsal, to check that each costs its own number and no other."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FAULTS: tuple[Callable[[], Any], ...] = (_wrong, _memory, _hangs, _killed, _brok
 
 
 def plant(chosen: Sequence[Job]) -> list[Job]:
-    """The second to the sixth job replaced by a fault each."""
+    """Replace each of the second to the sixth job by a fault."""
     faulty = [dataclasses.replace(job, run=fault, limit=3) for job, fault in zip(chosen[1:], FAULTS, strict=False)]
     return [*chosen[:1], *faulty, *chosen[1 + len(faulty) :]]
 

@@ -17,25 +17,25 @@ from bench.micro import DTYPES
 from bench.workloads import WORKLOADS, base
 from bench.workloads.base import Shape, Workload
 
-RUNS = 3  # the same bits each time: what moves is a race
+RUNS = 3  # the bits must be the same each time: a difference means a race
 
 
 @dataclasses.dataclass
 class Checked:
-    """A result that passed. One that did not is a line with "job" and "failed", as for any job."""
+    """A result that passed. If it did not pass, its line has "job" and "failed", as for any job."""
 
     op: str
     model: str
     dtype: str
     shape: dict[str, int]
     backend: str
-    errors: dict[str, tuple[float, float]]  # of each result the largest error against float64, and what is allowed
+    errors: dict[str, tuple[float, float]]  # for each result, its largest error against float64 and the bound
     gpu: str | None
     revision: str | None
 
 
 def jobs(device: torch.device, played: bool = False) -> list[Job]:
-    """LLaVA-1.5 in bf16 first. Two images: the second one's offsets are wrong more often than the first one's."""
+    """LLaVA-1.5 in bf16 first. There are two images, because wrong offsets rarely show in the first one."""
     models = base.MODELS if device.type == "cuda" else base.SMALL_MODELS[1:]
     batch, keep = (2, 64) if device.type == "cuda" else (2, 8)
     made = []
@@ -58,7 +58,7 @@ def jobs(device: torch.device, played: bool = False) -> list[Job]:
 def check(
     work: Workload, shape: Shape, device: torch.device, provider: Callable[..., Any], *, dtype: str, **names: str
 ) -> list[Checked]:
-    """Run a provider RUNS times; raise `WrongResult` unless its result is right, and bit by bit the same each time."""
+    """Run a provider RUNS times; raise `WrongResult` unless its result is right, with the same bits each time."""
     inputs = work.make(shape, DTYPES[dtype], device)
     results = [provider(*inputs) for _ in range(RUNS)]
     errors = {measured.what: (measured.error, measured.bound) for measured in work.check(inputs, results[0])}

@@ -1,8 +1,8 @@
 """`python -m bench gpu --out DIR`: everything that is measured on a GPU, in minutes, with nothing lost.
 
 The parts run one after the other, each in a process group of its own, each for its share of the time. Every number is
-on disk before the next one is begun. An exception, a hang, a crash or too little memory costs one number. Whatever is
-still running at the end of a part is ended, and the GPU is seen idle before the next part begins.
+on disk before the next one is begun. An exception, a hang, a crash or too little memory costs one number. At the end of
+a part, its remaining processes are ended, and the next part waits until the GPU is idle.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def run(
 
     The minutes count from `started` on the clock `time.monotonic`, by default from now.
 
-    Returns the exit status: 1 if anything failed or was not reached. With faults planted: if anything else was lost.
+    Returns the exit status: 1 if anything failed or was not reached. With planted faults: 1 if anything else was lost.
 
     Raises
     ------
     ValueError
-        For a part that does not exist, a folder that has results of these parts already, and without a GPU.
+        For a part that does not exist, for a folder that already has results of these parts, and without a GPU.
     """
     chosen = micro.chosen("part", tuple(parts), tuple(PARTS))
     if not mode.rehearse and not torch.cuda.is_available():
@@ -53,7 +53,7 @@ def run(
         raise ValueError(f"{out} has results already ({', '.join(old)}); give --out another folder")
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
-    end = (started or time.monotonic()) + 60 * minutes - processes.GRACE  # for what ends last
+    end = (started or time.monotonic()) + 60 * minutes - processes.GRACE  # to end the last part
     wait = IDLE_WAIT
     ran: dict[str, Ran] = {}
     with (out / "log.txt").open("a", encoding="utf-8") as log, _interruptible():
@@ -64,23 +64,23 @@ def run(
                     ran[part] = run_part(part, out, share * (end - time.monotonic()), mode, log, wait)
                 except Exception as error:  # a fault of this file costs one part
                     ran[part] = Ran(trouble=timing.reason(error))
-                wait = 0.0 if "BUSY" in ran[part].idle else wait  # a process that stayed so long will stay
+                wait = 0.0 if "BUSY" in ran[part].idle else wait  # a process that has stayed this long will stay
                 say(summary.line(part, ran[part]))
                 _summarise(out, ran, chosen)
         except KeyboardInterrupt:
-            say("interrupted: what there is stays")
+            say("interrupted: the files so far are kept")
     say(f"\n{_summarise(out, ran, chosen)}")
     if set(ran) != set(chosen):
         return 1
     if mode.plant:
         found = [f"{part}: {text}" for part, one in ran.items() for text in _beyond_the_faults(part, one, out)]
-        say("\n".join(found) or "the faults cost what they befell, and nothing else")
+        say("\n".join(found) or "each fault cost its own number, and nothing else")
         return 1 if found else 0
     return 0 if all(one.clean for one in ran.values()) else 1
 
 
 def _summarise(out: Path, ran: dict[str, Ran], chosen: Sequence[str]) -> str:
-    """Write the page. A fault in it costs the page, no part that is still to come; it becomes one of `ran`."""
+    """Write the page. A fault in it costs the page but no later part; it becomes one of `ran`."""
     try:
         page = summary.page(out, ran, chosen)
     except Exception as error:

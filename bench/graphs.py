@@ -1,4 +1,4 @@
-"""Captured CUDA graphs, which time the device without its host; and their stand-in on a CPU."""
+"""Captured CUDA graphs, which time the device without the host, and their replacement on a CPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def capture(calls: list[Callable[[], Any]]) -> Callable[[], None]:
     """The replay of a CUDA graph of `calls`, one after the other. Results are dropped, as replays overwrite them."""
     stream = _stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries set themselves up for each stream: not within the capture
+    with torch.cuda.stream(stream):  # libraries initialise for each stream, which must not be captured
         calls[0]()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # The outer block puts the stream back even if the capture fails. transformers makes an explicit mask while it is
-    # captured, which makes SDPA another one than in the call that is captured.
+    # The outer block puts the stream back even if the capture fails. During a capture, transformers makes an explicit
+    # mask, with which SDPA would run another implementation than in a normal call.
     with torch.cuda.stream(stream), uncaptured(), torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
@@ -36,7 +36,7 @@ def _stream() -> torch.cuda.Stream:
 
 @contextlib.contextmanager
 def uncaptured() -> Iterator[None]:
-    """Inside, transformers behaves as without a capture, if it is imported and checks for one."""
+    """Inside, transformers behaves as without a capture, if it is imported and checks for captures."""
     import_utils: Any = sys.modules.get("transformers.utils.import_utils")
     checks = getattr(import_utils, "is_cuda_stream_capturing", None)
     if checks is None:
@@ -50,7 +50,7 @@ def uncaptured() -> Iterator[None]:
 
 
 def play(calls: list[Callable[[], Any]]) -> Callable[[], None]:
-    """A loop in place of `capture`; RuntimeError for what a capture refuses."""
+    """A loop in place of `capture`. Raises RuntimeError for operations that a capture refuses."""
     with _NoSync():
         calls[0]()
 
@@ -62,7 +62,7 @@ def play(calls: list[Callable[[], Any]]) -> Callable[[], None]:
 
 
 class _NoSync(TorchDispatchMode):
-    """Refuses operations whose result the host would have to wait for: on a GPU, these end a capture."""
+    """Refuses operations that synchronise with the host: on a GPU, these end a capture."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive")
 

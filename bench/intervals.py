@@ -17,7 +17,7 @@ def wilson(count: int, total: int) -> Share:
 
 
 def paired(ours: Sequence[bool], theirs: Sequence[bool]) -> Share:
-    """Accuracy of `ours` less that of `theirs` on the same questions, and its 95 % interval."""
+    """Accuracy of `ours` minus that of `theirs` on the same questions, and its 95 % interval."""
     total = len(ours)
     gains = sum(a and not b for a, b in zip(ours, theirs, strict=True))
     losses = sum(b and not a for a, b in zip(ours, theirs, strict=True))

@@ -1,6 +1,6 @@
 """A suite as jobs, one number each: a fault costs one number and no other.
 
-`run` does them in this process; `bench.watch` has them done by workers, processes that may crash or hang. The result of
+`run` runs them in this process; `bench.watch` runs them in workers, processes that may crash or hang. The result of
 a job is on disk before the next one begins, in the suite's file of JSON lines: its records, or a line with "job" and
 "failed".
 """
@@ -27,16 +27,16 @@ class Job:
 
     name: str
     run: Callable[[], Sequence[Any]]  # gives records
-    limit: float = 40.0  # seconds, compiling included; a worker that takes longer hangs
+    limit: float = 40.0  # seconds, compiling included; a worker that takes longer counts as hung
 
 
 def run(
     jobs: Iterable[Job], out: Path | None, note: Callable[[dict[str, Any]], None] = lambda line: None
 ) -> tuple[list[Any], dict[str, str]]:
-    """Do the jobs; returns their records, and the reasons of those that failed, by name.
+    """Run the jobs; returns their records, and the reasons of those that failed, by name.
 
-    `note` is called when a job begins and ends. A `SystemExit` with status BROKEN ends it early: this process can do no
-    more jobs.
+    `note` is called when a job begins and ends. If this process can run no more jobs, it raises `SystemExit` with
+    status BROKEN.
     """
     records: list[Any] = []
     failed: dict[str, str] = {}
@@ -87,7 +87,7 @@ def not_done(out: Path | None, name: str, why: str) -> None:
 
 
 def work(jobs: Sequence[Job], out: Path, journal: Path, skip: int) -> None:
-    """The worker's side of `watch`: do the jobs from number `skip` on."""
+    """The worker's side of `watch`: run the jobs from number `skip` on."""
 
     def note(line: dict[str, Any]) -> None:
         if "begun" in line:

@@ -1,4 +1,4 @@
-"""`python -m bench micro`: every operation, every provider, side by side. Gate first, then the clock."""
+"""`python -m bench micro`: every operation, every provider, side by side. Each is checked, then timed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Options:
     full: bool = False  # every K with every B, rather than every K at one B and every B at one K
     rep_ms: float = 100.0
     budget: float | None = None  # seconds, after which no new number is begun
-    played: bool = False  # on a CPU: Triton in its interpreter, a loop for a CUDA graph; to rehearse, not to time
+    played: bool = False  # rehearsal on a CPU: Triton in its interpreter, a loop in place of a CUDA graph; no timing
 
 
 def chosen(what: str, names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ def sizes(work: Workload, options: Options, on_gpu: bool) -> list[tuple[int, int
 
 
 def run(options: Options, device: torch.device, out: Path | None, say: Callable[[str], None] = print) -> int:
-    """Time what `options` ask for; returns the exit status, 1 if a gate failed or a provider could not run."""
+    """Time what `options` select; returns the exit status, 1 if a check failed or a provider could not run."""
     if device.type != "cuda":
         say("no GPU: torch providers on small shapes; Triton timings need a GPU")
     start, late = time.monotonic(), 0
@@ -81,7 +81,7 @@ def run(options: Options, device: torch.device, out: Path | None, say: Callable[
 
 
 def jobs(options: Options, device: torch.device) -> list[Job]:
-    """One for each number, what matters most first: the first model, bf16, `select`."""
+    """One job for each number, the most important first: the first model, bf16, `select`."""
     on_gpu = device.type == "cuda"
     models = base.MODELS if on_gpu else base.SMALL_MODELS
     names = chosen("model", options.models, tuple(model.name for model in models))
@@ -133,12 +133,12 @@ def time_provider(
     played: bool,
     **names: str,
 ) -> list[Record]:
-    """Gate, then clock: the record of one provider on one shape.
+    """Check, then time: the record of one provider on one shape.
 
     Raises
     ------
     WrongResult
-        If it does not pass the gate.
+        If its result does not pass the check.
     """
     size = DTYPES[dtype].itemsize
     size_of_inputs = work.needs_bytes(shape, size)
@@ -160,7 +160,7 @@ def time_provider(
 
 
 def number_of_sets(size: int, device: torch.device) -> int:
-    """How many inputs of `size` bytes take turns: twice the L2 cache, and at most 0.4 of the memory."""
+    """How many inputs of `size` bytes take turns: they fill twice the L2 cache, and at most 0.4 of the memory."""
     if device.type != "cuda":
         return min(SETS[0], 2**32 // size)
     about = torch.cuda.get_device_properties(device)
@@ -173,7 +173,7 @@ def _copy(device: torch.device) -> float:
 
 
 def available(provider: str, device: torch.device, played: bool = False) -> bool:
-    """Whether a provider can run here at all: Triton's need a GPU, torch.compile on a CPU needs a C++ compiler."""
+    """Whether a provider can run here: Triton's need a GPU, torch.compile on a CPU needs a C++ compiler."""
     if provider in base.NEED_GPU:
         return device.type == "cuda" or played
     return provider != "compiled" or device.type == "cuda" or bool(shutil.which(os.environ.get("CXX", "g++")))

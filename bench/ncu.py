@@ -1,4 +1,4 @@
-"""One profile of each kernel by Nsight Compute, where it is installed: what its hardware counters say."""
+"""One profile of each kernel by Nsight Compute, where it is installed: its hardware counters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def path() -> str | None:
 
 
 def command(ncu: str, out: Path, arguments: list[str]) -> list[str]:
-    """Profile `python ARGUMENTS`: the kernels of this project alone, with the clocks as they are."""
+    """Profile `python ARGUMENTS`: only the kernels of this project, with the clocks as they are."""
     options = [
         "--clock-control",
         "none",
@@ -51,7 +51,7 @@ def command(ncu: str, out: Path, arguments: list[str]) -> list[str]:
 
 @torch.no_grad()
 def launch_once(device: torch.device, played: bool = False) -> None:
-    """Every operation once, LLaVA-1.5 in bf16 with 16 images: what is profiled."""
+    """The program that is profiled: every operation once, LLaVA-1.5 in bf16 with 16 images."""
     model = base.MODELS[0] if device.type == "cuda" else base.SMALL_MODELS[1]
     batch, keep, dtype = (16, 64, torch.bfloat16) if device.type == "cuda" else (1, 8, torch.float32)
     for op, work in WORKLOADS.items():
@@ -72,7 +72,7 @@ def profiles(out: Path) -> list[str]:
     Raises
     ------
     ValueError
-        If the file is not there, or is no table with these counters.
+        If the file does not exist, or has no table with these counters.
     """
     if not out.exists():
         raise ValueError(f"ncu wrote no {out.name}")
@@ -89,5 +89,5 @@ def profiles(out: Path) -> list[str]:
     return found
 
 
-if __name__ == "__main__":  # apart from the command line: what it imports takes longer than the kernels do
+if __name__ == "__main__":  # not a command of `bench`, whose imports take longer than the kernels
     launch_once(torch.device("cpu" if "--rehearse" in sys.argv else "cuda"), "--rehearse" in sys.argv)

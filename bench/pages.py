@@ -1,4 +1,4 @@
-"""Generated blocks of Markdown pages: what stands between the lines <!-- name --> and <!-- /name -->."""
+"""Generated blocks of Markdown pages: the text between the lines <!-- name --> and <!-- /name -->."""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ from bench.summary import Ran
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    seconds: float  # its share of the time: what it takes of nine minutes at the most
+    seconds: float  # its share of the time: the most that it takes of nine minutes
     file: str
 
 
-# What matters most comes first, should the time run out: is it right, then whole models, then single operations.
+# The most important parts come first, in case the time runs out: correctness, whole models, single operations.
 PARTS = {
     "probe": Part(30, "probe.jsonl"),
     "gate": Part(55, "gate.jsonl"),
@@ -36,12 +36,12 @@ PARTS = {
 WORKER = ("-m", "bench", "worker")  # what Python runs for a part
 TESTS_AT_ONCE = 8  # each is a process with a GPU context of half a GiB
 TEST_LIMIT = 100.0
-REHEARSED = ("ops/test_compact.py", "test_config.py")  # all of the first, and what the selection leaves of the other
+REHEARSED = ("ops/test_compact.py", "test_config.py")  # the GPU tests in these
 
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """How to run the parts. `rehearse` plays them on a CPU, in miniature; `plant` puts faults into them."""
+    """How to run the parts. `rehearse` runs them on a CPU, in miniature; `plant` puts faults into them."""
 
     rehearse: bool = False
     plant: bool = False
@@ -54,7 +54,7 @@ class Mode:
     def environment(self) -> dict[str, str | None]:
         """Variables for workers, tests and profiles; None unsets one."""
         variables = {"HF_HUB_OFFLINE": "1", "VTC_BACKEND": None, "TRITON_INTERPRET": None}
-        if self.rehearse:  # one thread: several wait for one another where others use the processor
+        if self.rehearse:  # several threads would wait for one another on a busy processor
             variables |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         return variables
 
@@ -85,7 +85,7 @@ def work(part: str, out: Path, journal: Path, skip: int, mode: Mode) -> None:
     """The worker's side: the jobs of a part from number `skip` on."""
     device = torch.device("cpu" if mode.rehearse else "cuda")
     made = part_jobs(part, device, mode.rehearse)
-    if mode.rehearse:  # a CPU that others use, too, is no GPU
+    if mode.rehearse:  # a CPU is slower, and others may use it
         made = [dataclasses.replace(job, limit=8 * job.limit) for job in made]
     jobs.work(faults.plant(made) if mode.plant else made, out, journal, skip)
 
@@ -106,7 +106,7 @@ def part_jobs(part: str, device: torch.device, played: bool) -> list[Job]:
 
 
 def _ncu(path: str, out: Path, end: float, mode: Mode, log: IO[str]) -> str | None:
-    """Profile each kernel once; returns why not, if not."""
+    """Profile each kernel once; returns the reason if that failed, else None."""
     with checkout.packages(environment=mode.environment) as options:
         command = ncu.command(path, out, ["-m", "bench.ncu", *mode.options])
         process = processes.Group(command, log, **options)
@@ -120,7 +120,7 @@ def _ncu(path: str, out: Path, end: float, mode: Mode, log: IO[str]) -> str | No
 
 
 def _tests(out: Path, end: float, mode: Mode, log: IO[str]) -> str | None:
-    """Run the tests that use the GPU; returns why there are no results of some, if so."""
+    """Run the tests that use the GPU; returns the reason if some have no results, else None."""
     many = ["-n", str(2 if mode.rehearse else TESTS_AT_ONCE), "--max-worker-restart", "10000"]  # one for each bad test
     many = many if importlib.util.find_spec("xdist") else []
     arguments = ["-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.pytest_log"]

@@ -17,8 +17,8 @@ THEMES = {"light": "default", "dark": "dark_background"}
 def draw(records: list[Record], stem: Path) -> list[Path]:
     """Write `<stem>-light.svg` and `<stem>-dark.svg`: a panel per op, a line per backend, batch sizes along x.
 
-    The first model and dtype of the records, and one K. Times are absolute if they come from a GPU. Otherwise they are
-    divided by that of the op's first backend: a CPU's microseconds say nothing about anybody else's.
+    It shows the first model and dtype of the records, and one K. Times from a GPU are absolute. Times from a CPU, which
+    say nothing about other CPUs, are divided by that of the op's first backend.
 
     Raises
     ------
@@ -46,7 +46,7 @@ def draw(records: list[Record], stem: Path) -> list[Path]:
 def draw_quality(records: list[Quality], stem: Path) -> list[Path]:
     """Write `<stem>-light.svg` and `<stem>-dark.svg`: accuracy over the tokens left, a line per method, 95 % intervals.
 
-    The first record is that of all tokens, a line across.
+    The first record is that of all tokens, drawn as a horizontal line.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def _save(stem: Path, paint: Callable[[Any], None]) -> list[Path]:
 
 
 def _keep(records: list[Record]) -> int:
-    """The K that most records have, for a plot has room for one."""
+    """The K that most records have, because a plot has room for one."""
     keeps = [r.shape["K"] for r in records if "K" in r.shape]
     return max(sorted(set(keeps)), key=keeps.count, default=64)
 

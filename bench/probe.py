@@ -76,7 +76,7 @@ def which_sdpa(device: torch.device, *, queries: int, keys: int, heads: int, fea
 
 
 def new_lengths(device: torch.device) -> list[float]:
-    """Milliseconds of SDPA for one new token, at ten lengths of the cache that none had before."""
+    """Milliseconds of SDPA for one new token, at ten lengths of the cache that were not used before."""
     times = []
     for length in range(601, 611):
         query = torch.randn(1, 32, 1, 128, device=device, dtype=torch.float32).to(torch.bfloat16)
@@ -100,7 +100,7 @@ def launch_triton(device: torch.device) -> float:
 
 
 def _host_us(call: Callable[[], Any], device: torch.device) -> float:
-    """Microseconds of the host for one call, of 200 that the device need not finish in between."""
+    """Microseconds of the host for one call: the mean of 200 calls without synchronising in between."""
     count = 200 if device.type == "cuda" else 3
     call()
     timing.synchronize(device)

@@ -1,4 +1,4 @@
-"""Processes that can be ended with all that they started, and a GPU that is seen idle."""
+"""Processes that can be ended together with their children, and waiting for an idle GPU."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-GRACE = 5.0  # seconds to write what there is, before the end for good
+GRACE = 5.0  # seconds to write results after an interrupt, before the kill
 
 
 class Group:
-    """A command in a process group of its own. What it and its children print goes to `log`."""
+    """A command in a process group of its own. Its output and that of its children go to `log`."""
 
     def __init__(self, command: list[str], log: IO[str], **options: Any) -> None:
         self._process = subprocess.Popen(
@@ -27,14 +27,14 @@ class Group:
         return self._process.poll()
 
     def wait(self, seconds: float) -> int | None:
-        """The exit status, or None if the command still runs after so long."""
+        """The exit status, or None if the command still runs after `seconds`."""
         try:
             return self._process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
             return None
 
     def end(self, grace: float = GRACE) -> None:
-        """Interrupt the group (Ctrl-C), and kill what is left of it after `grace` seconds.
+        """Interrupt the group (Ctrl-C), and kill the processes that are left after `grace` seconds.
 
         A command that has ended by itself may have left children behind: these are ended, too.
         """
@@ -67,7 +67,7 @@ def _running_groups() -> set[int]:
 
 
 def wait_until_idle(seconds: float, running: Callable[[], list[str] | None] | None = None, pause: float = 0.5) -> str:
-    """Wait until no process but this one is on the GPU; returns what was seen, "idle" if that is so.
+    """Wait until no process but this one is on the GPU; returns "idle", or what else was found.
 
     `running` gives the process ids, or None where they cannot be known; by default it asks nvidia-smi.
     """

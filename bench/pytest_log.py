@@ -1,8 +1,8 @@
-"""A pytest plugin: every result on disk as it comes, no test that hangs, no worker that goes on with a broken GPU.
+"""A pytest plugin: writes every result to disk at once, and ends tests that hang and workers with a broken GPU.
 
 `pytest -p bench.pytest_log --log-json FILE --test-limit SECONDS [--gpu-tests]`. A line of FILE is a test with its
 outcome, its seconds, and the reason if it failed; one like ``{"collected": 812}`` comes first. With pytest-xdist, a
-worker that hangs or breaks is ended, and another one goes on with the next test.
+worker that hangs or breaks is ended, and another one continues with the next test.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> Any:
-    result = yield  # a worker has told the others by now
+    result = yield  # by now a worker has sent its report
     if report.failed and "PYTEST_XDIST_WORKER" in os.environ and not jobs.works():
         os._exit(jobs.BROKEN)
     return result

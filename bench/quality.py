@@ -26,7 +26,7 @@ from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 KEEPS = (288, 192, 128, 64, 32, 16)
 BASELINE = "vtc-cls"  # every other method is compared with it, on the same questions
 IN_LANGUAGE_MODEL = {"prune_layer": DEFAULT_PRUNE_LAYER}  # the baseline also runs inside the language model
-FIXED_BUDGET = ("prumerge",)  # finds its own number of tokens, whatever keep says, and so runs once
+FIXED_BUDGET = ("prumerge",)  # ignores `keep`, and so runs once
 SWEEP_KEEP = 64
 Setting = tuple[str, dict[str, Any], Sequence[int]]  # a method, its options, and the numbers of tokens
 
@@ -35,20 +35,20 @@ Setting = tuple[str, dict[str, Any], Sequence[int]]  # a method, its options, an
 class Quality(Provenance):
     """One method at one number of visual tokens, on the same questions as all others of its run.
 
-    Shares come with the low and the high end of a 95 % interval: Wilson's for proportions; for `difference`, which is
-    paired, the normal one. None where there is nothing to compare with.
+    Shares have the low and the high end of a 95 % interval: Wilson's for proportions, the normal one for `difference`,
+    which is paired. They are None if there is nothing to compare with.
     """
 
     method: str  # "all tokens" for the model without compression
     options: dict[str, Any]  # of `vtc.compress`, besides the method and keep
-    keep: int  # asked for
-    tokens: float  # left per image, on average
+    keep: int  # the setting
+    tokens: float  # actually kept per image, on average
     questions: int
     split: str
     accuracy: Share
     families: dict[str, Share]
     agreement: Share | None  # with the answers of all tokens
-    difference: Share | None  # accuracy less that of `BASELINE` at as many tokens
+    difference: Share | None  # accuracy minus that of `BASELINE` with the same `keep`
     checkpoint: str  # SHA-256 of the bundled model's weights, first 12 digits
 
     @property
@@ -104,7 +104,7 @@ def run(
     def keep_record(answers: Answers, full: Answers | None, against: Answers | None, **setting: Any) -> None:
         records.append(_record(questions, answers, full, against, **common, **setting))
         say(f"{records[-1].name} {records[-1].keep}: {percent(records[-1].accuracy)}")
-        if out:  # one by one: what has been measured stays if the rest is cut short
+        if out:  # one by one, so that an interrupted run keeps its records
             record.append(out, records[-1:])
 
     if out:
@@ -158,7 +158,7 @@ def answers_by_keep(
 
 @torch.no_grad()
 def _tower_outputs(model: Any, pixel_values: torch.Tensor, config: VTCConfig) -> Any:
-    """What the vision tower leaves of the images [B, 3, height, width]; it does not depend on `config.keep`."""
+    """The vision tower's outputs for the images [B, 3, height, width]; they do not depend on `config.keep`."""
     with open_block(model.base_model, config):
         settings = Settings.of(model)
         return run_tower(settings, pixel_values, plan_of(settings, views=pixel_values))

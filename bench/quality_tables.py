@@ -28,12 +28,12 @@ def tables(records: list[Quality]) -> str:
 
 
 def _tokens(r: Quality) -> str:
-    """The number of tokens that were left, where it is not the number asked for."""
+    """The number of tokens that were kept, if it differs from `keep`."""
     return "" if abs(r.tokens - r.keep) < 0.5 else f" ({r.tokens:.0f} tokens)"
 
 
 def _families(records: list[Quality]) -> str:
-    columns = ["method", "all", *FAMILIES, "agreement with all tokens", f"less {BASELINE}, paired"]
+    columns = ["method", "all", *FAMILIES, "agreement with all tokens", f"minus {BASELINE}, paired"]
     shares = [(r.accuracy, *map(r.families.get, FAMILIES), r.agreement, r.difference) for r in records]
     rows = [
         [r.name + _tokens(r), *(percent(share) if share else "" for share in row)]
@@ -44,12 +44,12 @@ def _families(records: list[Quality]) -> str:
 
 def verdict(records: list[Quality]) -> str:
     """One sentence: which records differ from the baseline by more than chance."""
-    groups: dict[str, list[str]] = {"worse": [], "better": [], "not told apart": []}
+    groups: dict[str, list[str]] = {"worse": [], "better": [], "no clear difference": []}
     for r in records:
         if r.difference is None:
             continue
         _, low, high = r.difference
-        groups["worse" if high < 0 else "better" if low > 0 else "not told apart"].append(r.name)
+        groups["worse" if high < 0 else "better" if low > 0 else "no clear difference"].append(r.name)
     parts = [f"{group}: {', '.join(names)}" for group, names in groups.items() if names]
     against = f"Against {BASELINE} on the same questions (95 %, paired, each comparison on its own)"
     return f"{against}: {'; '.join(parts)}."

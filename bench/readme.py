@@ -1,6 +1,6 @@
-"""`python -m bench readme`: every generated block of every document, made from the code and from the records.
+"""`python -m bench readme`: rewrite every generated block of every document, from the code and from the records.
 
-A block stands between the lines `<!-- name -->` and `<!-- /name -->` of a page. `MAKERS` has a function for each name.
+A block lies between the lines `<!-- name -->` and `<!-- /name -->` of a page. `MAKERS` has a function for each name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vtc.hf.towers import TOWERS
 from vtc.methods import METHODS, PLACES, Method
 
 FOLDERS = (".github", "kernels", "vtc", "bench", "tests")  # where documents are, besides the top level
-PARTS = {  # of `python -m bench gpu`: what each tells
+PARTS = {  # of `python -m bench gpu`: what each measures
     "probe": "versions, copy and matmul rates, which SDPA runs where, the host's time for a launch",
     "gate": "whether each operation is right at LLaVA's shapes, in three dtypes, against float64, "
     "with the same bits in every run",
@@ -43,17 +43,17 @@ def documents(root: Path = ROOT) -> list[Path]:
 
 
 def blocks(page: Path) -> dict[str, str]:
-    """What stands in the marked blocks of a page, by name."""
+    """The text of the generated blocks of a page, by name."""
     return dict(re.findall(r"^<!-- (\w+) -->\n(.*?)^<!-- /\1 -->$", page.read_text(encoding="utf-8"), re.M | re.S))
 
 
 def rewrite(root: Path = ROOT) -> list[Path]:
-    """Make every block of every page anew; returns the pages that changed.
+    """Rewrite every block of every page; returns the pages that changed.
 
     Raises
     ------
     ValueError
-        If a page has a block that nothing makes, or an operation lacks one of its namesakes.
+        If a page has a block without a maker, or an operation lacks one of its files.
     """
     changed = []
     for page in documents(root):
@@ -75,7 +75,7 @@ def link(page: Path, target: str, text: str) -> str:
 
 
 def plain(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table that is not aligned: one cell does not widen all others."""
+    """A Markdown table that is not aligned, so that one long cell does not widen all others."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
 
 
@@ -85,7 +85,7 @@ def kernels(page: Path) -> str:
     Raises
     ------
     ValueError
-        If an operation lacks one of its namesakes.
+        If an operation lacks one of its files.
     """
     rows = []
     for op in ops.OPS:
@@ -218,7 +218,7 @@ def recipe(page: Path) -> str:
 
 
 def results(page: Path) -> str:
-    """The table of accuracies alone."""
+    """Only the table of accuracies."""
     return card.accuracy_table(quality.read(card.RECORDS))
 
 
@@ -235,7 +235,7 @@ def first_tokens(page: Path) -> str:
 def parts(page: Path) -> str:
     """The parts of `python -m bench gpu`, with the seconds that each gets at most."""
     rows = [[f"`{name}`", str(part.seconds), PARTS[name]] for name, part in gpu.PARTS.items()]
-    return plain(["part", "seconds at most", "what it tells"], rows)
+    return plain(["part", "seconds at most", "what it measures"], rows)
 
 
 MAKERS: dict[str, Callable[[Path], str]] = {

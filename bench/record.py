@@ -24,7 +24,7 @@ PACKAGES = Path(vtc.__file__).resolve().parent.parent  # of the checkout that is
 
 @dataclasses.dataclass(kw_only=True)
 class Provenance:
-    """What is needed to judge or repeat a number: the device, the versions, the revision that ran, and the time."""
+    """The facts needed to judge or repeat a number: the device, the versions, the revision that ran, and the time."""
 
     device: str
     gpu: str | None
@@ -47,10 +47,10 @@ class Record(Provenance):
     shape: dict[str, int]
     dtype: str
     backend: str  # the provider, or the variant
-    ms_20: float  # from the call to the end of its work, the host's part included
+    ms_20: float  # from the call to the end of its work, host time included
     ms_50: float
     ms_80: float
-    device_ms_20: float | None  # the device's work alone: replays of a captured graph
+    device_ms_20: float | None  # device time only: replays of a captured graph
     device_ms_50: float | None
     device_ms_80: float | None
     no_device_ms: str | None  # why there is none
@@ -60,14 +60,14 @@ class Record(Provenance):
     copy_share: float
     peak_bytes: int | None
     sdpa: str | None  # which of SDPA's implementations ran
-    # How many times as long the stock model takes, the host's part included, of samples taken in turn.
+    # The stock model's time divided by this one, host time included, of samples taken in turn.
     speedup_20: float | None = None
     speedup_50: float | None = None
     speedup_80: float | None = None
 
     @property
     def ms(self) -> float:
-        """The median that comparisons go by: the device's where there is one."""
+        """The median that comparisons use: the device's if there is one."""
         return self.ms_50 if self.device_ms_50 is None else self.device_ms_50
 
 
@@ -75,7 +75,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 
 
 def make(*, times: Times, moved: int, copy: float, device: torch.device, **rest: Any) -> Record:
-    """A record of what was measured."""
+    """A record of measured times."""
     low, middle, high = times.device or (None, None, None)
     slow, typical, fast = times.speedup or (None, None, None)
     rate = moved / (middle or times.host[1]) / 1e6
@@ -136,7 +136,7 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
 
 
 def append(path: Path, records: Sequence[Any]) -> None:
-    """Add records, of this or another dataclass, or lines of a file of JSON lines that are dicts already."""
+    """Append records, of this or another dataclass, or dicts, to a file of JSON lines."""
     made = [r if isinstance(r, dict) else dataclasses.asdict(r) for r in records]
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in made)
     with path.open("a+b") as file:
@@ -148,7 +148,7 @@ def append(path: Path, records: Sequence[Any]) -> None:
 
 
 def read(path: Path, kind: type = Record) -> list[Any]:
-    """The records, of the dataclass `kind`, that `append` has written; see `failures` for what has none."""
+    """The records, of the dataclass `kind`, that `append` has written; `failures` has the jobs without one."""
     return [kind(**line) for line in lines(path) if "failed" not in line]
 
 
@@ -158,7 +158,7 @@ def failures(path: Path) -> dict[str, str]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that may not be there, and whose last line may have been cut off while it was written."""
+    """The lines of a file that may not exist, and whose last line may be incomplete."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -167,7 +167,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def version(name: str) -> str | None:
-    """Of an installed distribution."""
+    """The version of an installed distribution, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

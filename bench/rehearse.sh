@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Plays `bench gpu`, and runs the tests, on a CPU with the versions of a GPU machine (bench/machine.txt).
+# Rehearses `bench gpu`, and runs the tests, on a CPU with the versions of a GPU machine (bench/machine.txt).
 #
 #     bench/rehearse.sh DIR [STEP…]
 #
-# DIR keeps the environment (5 GB, for torch comes with CUDA) and what each step printed. The machine's transformers is
-# older than VTC supports, so a newer one is put before it, as one carries it there. Steps, by default all:
+# DIR keeps the environment (5 GB, because torch includes CUDA) and the output of each step. The machine's transformers
+# is older than VTC supports, so a newer one comes before it on Python's path. Steps, by default all:
 #   environment  Python 3.12 with those versions; the project installed as on a machine without a network
 #   gpu          the rehearsal: must end without a failure
-#   faults       the rehearsal with faults planted: must lose what they befall and nothing else
+#   faults       the rehearsal with planted faults: each must cost its own number and nothing else
 #   tests        the test suite
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -94,7 +94,7 @@ def first_tokens(records: list[Record]) -> str:
         tokens = name.removeprefix("vtc ")
         called = [found["first token", name, batch].speedup_50 for batch in batches]
         alone = [_as_graphs(found, "sdpa", batch) / _as_graphs(found, name, batch) for batch in batches]
-        for kind, ratios in (("model(...)", called), ("the GPU's work alone", alone)):
+        for kind, ratios in (("model(...)", called), ("GPU time only", alone)):
             rows.append([tokens, kind, *(f"{ratio:.2f}x" for ratio in ratios)])
     return table.markdown(["tokens", "what is timed", *(f"B = {batch}" for batch in batches)], rows)
 

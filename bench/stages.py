@@ -23,7 +23,7 @@ NEW_TOKENS = 16
 
 
 def build(device: torch.device, image_size: int = 336) -> tuple[str, str, LlavaForConditionalGeneration]:
-    """Name, dtype and model: LLaVA-1.5-7B with random weights; on a CPU a small one, its images of 576 tokens, too."""
+    """Name, dtype and model: LLaVA-1.5-7B with random weights; on a CPU a small model, also with 576 visual tokens."""
     on_gpu = device.type == "cuda"
     wide = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
     slim = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=2)
@@ -41,7 +41,7 @@ def build(device: torch.device, image_size: int = 336) -> tuple[str, str, LlavaF
 
 
 def shared_copy(module: Any) -> Any:
-    """A model of its own, configuration included, with the very tensors of `module`."""
+    """A copy of `module`, configuration included, that shares its tensors."""
     return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
@@ -58,7 +58,7 @@ def make_inputs(model: LlavaForConditionalGeneration, batch: int, text_tokens: i
 
 
 class Stages:
-    """The stages of one model on one batch as calls that can be timed; `model` compresses already, or does not."""
+    """The stages of one model on one batch as calls that can be timed. The caller switches compression on or off."""
 
     def __init__(self, model: LlavaForConditionalGeneration, inputs: dict[str, Tensor], keep: int | None) -> None:
         self.model, self.base, self.inputs, self.keep = model, model.model, inputs, keep
@@ -80,7 +80,7 @@ class Stages:
         self.prompt = [(layer.keys, layer.values) for layer in self.cache.layers]
 
     def call(self, stage: str) -> tuple[Callable[[], Any], int]:
-        """What a stage calls, and the bytes it has to read or write at least: mostly its weights, once."""
+        """The call of a stage, and the bytes that it must read or write at least: mostly its weights, once."""
         base, size = self.base, self.model.dtype.itemsize
         language = _nbytes(base.language_model) + _nbytes(self.model.lm_head)
         everything = _nbytes(self.model)
@@ -125,7 +125,7 @@ class Stages:
     def decode(self) -> Tensor:
         """One token on top of the prompt; afterwards the cache has the prompt's own tensors again.
 
-        A graph's replays read them, so they must not be those that the capture has made.
+        Replays of a graph read these tensors, so they must not be the ones made during the capture.
         """
         try:
             return self.model.lm_head(self.language(self.token, self.cache).last_hidden_state)
@@ -177,7 +177,7 @@ def _nbytes(module: torch.nn.Module) -> int:
 
 
 def _close(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raise unless the difference's norm is within 16 units of rounding of the norm: layers add up their roundings."""
+    """Raise unless the difference's norm is within 16 units of rounding of the norm: layers accumulate rounding."""
     eps = torch.finfo(dtype or expected.dtype).eps
     error = ((actual - expected).double().norm() / expected.double().norm()).item()
     if not error <= 16 * eps:

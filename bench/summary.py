@@ -1,4 +1,4 @@
-"""The last page of `bench gpu`, read in a minute: what is right, wrong, fast, slow, and not reached."""
+"""The summary page of `bench gpu`: what is right, wrong, fast, slow, and not reached."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MOST_LINES = 30  # of one section
 
 @dataclasses.dataclass
 class Ran:
-    """What became of one part."""
+    """The result of one part."""
 
     idle: str = "idle"  # whether the GPU was, before it began
     outcome: Outcome | None = None  # of parts that are made of jobs
     failed: dict[str, str] = dataclasses.field(default_factory=dict)  # jobs or tests, and the reason
     trouble: str | None = None
-    note: str | None = None  # what is no trouble
+    note: str | None = None  # a remark that is not trouble
     seconds: float = 0.0
     allowed: float = 0.0
 
@@ -44,7 +44,7 @@ class Tests:
 
 
 def tests(path: Path) -> Tests:
-    """What `bench.pytest_log` has written. A test that failed, and whose worker then ended, is there twice."""
+    """The results that `bench.pytest_log` has written. A test that failed and then ended its worker is there twice."""
     found = Tests()
     outcomes: dict[str, str] = {}
     for one in record.lines(path):
@@ -66,7 +66,7 @@ def _because(reason: str) -> str:
 
 
 def line(part: str, ran: Ran) -> str:
-    """One line about a part that is over."""
+    """One line about a part that has ended."""
     text = f"{part}: {ran.seconds:.0f} of {ran.allowed:.0f} s"
     if ran.outcome:
         text += f", {ran.outcome.done} of {len(ran.outcome.names)} done"
@@ -77,7 +77,7 @@ def line(part: str, ran: Ran) -> str:
 
 
 def page(out: Path, ran: dict[str, Ran], chosen: Sequence[str]) -> str:
-    """The page, from the files of a folder and from what became of each part."""
+    """The page, from the files of a folder and from the result of each part."""
     probed = {one["probe"]: one["value"] for one in record.lines(out / "probe.jsonl") if "probe" in one}
     single = record.read(out / "micro.jsonl")
     whole = record.read(out / "e2e.jsonl")
@@ -169,7 +169,7 @@ def _named(r: Record) -> str:
 
 
 def _counters(out: Path, ran: dict[str, Ran]) -> list[str]:
-    """What was profiled, also by an ncu that was ended; why nothing was is among what is wrong."""
+    """The profiles, also of an ncu that was ended early. `_wrong` has the reason if there are none."""
     if "ncu" not in ran or ran["ncu"].note:
         return []
     try:

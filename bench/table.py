@@ -1,4 +1,4 @@
-"""Tables of records, Markdown that is readable in a terminal. Nothing is filtered: losses are rows like others."""
+"""Tables of records, as Markdown that is readable in a terminal. Nothing is filtered out, losses included."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def case(record: Record) -> tuple[Any, ...]:
-    """What records have in common that stand side by side: all but the number of visual tokens, a variant's own."""
+    """The key of records to compare: everything but the number of visual tokens, which differs between variants."""
     shape = tuple((name, size) for name, size in record.shape.items() if name != "visual")
     return (record.op, record.model, record.dtype, shape)
 

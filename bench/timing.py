@@ -1,4 +1,4 @@
-"""How long a call takes, with its host and on the device alone; how much memory; which attention it runs."""
+"""How long a call takes, host time included and on the device only; how much memory; which attention it runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLES = 7  # at least: with fewer, three quantiles say nothing
 MOST_SAMPLES = 200
 BUSY_CYCLES = 400_000  # a fifth of a millisecond or so
 
-spoiled = False  # a capture has failed: PyTorch's allocator may be left within it, so another process should go on
+spoiled = False  # a capture has failed: PyTorch's allocator may still be in it, so another process should continue
 
 Quantiles = tuple[float, float, float]
 
@@ -27,10 +27,10 @@ Quantiles = tuple[float, float, float]
 class Times:
     """Milliseconds of one call, the 20, 50 and 80 % quantiles of at least `SAMPLES` samples."""
 
-    host: Quantiles  # from the call to the end of its work, the host's part included, as a user sees it
-    device: Quantiles | None  # the device's work alone: replays of a captured graph
-    why: str | None = None  # there is no device time
-    speedup: Quantiles | None = None  # how many times as long `other` takes, the host's part included
+    host: Quantiles  # from the call to the end of its work, host time included, as a user sees it
+    device: Quantiles | None  # device time only: replays of a captured graph
+    why: str | None = None  # the reason if there is no device time
+    speedup: Quantiles | None = None  # the time of `other` divided by this one, host time included
 
 
 def measure(
@@ -45,11 +45,11 @@ def measure(
     """Time one call, given as several `calls` of it over inputs in different memory, which take turns.
 
     Each of the two times is measured for about `rep_ms` milliseconds after a warm-up. The device's time is that of a
-    captured graph: no host is in it. Without a GPU there is none, or, if it is `played`, a loop stands in for the graph
-    and refuses what a capture would refuse. A call that cannot be captured has no device time, and `why` says so; where
-    that is known, `not_captured` is the reason, and no capture is tried.
+    captured graph, without the host. Without a GPU there is no device time. With `played`, a loop replaces the graph
+    and refuses the operations that a capture refuses. A call that cannot be captured has no device time, and `why` has
+    the reason. If that is known beforehand, pass the reason as `not_captured`, and no capture is tried.
 
-    `other` times what the call is compared with, once. The two take turns: a host may be much slower a second later.
+    `other` times the call to compare with, once. The two take turns, because a host may be much slower a second later.
     """
     calls = list(calls)
     for call in calls:  # compiles, fills caches; a capture allows neither
@@ -102,7 +102,7 @@ def host_ms(call: Callable[[], Any], device: torch.device) -> float:
 def _host_ms(
     calls: list[Callable[[], Any]], device: torch.device, rep_ms: float, other: Callable[[], float] | None
 ) -> tuple[Quantiles, Quantiles | None]:
-    """Of one call; and how many times as long `other` takes, of pairs of samples."""
+    """Milliseconds of one call; and the time of `other` divided by it, from pairs of samples."""
     turns = itertools.cycle(calls)
     if other is None:
         return _quantiles(_samples(lambda: host_ms(next(turns), device), rep_ms)), None
@@ -119,7 +119,7 @@ def _host_ms(
 
 
 def _device_ms(replay: Callable[[], Any], count: int, device: torch.device, rep_ms: float) -> Quantiles:
-    """Of one of the `count` calls that a replay makes."""
+    """Milliseconds of one of the `count` calls in a replay."""
     replay()
 
     def sample() -> float:
@@ -128,7 +128,7 @@ def _device_ms(replay: Callable[[], Any], count: int, device: torch.device, rep_
             replay()
             return (time.perf_counter() - start) * 1e3
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(BUSY_CYCLES)  # the launch of the graph is over before the GPU comes to `begin`
+        torch.cuda._sleep(BUSY_CYCLES)  # the graph is launched before the GPU reaches `begin`
         begin.record()
         replay()
         end.record()
@@ -145,7 +145,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def _flush(device: torch.device) -> None:
-    """Put the GPU's L2 cache out of the way, and wait."""
+    """Overwrite the GPU's L2 cache, and synchronise."""
     if device.type == "cuda":
         _flushed(device).zero_()
         torch.cuda.synchronize(device)
@@ -157,7 +157,7 @@ def _flushed(device: torch.device) -> torch.Tensor:
 
 
 def copy_gb_per_s(device: torch.device) -> float:
-    """Bandwidth of a plain copy, read and written bytes together: what memory-bound work is measured against."""
+    """Bandwidth of a plain copy, read and written bytes together: the yardstick for memory-bound work."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**22, device=device)
     target = torch.empty_like(source)
     times = measure([lambda: target.copy_(source)], device)
@@ -165,7 +165,7 @@ def copy_gb_per_s(device: torch.device) -> float:
 
 
 def matmul_tflop_per_s(device: torch.device) -> float:
-    """A large bf16 matrix product of random numbers: what arithmetic is measured against."""
+    """Speed of a large bf16 matrix product of random numbers: the yardstick for arithmetic."""
     size = 8192 if device.type == "cuda" else 256
     a, b = torch.randn(2, size, size, device=device, dtype=torch.float32).to(torch.bfloat16)
     times = measure([lambda: a @ b], device)
@@ -173,7 +173,7 @@ def matmul_tflop_per_s(device: torch.device) -> float:
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
-    """The most memory a call holds beyond what is allocated before it; None on a CPU, where nothing counts it."""
+    """The most memory that a call allocates beyond what was allocated before; None on a CPU, which has no counter."""
     if device.type != "cuda":
         return None
     before = torch.cuda.memory_allocated(device)
@@ -196,7 +196,7 @@ SDPA = {
 def sdpa_backend(function: Callable[[], Any]) -> str | None:
     """Which of SDPA's implementations a call ran, several joined by " + "; None if it did not call SDPA.
 
-    What PyTorch dispatched to, not what it was asked for: its choice depends on version, device, shape and strides.
+    This is the implementation that PyTorch chose, which depends on version, device, shape and strides.
     """
     from torch.profiler import ProfilerActivity, profile
 

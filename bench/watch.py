@@ -1,4 +1,4 @@
-"""See a suite's jobs through in worker processes, which may crash or hang: each fault costs one number."""
+"""Run a suite's jobs in worker processes, which may crash or hang: each fault costs one number."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TIME_IS_UP = "the time is up"
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a suite's jobs."""
+    """The results of a suite's jobs."""
 
     names: list[str] = dataclasses.field(default_factory=list)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)  # name to reason
     left: list[str] = dataclasses.field(default_factory=list)  # not reached
-    trouble: str | None = None  # why the rest was not done, other than for want of time
+    trouble: str | None = None  # why the rest was not done, unless the time was up
 
     @property
     def done(self) -> int:
@@ -41,7 +41,7 @@ def watch(
     environment: Mapping[str, str | None] | None = None,
     start_limit: float = 60.0,
 ) -> Outcome:
-    """Have a suite's jobs done by workers, until all are or the clock (`time.monotonic`) shows `end`.
+    """Run a suite's jobs in workers, until all are done or the clock (`time.monotonic`) shows `end`.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def watch(
     out : Path
         The suite's file.
     log : file
-        What workers print goes there.
+        The workers' output goes there.
     environment : mapping
         Variables for the workers; None unsets one.
     start_limit : float
@@ -93,7 +93,7 @@ class _Worker:
         self._cut_off = ""  # of the journal, a line that is being written
 
     def follow(self, end: float, start_limit: float, environment: Mapping[str, str | None]) -> str:
-        """Start it and see it through; returns why it stopped."""
+        """Start it and follow it to its end; returns why it stopped."""
         with tempfile.TemporaryDirectory() as folder, checkout.packages(environment=environment) as options:
             journal = Path(folder) / "journal"
             journal.touch()
@@ -112,10 +112,10 @@ class _Worker:
                     self._read(lines)
             finally:
                 process.end()
-        return f"the worker died: {_told(status)}"
+        return f"the worker died: {_exit_reason(status)}"
 
     def _read(self, lines: IO[str]) -> bool:
-        """Take in what is new in the journal; whether there was anything."""
+        """Read the new lines of the journal; returns whether there were any."""
         *new, self._cut_off = (self._cut_off + lines.read()).split("\n")
         for line in map(json.loads, new):
             self.names = line.get("jobs", self.names)
@@ -125,7 +125,7 @@ class _Worker:
         return bool(new)
 
 
-def _told(status: int) -> str:
+def _exit_reason(status: int) -> str:
     if status >= 0:
         return f"exit status {status}"
     return f"signal {signal.Signals(-status).name}"

@@ -3,7 +3,7 @@
 Streaming softmax, as in flash attention: a program holds a block of query rows and walks over the blocks of keys with a
 running maximum and a running sum. The program with the [CLS] query in its block writes that row's logits as it goes.
 Their maximum and sum are known at the end, so the same program turns them into probabilities in place: no N x N matrix,
-no second reading of the keys, no atomics, and the same inputs give the same bits.
+no second read of the keys, no atomics, and the same inputs give the same bits.
 
 In fp32 the probabilities come from the kernels of `row_scores`, which are more exact there.
 """
@@ -18,7 +18,7 @@ from vtc_kernels.row_scores import row_probabilities
 
 
 def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Launch the kernel; in fp32 those of `row_scores`, too. D <= 256, for a program holds whole queries."""
+    """Launch the kernel; in fp32 those of `row_scores`, too. D <= 256, because a program holds whole queries."""
     num_images, num_heads, num_tokens, num_features = query.shape
     scale = num_features**-0.5 if scale is None else float(scale)
     out = torch.empty((num_images, num_tokens, num_heads, num_features), dtype=value.dtype, device=value.device)
@@ -104,21 +104,22 @@ def _cls_attention_kernel(
     Parameters
     ----------
     query_ptr, key_ptr, value_ptr : fp32 | fp16 | bf16 [B, H, N, D]
-        Strides between images, heads, tokens and features. Logits, maxima and sums are fp32. Products of 16-bit
-        operands are summed in fp32, for which probabilities are rounded to the values' dtype; those of fp32 operands
-        are IEEE. With WIDEN, 16-bit operands become fp32, too: Triton's interpreter has no bfloat16 arithmetic.
+        Strides between images, heads, tokens and features. Logits, maxima and sums are fp32. Probabilities are rounded
+        to the values' dtype before their product with the values. Products of 16-bit operands are summed in fp32; those
+        of fp32 operands are IEEE. With WIDEN, 16-bit operands become fp32, too: Triton's interpreter has no bfloat16
+        arithmetic.
     out_ptr : same dtype [B, N, H, D], contiguous
         Written, each element once.
     cls_probs_ptr : fp32 [B, H, N]
         Strides between images, heads and tokens. Written: first logits, then probabilities. As in `torch.softmax`, a
-        logit of -inf has the probability 0; a row with NaN or inf among its logits is NaN, and so is one of nothing
-        but -inf. The same holds for the rows behind `out`.
+        logit of -inf has the probability 0; a row with a NaN or inf logit is NaN, and so is a row whose logits are all
+        -inf. The same holds for the rows of probabilities that `out` is computed with.
 
-    Program (b·H + h)·ceil(N / BLOCK_M) + i processes query rows i·BLOCK_M and on of one head of one image against all
-    its keys and values, NUM_BLOCKS = ceil(N / BLOCK_N) blocks of them. The programs of a head follow one another: its
-    keys and values come from DRAM once, then from L2. All programs together read and write 4·B·H·N·D elements, plus
-    12·B·H·N bytes for `cls_probs`. Head dims are padded to a power of two: of the tensor cores' work, 44 % is padding
-    at 72 and 38 % at 80.
+    Program (b·H + h)·ceil(N / BLOCK_M) + i processes BLOCK_M query rows of one head of one image, from i·BLOCK_M on,
+    against all its keys and values, NUM_BLOCKS = ceil(N / BLOCK_N) blocks of them. The programs of a head follow one
+    another: its keys and values come from DRAM once, then from L2. All programs together read and write 4·B·H·N·D
+    elements, plus 12·B·H·N bytes for `cls_probs`. Head dims are padded to a power of two: padding is 44 % of the tensor
+    cores' work for D = 72 and 38 % for D = 80.
     """
     # offsets
     query_blocks = tl.cdiv(num_tokens, BLOCK_M)
@@ -136,7 +137,7 @@ def _cls_attention_kernel(
 
     # masks
     is_cls = m == 0
-    in_head = d < NUM_FEATURES  # known at compile time, so that loads stay wide where D is no multiple of 16
+    in_head = d < NUM_FEATURES  # known at compile time, so that loads stay wide if D is not a multiple of 16
     in_queries = (m < num_tokens)[:, None] & in_head[None, :]
 
     # loads and compute, one block of keys after the other: padded features add 0 to a dot product
@@ -156,13 +157,13 @@ def _cls_attention_kernel(
             key = key.to(tl.float32)
 
         # Padded keys weigh exp(-inf) = 0. The addition costs no instruction where the compiler fuses it with the
-        # multiplication, which is the default of Triton 3.6 to 3.9; later versions may need to be asked for it.
+        # multiplication, which is the default of Triton 3.6 to 3.9; later versions may need an option for it.
         logits = tl.dot(query, key, input_precision="ieee") * scale + tl.where(in_row, 0.0, float("-inf"))[None, :]
         if block == 0:
             cls_logits = tl.sum(tl.where(is_cls[:, None], logits, 0.0), axis=0)
             tl.store(cls_probs_ptr + n * cls_probs_stride_n, cls_logits, mask=in_row)
         highest = tl.maximum(row_max, tl.max(logits, axis=1))
-        # Subtracting -inf from -inf would make a row that starts with -inf NaN, where such keys weigh 0.
+        # Subtracting -inf from -inf would make a row that starts with -inf NaN; such keys have to weigh 0.
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         weights = tl.exp(logits - shift[:, None])
         rescale = tl.exp(row_max - shift)
@@ -180,7 +181,7 @@ def _cls_attention_kernel(
     if block == 0:
         cls_max = tl.sum(tl.where(is_cls, row_max, 0.0), axis=0)
         cls_sum = tl.sum(tl.where(is_cls, row_sum, 0.0), axis=0)
-        # A thread may load what another thread of this program has stored: its stores must have landed (see `tuning`).
+        # A thread may load what another thread of this program has stored: those stores must be done (see `tuning`).
         tl.debug_barrier()
         start = 0
         while start < num_tokens:  # a `range` of a known length would be unrolled

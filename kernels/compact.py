@@ -1,4 +1,4 @@
-"""compact: gather the kept tokens of hidden states, positions and masks. Copies of bytes, of any meaning."""
+"""compact: gather the kept tokens of hidden states, positions and masks. Bytes are copied, whatever the dtype."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def compact(x: Tensor | Sequence[Tensor], indices: Tensor) -> Tensor | tuple[Tensor, ...]:
     """Launch the kernel, once for all tensors. An index outside [0, N) reads nothing and gives zeros.
 
-    Any strides; only trailing axes that no view can flatten are copied beforehand.
+    Any strides. A tensor is copied first only if no view can flatten its trailing axes.
     """
     tensors = (x,) if isinstance(x, Tensor) else tuple(x)
     num_images, num_tokens = tensors[0].shape[:2]
@@ -51,7 +51,7 @@ def compact(x: Tensor | Sequence[Tensor], indices: Tensor) -> Tensor | tuple[Ten
 
 def as_integers(x: Tensor) -> Tensor:
     """The same bytes as integers, `[B, N, ..., D]` with at least three axes."""
-    x = x.resolve_conj().resolve_neg()  # bytes must mean what they say
+    x = x.resolve_conj().resolve_neg()  # these views have other bytes than values
     if x.is_complex() and x.element_size() not in _INTEGER:
         x = torch.view_as_real(x)
     if x.ndim == 2:
@@ -77,7 +77,7 @@ def _compact_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Copy rows of several tensors x_t by index: ``out_t[b, k, d] = x_t[b, indices[b, k], d]``.
+    """Copy tokens of several tensors x_t by index: ``out_t[b, k, d] = x_t[b, indices[b, k], d]``.
 
     Parameters
     ----------
@@ -89,8 +89,8 @@ def _compact_kernel(
     out_ptrs : tuple of the same dtypes [B, K, D_t], contiguous
         Written, each element once.
 
-    Program (b·ceil(K / BLOCK_K) + i, j, t) copies BLOCK_D features of BLOCK_K rows of image b of tensor t. All programs
-    together read and write B·K·ΣD_t elements.
+    Program (b·ceil(K / BLOCK_K) + i, j, t) copies BLOCK_D features of BLOCK_K tokens of image b of tensor t. All
+    programs together read and write B·K·ΣD_t elements.
     """
     # offsets
     blocks = tl.cdiv(num_kept, BLOCK_K)

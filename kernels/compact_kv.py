@@ -1,4 +1,4 @@
-"""compact_kv: gather the kept tokens of the KV caches of many layers. Copies of bytes, of any meaning."""
+"""compact_kv: gather the kept tokens of the KV caches of many layers. Bytes are copied, whatever the dtype."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from vtc_kernels.compact import as_integers
 def compact_kv(
     keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Launch the kernel, once for all tensors with equal shape, dtype and strides, which usually are all.
+    """Launch the kernel once for all tensors with the same shape, dtype and strides; usually these are all tensors.
 
     An index outside [0, N) reads nothing and gives zeros.
     """
@@ -87,11 +87,11 @@ def _compact_kv_kernel(
     Parameters
     ----------
     x_ptrs : tuple of uint8 | int16 | int32 | int64 [B, H, N, D]
-        The same strides for all, between images, heads, tokens and features.
+        All have the same strides between images, heads, tokens and features.
     indices_ptr : int64 [B, K]
         Strides between images and kept tokens. An index outside [0, N) reads nothing and gives zeros.
     out_ptrs : tuple of the same dtype [B, H, K, D]
-        The same strides for all. Written, each element once.
+        All have the same strides. Written, each element once.
 
     Program (b·H + h, t, j) copies BLOCK_D features of all kept tokens of one head, BLOCK_K tokens at a time. All
     programs together read and write T·B·H·K·D elements.

@@ -74,7 +74,7 @@ def _nearest_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The target that each token joins.
+    """The target that each token joins, if it joins one.
 
     ::
 
@@ -102,7 +102,7 @@ def _nearest_kernel(
     # masks
     in_row = n < num_tokens
 
-    # loads and compute: the first of the best, block after block
+    # loads and compute, one block of targets after the other: ties go to the first
     best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     nearest = tl.full((BLOCK_N,), -1, tl.int32)
     excluded = tl.load(weight_ptr + b * weight_stride_b + n * weight_stride_n, mask=in_row, other=0.0) == 0.0
@@ -166,7 +166,7 @@ def _members_kernel(
     mix_ptr : fp32 [B, K, N], contiguous
         Written.
 
-    Program b·K + k processes one row of mix: twice over 8·N bytes, and 4·N bytes written.
+    Program b·K + k processes one row of mix. It reads 8·N bytes twice and writes 4·N bytes.
     """
     # offsets
     b = (tl.program_id(0) // num_targets).to(tl.int64)

@@ -1,4 +1,4 @@
-"""merge_neighbors: each target absorbs its nearest tokens; the extra token is made of those not kept. PruMerge."""
+"""merge_neighbors: each target absorbs its most similar tokens; the extra token absorbs all non-targets. PruMerge."""
 
 import torch
 import triton
@@ -78,7 +78,7 @@ def _neighbors_kernel(
     NUM_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The weights of each target's most similar other tokens, and those of the extra token: all that is not kept.
+    """The weights of each target's most similar other tokens, and those of the extra token: all non-targets.
 
     ::
 
@@ -102,7 +102,7 @@ def _neighbors_kernel(
         Written.
 
     Program b·(K + 1) + k processes one row of mix. It finds the similarity of the last neighbor as `search` does: 18
-    passes over N similarities, in registers or from L1 where they are several blocks.
+    passes over N similarities, in registers if they are one block, else from L1.
     """
     # offsets
     b = (tl.program_id(0) // (num_targets + 1)).to(tl.int64)
@@ -115,9 +115,9 @@ def _neighbors_kernel(
     count = load_count(counts_ptr, counts_stride_b, b, num_targets)
 
     if k < count:
-        # The target itself ranks below everything: it is not its own neighbor, however the others compare.
+        # The target itself ranks below everything, so it never is its own neighbor.
         t = tl.load(targets_ptr + k * targets_stride_k)
-        key = search.load_keys(similarity_ptr, 1, column, num_tokens, t, 32)  # the row, where it is one block
+        key = search.load_keys(similarity_ptr, 1, column, num_tokens, t, 32)  # the row, if it is one block
         threshold, wanted_ties = search.kth_largest(
             key, similarity_ptr, 1, num_tokens, t, neighbors, 32, BLOCK_N, NUM_BLOCKS
         )
@@ -133,7 +133,7 @@ def _neighbors_kernel(
             n = block * BLOCK_N + column
             weight = tl.load(weight_ptr + n * weight_stride_n, mask=n < num_tokens, other=0.0)
             tl.store(mix_ptr + n, tl.where(k == count, weight, 0.0), mask=n < num_tokens)
-        # Another thread may have stored the weight of a target: that store must land before this one (see `tuning`).
+        # Another thread may have stored the weight of a target: that store must be done before this one (see `tuning`).
         tl.debug_barrier()
         start = 0
         while start < count:

@@ -1,6 +1,6 @@
 """row_scores: one query row's attention probabilities over all keys, averaged over the heads.
 
-The softmax is split over blocks of keys, as in flash-decoding, so that one image alone keeps a GPU busy. A first kernel
+The softmax is split over blocks of keys, as in flash-decoding, so that a single image keeps a GPU busy. A first kernel
 writes the logits together with each block's maximum and sum; a second one combines the blocks of every head and
 averages the heads. There are no atomics: the order of every sum is fixed, and the same inputs give the same bits.
 """
@@ -23,7 +23,7 @@ def row_scores(
 def row_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Launch the two kernels for the probabilities of each head, ``[B, H, N]`` float32, contiguous."""
     logits, block_max, block_sum = _logits(query, key, None, scale)
-    # A mean over one head is that head: every head goes for an image.
+    # Every head is passed as an image with one head: the mean over one head is that head.
     one_head_each = (x.flatten(0, 1).unsqueeze(1) for x in (logits, block_max, block_sum))
     return _head_mean(*one_head_each, skip=0).view(logits.shape)
 
@@ -118,11 +118,11 @@ def _logits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Logits of one query row, and the two numbers a softmax needs of each block of keys.
+    """Logits of one query row, and the two numbers that a softmax needs for each block of keys.
 
     ::
 
-        logits[b, h, n]    = scale · Σ_d query[b, h, d] · key[b, h // GROUP, n, d]      -inf where n is not seen
+        logits[b, h, n]    = scale · Σ_d query[b, h, d] · key[b, h // GROUP, n, d]      -inf where n is masked
         block_max[b, h, s] = max_n logits[b, h, n]                                      n in block s
         block_sum[b, h, s] = Σ_n exp(logits[b, h, n] - block_max[b, h, s])              n in block s
 
@@ -133,7 +133,7 @@ def _logits_kernel(
     key_ptr : same dtype [B, Hkv, N, D]
         Strides between images, heads, tokens and features.
     mask_ptr : uint8 [B, N], or None
-        Strides between images and tokens. Where it is 0, the key is not seen.
+        Strides between images and tokens. Where it is 0, the key is masked.
     logits_ptr : fp32 [B, H, N], contiguous
         Written.
     block_max_ptr, block_sum_ptr : fp32 [B, H, S], contiguous, S = ceil(N / BLOCK_N)
@@ -166,11 +166,11 @@ def _logits_kernel(
         query_offsets = b * query_stride_b + (h * GROUP + member) * query_stride_h + d * query_stride_d
         query = tl.load(query_ptr + query_offsets, mask=in_head, other=0.0).to(tl.float32)
 
-        # compute and store: keys that are not seen, and padded ones, weigh exp(-inf) = 0
+        # compute and store: masked and padded keys weigh exp(-inf) = 0
         logits = tl.sum(query[None, :] * key, axis=1) * scale
         logits = tl.where(seen, logits, float("-inf"))
         highest = tl.max(logits, axis=0)
-        # Subtracting -inf from -inf would make a block of -inf NaN, where its weight is 0.
+        # Subtracting -inf from -inf would make a block of -inf NaN; it has to weigh 0.
         total = tl.sum(tl.exp(logits - tl.where(highest == float("-inf"), 0.0, highest)), axis=0)
         stat = head * num_blocks + block
         tl.store(logits_ptr + head * num_tokens + n, logits, mask=in_row)
@@ -209,13 +209,12 @@ def _head_mean_kernel(
     block_max_ptr, block_sum_ptr : fp32 [B, H, S], contiguous
         Of all N keys: the skipped ones stay in the denominator.
     scores_ptr : fp32 [B, N - skip], contiguous
-        Written. NaN in any of a head's logits makes the whole row NaN, and so does a row of nothing but -inf, as in
-        `torch.softmax`.
+        Written. The whole row is NaN if a head has a NaN logit or only logits of -inf, as in `torch.softmax`.
 
     Program b·ceil((N - skip) / BLOCK_N) + i processes BLOCK_N columns of one image, all heads at once (BLOCK_H >= H),
     and the statistics of all key blocks, BLOCK_S of them at a time, with a running maximum and a running sum. All
     programs together read 4·B·H·N bytes of logits, write 4·B·(N - skip) bytes, and read 8·B·H·S bytes of statistics
-    ceil((N - skip) / BLOCK_N) times, which come from L2 but for the first time.
+    ceil((N - skip) / BLOCK_N) times, after the first time from L2.
     """
     # offsets
     column_blocks = tl.cdiv(num_tokens - skip, BLOCK_N)
@@ -240,7 +239,7 @@ def _head_mean_kernel(
         block_max = tl.load(block_max_ptr + stat_offsets, mask=in_stats, other=float("-inf"))
         block_sum = tl.load(block_sum_ptr + stat_offsets, mask=in_stats, other=0.0)
         highest = tl.maximum(row_max, tl.max(block_max, axis=1))
-        # Subtracting -inf from -inf would make blocks of -inf NaN, where their weight is 0.
+        # Subtracting -inf from -inf would make blocks of -inf NaN; they have to weigh 0.
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         row_sum = row_sum * tl.exp(row_max - shift) + tl.sum(block_sum * tl.exp(block_max - shift[:, None]), axis=1)
         row_max = highest

@@ -1,10 +1,10 @@
 """The k largest values of a row without sorting it: shared by `topk` and `merge_neighbors`.
 
-The k-th largest value is found by a search over the bits of an order-preserving integer key, two bits a pass. Knowing
-it, one pass from left to right takes every larger key and as many equal ones as are still needed. So columns come out
-in ascending order, and ties go to the lower column, by construction.
+The k-th largest value is found by a search over the bits of an order-preserving integer key, two bits a pass. A last
+pass from left to right takes every larger key and as many equal ones as are still needed. So columns come out in
+ascending order, and ties go to the lower column, by construction.
 
-A row of one block stays in registers (`key`). A longer one is read again in every pass, by way of the L1 cache.
+A row of one block stays in registers (`key`). A longer one is read again in every pass, through the L1 cache.
 """
 
 import triton
@@ -17,8 +17,8 @@ MOST_TOKENS = 2**21 - 1  # three counts share an int64
 def ordered(value, in_row, BITS: tl.constexpr):
     """Floats as signed integers in the same order: NaN as -inf, -0.0 as the 0.0 it equals, padding below everything.
 
-    The bits of a non-negative float, read as an integer, are ordered as the floats are. Those of a negative one are
-    ordered the other way round, which flipping all bits but the sign puts right.
+    The bits of a non-negative float, read as an integer, have the order of the floats. Those of a negative float have
+    the reverse order; flipping all bits but the sign corrects it.
     """
     INT: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
     LOWEST: tl.constexpr = -(2 ** (BITS - 1))
@@ -57,14 +57,14 @@ def kth_largest(
 
         threshold = the largest t with #{n : key[n] >= t} >= k
 
-    `key` holds the whole row where NUM_BLOCKS = 1. Elsewhere it is not used, and the keys are loaded from the row,
+    `key` holds the whole row if NUM_BLOCKS = 1. Otherwise it is not used, and the keys are loaded from the row,
     BITS / 2 + 1 times.
     """
     INT: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
     column = tl.arange(0, BLOCK_N).to(tl.int64)
 
     # The threshold's bits from the highest down, two a pass. A pass counts the keys at or above three candidates, in
-    # three fields of one integer, so that the threads need to meet only once.
+    # three fields of one integer, so that the threads synchronise only once.
     threshold = tl.full([], -(2 ** (BITS - 1)), INT)
     for i in range(BITS // 2):
         quarter = tl.full([], 1, INT) << (BITS - 2 - 2 * i)

@@ -1,8 +1,8 @@
-"""Cosine similarity of targets to all tokens, and weighted sums of tokens: what both merges share.
+"""Cosine similarity of targets to all tokens, and weighted sums of tokens: shared by both merges.
 
 Every merged token is a weighted sum of the tokens of x, so merging takes three steps: the cosine similarity of each
-target to every token [B, K, N], from it the weights [B, R, N], and their product with x. Nothing has a feature axis, a
-token axis and a target axis at once. Which token is merged into which is decided by one program for each row or column,
+target to every token [B, K, N], from it the weights [B, R, N], and their product with x. No tensor has a feature axis,
+a token axis and a target axis at once. One program for each row or column decides which token is merged into which,
 without atomics: the order of every sum is fixed, and the same inputs give the same bits.
 """
 
@@ -15,7 +15,7 @@ from vtc_kernels import tuning
 
 
 def cosine_similarity(key: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Launch the kernel: float32 [B, K, N], not written for blocks of targets that lie beyond the counts."""
+    """Launch the kernel: float32 [B, K, N]. Blocks of targets that lie beyond the counts are not written."""
     num_images, num_tokens, num_features = key.shape
     num_targets = targets.shape[1]
     similarity = torch.empty((num_images, num_targets, num_tokens), dtype=torch.float32, device=key.device)
@@ -48,7 +48,7 @@ def cosine_similarity(key: Tensor, targets: Tensor, counts: Tensor | None = None
 
 
 def weighted_sum(mix: Tensor, x: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Launch the kernel: ``mix · x`` [B, R, D] in the dtype of `x`; 0 in image b after sum counts[b]."""
+    """Launch the kernel: ``mix · x`` [B, R, D] in the dtype of `x`. Sums r > counts[b] of image b are 0."""
     num_images, num_outputs, num_tokens = mix.shape
     num_features = x.shape[2]
     features = torch.empty((num_images, num_outputs, num_features), dtype=x.dtype, device=x.device)
@@ -79,7 +79,7 @@ def weighted_sum(mix: Tensor, x: Tensor, counts: Tensor | None = None) -> Tensor
 
 @triton.jit
 def load_count(counts_ptr, counts_stride_b, b, num_targets):
-    """How many of an image's targets count: all if there are no counts, and never more than there are."""
+    """How many of an image's targets are valid: all if there are no counts, and at most `num_targets`."""
     count = num_targets
     if counts_ptr is not None:
         count = tl.minimum(tl.load(counts_ptr + b * counts_stride_b), num_targets).to(tl.int32)
@@ -125,13 +125,13 @@ def _similarity_kernel(
     targets_ptr : int64 [B, K]
         Strides between images and targets. One outside [0, N) has a key of zeros.
     counts_ptr : int64 [B], or None
-        Stride between images. Rows of blocks that lie beyond it wholly are not written.
+        Stride between images. Blocks of rows that lie wholly beyond it are not written.
     similarity_ptr : fp32 [B, K, N], contiguous
         Written. NaN where a key holds NaN or inf.
 
     Program (b·ceil(K / BLOCK_K) + i)·ceil(N / BLOCK_N) + j processes BLOCK_K targets and BLOCK_N tokens of one image,
-    BLOCK_C of the C = NUM_FEATURES features at a time, with both squared norms beside the product. All programs read
-    B·K·N·C·(1/BLOCK_K + 1/BLOCK_N) keys, which come from L2 but for the first time, and write 4·B·K·N bytes.
+    BLOCK_C of the C = NUM_FEATURES features at a time. It sums both squared norms together with the product. All
+    programs read B·K·N·C·(1/BLOCK_K + 1/BLOCK_N) keys, after the first time from L2, and write 4·B·K·N bytes.
     """
     # offsets
     target_blocks = tl.cdiv(num_targets, BLOCK_K)
@@ -215,12 +215,12 @@ def _weighted_sum_kernel(
     counts_ptr : int64 [B], or None
         Stride between images. Sums r > counts[b] are 0, and x is not read for them.
     features_ptr : same dtype as x [B, R, D], contiguous
-        Written, narrowed to the nearest. Triton's interpreter cuts off what a bfloat16 has no bits for: with ROUND, the
-        sums are rounded to the nearest bfloat16 before.
+        Written, rounded to the nearest. Triton's interpreter truncates to bfloat16; with ROUND, the sums are rounded to
+        the nearest bfloat16 first.
 
     Program (b·ceil(R / BLOCK_R) + i, j) processes BLOCK_R sums and BLOCK_D features of one image, BLOCK_N tokens at a
     time. All programs together read 4·B·R·N·ceil(D / BLOCK_D) bytes of weights and B·N·D·ceil(R / BLOCK_R) elements of
-    x, which come from L2 but for the first time, and write B·R·D elements.
+    x, after the first time from L2, and write B·R·D elements.
     """
     # offsets
     output_blocks = tl.cdiv(num_outputs, BLOCK_R)
@@ -247,8 +247,8 @@ def _weighted_sum_kernel(
     mixed = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     start = 0
     while start < end:
-        # Two blocks are summed on their own: the error of one chain of N additions would be several times as large. Of
-        # a single block the compiler would make that chain.
+        # Two blocks are summed separately: the error of one chain of N additions would be several times as large. From
+        # a single block the compiler would build that chain.
         pair = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for _ in tl.static_range(2):
             in_row = start + tl.arange(0, BLOCK_N) < num_tokens
@@ -262,7 +262,7 @@ def _weighted_sum_kernel(
 
     if ROUND:
         bits = mixed.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)  # to the nearest, ties to even; would make some NaN a number
+        bits += 0x7FFF + ((bits >> 16) & 1)  # to the nearest, ties to even; this would turn some NaN into a number
         mixed = tl.where(mixed == mixed, bits.to(tl.float32, bitcast=True), mixed)
 
     # store: sums after the used ones are 0 in a block with used ones, too

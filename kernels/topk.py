@@ -1,6 +1,6 @@
 """topk: layers' scores combined, and the indices of each row's k largest in ascending order, without sorting.
 
-See `search` for how the k largest are found. One launch does it all.
+See `search` for how the k largest are found. The whole operation is one launch.
 """
 
 import torch
@@ -70,7 +70,7 @@ def _combine(
     combined = tl.zeros(offsets.shape, FLOAT)
     for layer in range(NUM_LAYERS):
         heads = tl.zeros(offsets.shape, FLOAT)
-        # Unrolled, so that the loads of all heads are under way together.
+        # Unrolled, so that the loads of all heads are in flight together.
         for h in tl.static_range(NUM_HEADS):
             row_ptr = scores_ptr + layer * stride_l + h * stride_h
             heads += tl.load(row_ptr + offsets, mask=mask, other=0.0).to(FLOAT)
@@ -128,9 +128,9 @@ def _topk_kernel(
     indices_ptr : int64 [B, k], contiguous
         Written, each element once: k indices, unique, ascending, in [0, N).
 
-    Program b processes one image. It reads L·H·N scores once, and passes BITS / 2 + 2 times over their combination,
-    which stays in registers where it is one block (NUM_BLOCKS = 1) and comes back from `total`, by way of the L1 cache,
-    where it is several. It writes 8·k bytes, and `total`.
+    Program b processes one image. It reads L·H·N scores once, and passes BITS / 2 + 2 times over the combined scores.
+    These stay in registers if they are one block (NUM_BLOCKS = 1); several blocks are read again from `total`, through
+    the L1 cache. It writes 8·k bytes, and `total`.
     """
     # offsets
     FLOAT: tl.constexpr = tl.float64 if BITS == 64 else tl.float32
@@ -142,7 +142,7 @@ def _topk_kernel(
     if total_ptr is not None:
         total_ptr += b * total_stride_b
 
-    # load, combine and store; masked is what lies beyond the row's end
+    # load, combine and store; columns beyond the row's end are masked
     if NUM_BLOCKS == 1:
         mask = column < num_tokens
         offsets = column * scores_stride_n

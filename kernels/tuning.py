@@ -1,7 +1,7 @@
 """Block sizes and warp counts of every kernel, and whether the kernels are interpreted.
 
-The sizes are functions of the shapes alone, never of the batch size or of timings: what an image's result is must not
-depend on its batch mates or on the run. Nothing is autotuned.
+The sizes are functions of the shapes, never of the batch size or of timings: an image's result must not depend on its
+batch mates or on the run. Nothing is autotuned.
 
 In some kernels a thread reads or overwrites what another thread of the same program has stored, after
 `tl.debug_barrier()`. NVIDIA GPUs order such accesses at a barrier. On AMD GPUs the compiled barrier waits for threads,
@@ -34,7 +34,7 @@ def head_mean_blocks(num_heads: int, num_blocks: int) -> tuple[int, int, int]:
 def topk_block(num_tokens: int) -> tuple[int, int]:
     """BLOCK_N and the number of warps: a row of up to 4096 tokens in one block, a longer one in several.
 
-    The loads of all heads are under way together, so a thread has few tokens: 16 heads of 8 tokens each would spill.
+    The loads of all heads are in flight together, so a thread has few tokens: 16 heads of 8 tokens each would spill.
     """
     block_n = min(4096, triton.next_power_of_2(num_tokens))
     return block_n, 4 if block_n <= 512 else 8
@@ -49,7 +49,8 @@ def compact_blocks(num_features: int) -> tuple[int, int]:
 def compact_kv_blocks(num_features: int) -> tuple[int, int, int]:
     """BLOCK_K, BLOCK_D, and the number of warps: whole key rows, 4096 elements at a time.
 
-    A thread holds all elements that it moves at a time, with an address each if strided: of four warps, 32 would spill.
+    A thread holds all elements that it moves at a time, and an address for each if strided. With four warps these would
+    be 32 elements, which spill.
     """
     block_d = min(1024, triton.next_power_of_2(max(1, num_features)))
     return 4096 // block_d, block_d, 8
@@ -60,7 +61,7 @@ def attention_blocks(num_features: int, element_size: int) -> tuple[int, int, in
 
     fp32 stays off the tensor cores and keeps operands in registers: smaller tiles, and no loads ahead of their use.
     """
-    block_d = max(16, triton.next_power_of_2(num_features))  # tensor cores take no less
+    block_d = max(16, triton.next_power_of_2(num_features))  # the least that tensor cores take
     num_warps = 4 if block_d <= 64 else 8
     if element_size == 4:
         return 32, 16, block_d, num_warps, 1

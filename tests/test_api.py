@@ -69,9 +69,6 @@ def state(model):
     )
 
 
-# --- import --------------------------------------------------------------------------------------------------------
-
-
 def test_import_is_cheap_and_complete():
     loaded, names = python(
         "import json, sys, vtc\n"
@@ -135,9 +132,6 @@ def test_vision_tower_alone(saved, call, expected):
     assert answer(model, call) == expected["full"]
 
 
-# --- a model that did not ask ----------------------------------------------------------------------------------------
-
-
 def test_stock_model_is_untouched(saved, tmp_path):
     """Same outputs, bit for bit, same hooks, classes and attributes in processes with and without `import vtc`."""
     code = """
@@ -177,9 +171,6 @@ def test_enabling_one_model_leaves_another_alone(call, expected):
     assert answer(other, call) == expected["full"]
     assert answer(one, call) == expected["short"]
     assert state(other) == before
-
-
-# --- on, off, scoped -------------------------------------------------------------------------------------------------
 
 
 def test_enable_is_idempotent_and_disable_restores(stock, call, expected):
@@ -307,9 +298,6 @@ def test_wrapped_model(stock, call, expected):
         assert answer(stock, call) == expected["short"]
 
 
-# --- state -----------------------------------------------------------------------------------------------------------
-
-
 def test_deepcopy(stock, call, expected):
     vtc.enable(stock, keep=9)
     other = copy.deepcopy(stock)
@@ -347,9 +335,6 @@ def test_saved_model_is_stock_without_vtc_and_remembers_its_settings_with_it(sto
 def test_nothing_is_saved_that_was_not_set(saved):
     model = LlavaForConditionalGeneration.from_pretrained(saved, attn_implementation="vtc")
     assert "vtc" not in json.dumps(json.loads(model.config.to_json_string()))
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
     import vtc
     model = LlavaForConditionalGeneration.from_pretrained(ID, attn_implementation="vtc")
 
-`import vtc` makes "vtc" known to transformers, yet imports neither torch nor transformers: the `vtc` command answers
-`--help` at once. The names below are imported on first use, and `vtc.hf.patch` as soon as transformers has imported the
-module of a LLaVA, or now if it has already.
+`import vtc` makes "vtc" known to transformers without importing torch or transformers, so that `vtc --help` answers at
+once. The names below are imported on first use. `vtc.hf.patch` is imported as soon as transformers has imported the
+module of a LLaVA, or now if it has already done so.
 """
 
 import importlib
@@ -41,7 +41,7 @@ __all__ = [
     "tiny",
 ]
 
-_HOME = {
+_MODULES = {
     "api": ("compress", "configure", "disable", "enable", "select"),
     "config": ("VTCConfig", "kept_count"),
     "hf.encode": ("Selection",),
@@ -53,7 +53,7 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name in ("ops", "tiny"):
         return importlib.import_module(f"vtc.{name}")
-    for module, names in _HOME.items():
+    for module, names in _MODULES.items():
         if name in names:
             value = globals()[name] = getattr(importlib.import_module(f"vtc.{module}"), name)
             return value

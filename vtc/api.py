@@ -50,7 +50,7 @@ def enable(model: torch.nn.Module, **options: Any) -> VTCConfig:
 
 
 def disable(model: torch.nn.Module) -> None:
-    """Be the stock model again: the attention from before `enable` ("sdpa" if it was loaded as "vtc"), no settings."""
+    """Restore the stock model: the attention from before `enable` ("sdpa" if it was loaded as "vtc"), no settings."""
     settings.switch_off(find_llava(model))
 
 
@@ -113,7 +113,7 @@ def require_selection(method: str) -> None:
 
 
 def _checked(model: torch.nn.Module, options: dict[str, Any]) -> tuple[Any, VTCConfig]:
-    """The LLaVA in `model`, and its settings with `options`. An impossible request fails here, not at an image."""
+    """The LLaVA in `model`, and its settings with `options`. Unsupported settings fail here, not at the first image."""
     names.require_supported()
     base = find_llava(model)
     config = Settings.of(base).config.updated(**options)

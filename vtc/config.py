@@ -35,8 +35,8 @@ class VTCConfig:
     ratio : float, optional
         Share of the visual tokens kept, 0 < ratio <= 1; see `kept_count`. Give `keep` or `ratio`, not both.
     prune_layer : int, optional
-        0: tokens are dropped before the language model. r > 0: after its r-th layer ("vtc-cls" and "fastv"). None: 2
-        with "fastv", 0 otherwise.
+        0: tokens are dropped before the language model. r > 0: they are dropped after its r-th layer (only "vtc-cls"
+        and "fastv"). None: 2 with "fastv", 0 otherwise.
     kv : str
         For `prune_layer` > 0, what the KV cache keeps in the layers before it. "compact": the kept tokens, so that all
         layers are equally short. "full": everything.
@@ -86,7 +86,7 @@ class VTCConfig:
             raise ValueError(f"fused must be True, False or None (the faster one), got {self.fused!r}")
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options must be a mapping of the method's options, such as {{}}, got {self.options!r}")
-        object.__setattr__(self, "options", dict(self.options))  # a copy: later changes of the caller's do not count
+        object.__setattr__(self, "options", dict(self.options))  # a copy, which the caller cannot change
         methods.check_options(self.method, self.options)
         self.build_method()  # checks the values
 
@@ -107,7 +107,7 @@ class VTCConfig:
 
     @classmethod
     def of(cls, **given: Any) -> "VTCConfig":
-        """The settings with shared fields and options of the method side by side; the others have their defaults.
+        """The settings with these shared fields and options of the method; the others have their defaults.
 
         Raises
         ------
@@ -135,8 +135,8 @@ class VTCConfig:
     def updated(self, **changes: Any) -> "VTCConfig":
         """Return a copy with `changes`: shared fields, and options of the (new) method.
 
-        A new `keep` replaces an old `ratio` and the other way round. Another method starts with its own defaults; the
-        same method keeps the options that are not changed.
+        A new `keep` replaces an old `ratio`, and a new `ratio` an old `keep`. Another method starts with its own
+        defaults; the same method keeps the options that are not changed.
 
         Raises
         ------

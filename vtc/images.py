@@ -21,9 +21,9 @@ class ImageError(ValueError):
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read an image file as RGB, upright, 8 bits per channel.
 
-    EXIF rotation is applied, transparency is composited on white, of an animation the first frame is read.
-    16-bit grey is scaled from 0..65535; 32-bit integers and floats have no defined white, so their finite
-    minimum becomes black and their maximum white.
+    EXIF rotation is applied, transparency is composited on white, and only the first frame of an animation is read.
+    16-bit grey is scaled from 0..65535. 32-bit integers and floats have no defined white, so their finite minimum
+    becomes black and their maximum white.
 
     Up to ``MAX_PIXELS`` (89 million) pixels are decoded in full. Larger JPEGs, up to twice that, are decoded
     at a reduced size, which their format allows; other larger files are refused before they are decoded.
@@ -41,7 +41,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     Raises
     ------
     ImageError
-        Missing, a directory, empty, truncated, not an image, too large, too elongated, or a URL.
+        If the file is missing, a directory, empty, truncated, not an image, too large, too elongated, or a URL.
     """
     if "://" in str(path):
         raise ImageError(f"{path} is a URL; download the image and pass the path of the file")
@@ -69,7 +69,7 @@ def _decode(file: Path) -> Image.Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     # Pillow warns above MAX_PIXELS and raises above twice that, both before decoding. `_check_size` replaces the
-    # warning; other warnings (odd metadata) are no reason to bother the user.
+    # warning; other warnings (odd metadata) are ignored.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -1,6 +1,6 @@
 """`overlay`: an image with its kept patches.
 
-Its module imports numpy and Pillow inside the function only: `import vtc` imports this module.
+numpy and Pillow are imported inside the function, because `import vtc` imports this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OUTLINE = (255, 196, 0)
 def overlay(image: Image.Image, selection: Any, index: int = 0, side: int = SIDE) -> Image.Image:
     """The image as the model saw it: kept patches crisp and outlined, dropped ones dark and grey.
 
-    As the model's processor does, it resizes the shorter side and crops the centre.
+    Like the model's processor, it resizes the shorter side and crops the centre.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def overlay(image: Image.Image, selection: Any, index: int = 0, side: int = SIDE
     Returns
     -------
     PIL.Image.Image
-        Mode ``"RGB"``; every patch is equally many pixels wide and high.
+        Mode ``"RGB"``; all patches are squares of one size.
 
     Raises
     ------

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Plan(NamedTuple):
-    """What is to be done with each view, that is with whatever one pass of the vision tower sees.
+    """What to do with a view, which is the image that one pass of the vision tower sees.
 
     Attributes
     ----------
@@ -28,13 +28,13 @@ class Plan(NamedTuple):
     num_kept : int
         K; 0 for tiles, which share the K of their image.
     num_outputs : int
-        The tokens that the method makes of N with K; an upper bound if it is adaptive; 0 for tiles.
+        Output tokens per view; an upper bound if the method is adaptive; 0 for tiles.
     feature_layers : tuple of int
         The number of vision layers before each feature layer.
     num_layers : int
         The number of vision layers that run.
     scored : range
-        Those whose [CLS] probabilities are scored, from 0.
+        The vision layers whose [CLS] probabilities are scored, counted from 0.
     pool : int
         pool x pool patches become one before the selection.
     """
@@ -73,9 +73,9 @@ class Plan(NamedTuple):
         has_cls, num_registers
             Whether the vision tower has a [CLS] token, and how many register tokens follow it.
         size : sequence of int, optional
-            Height and width of the views in pixels; the vision config's if not given.
+            Height and width of the views in pixels; those of the vision config if not given.
         feature_layer, strategy
-            In place of the model config's.
+            They replace `vision_feature_layer` and `vision_feature_select_strategy` of the model's config.
         pool : int
             pool x pool patches become one before the selection.
         shares_keep : bool
@@ -84,7 +84,7 @@ class Plan(NamedTuple):
         Raises
         ------
         ValueError
-            If the settings ask for what a model of these configs cannot do.
+            If a model of these configs does not support the settings.
         """
         vision = model_config.vision_config
         depth = vision.num_hidden_layers
@@ -105,19 +105,18 @@ class Plan(NamedTuple):
 
 
 def share_out(scores: Tensor, layout: Tensor, how: str) -> Tensor:
-    """Ranking `[n]` of an image's tokens: its K largest are each tile's best, with the tiles' shares as `how` says.
+    """Rank an image's tokens `[n]` so that the K largest are the best tokens of each tile, shared as `how` says.
 
-    The token of rank r = 0, 1, 2, ... in its tile gets mass / (r + 1/2), with the tile's mass the sum of its scores
-    ("mass") or 1 ("equal"). Taking the largest of these is how Sainte-Lague shares out seats: shares are proportional,
-    rounded without bias, and what a small tile cannot use goes to the others. Newlines come last.
+    The token of rank r = 0, 1, 2, ... in its tile gets mass / (r + 1/2). The tile's mass is the sum of its scores
+    ("mass") or 1 ("equal"). Taking the largest of these is the Sainte-Lague method of sharing out seats: shares are
+    proportional and rounded without bias, and the other tiles get what a small tile cannot use. Newlines come last.
 
     Parameters
     ----------
     scores : Tensor[T, N], floating point
         Of the tokens of an image's tiles, the base image first; NaN ranks last.
     layout : Tensor[n], int64, on the CPU
-        In the order of the image's placeholders, the number of each token among all of its tiles' (tile * N + token);
-        -1 for a newline.
+        The token at each placeholder of the image, counted over its tiles: tile * N + token; -1 for a newline.
     how : {"mass", "equal"}
 
     Returns
@@ -130,7 +129,7 @@ def share_out(scores: Tensor, layout: Tensor, how: str) -> Tensor:
     tile, layout = tile.to(scores.device), layout.to(scores.device)
     score = scores.flatten()[layout.clamp(min=0)].float()
     order = score.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
-    order = order[tile[order].argsort(stable=True)]  # tile after tile, each from its best to its worst
+    order = order[tile[order].argsort(stable=True)]  # tile by tile, each from its best to its worst
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device) - start[tile[order]]
     mass = torch.ones_like(start, dtype=torch.float32)

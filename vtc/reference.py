@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """A vision layer's attention, and how much its [CLS] row attends to every key, head by head.
+    """A vision layer's attention, and the attention probabilities of its [CLS] row, head by head.
 
     ::
 
@@ -19,7 +19,7 @@ def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | N
         out[b, m, h]       = Σ_n p[b, h, m, n] · value[b, h, n]
         cls_probs[b, h, n] = p[b, h, 0, n]
 
-    No mask, not causal: every query sees all N keys. `cls_probs` sums to 1 over n, the [CLS] key's own share included;
+    No mask, not causal: every query sees all N keys. `cls_probs` sums to 1 over n, which includes the [CLS] key;
     its mean over the heads is `row_scores` of the first query.
 
     Parameters
@@ -41,7 +41,7 @@ def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | N
     logits = (query[:, :, :1].float() * key.float()).sum(dim=3) * scale  # [B, H, N]
     cls_probs = logits.softmax(dim=2)
     # Not SDPA: some of its implementations give NaN for keys of -inf, and some refuse strides that are not aligned.
-    # Some queries at a time, so that there is never an N x N matrix.
+    # One block of queries at a time, so that there is never an N x N matrix.
     wide_key, wide_value = key.float().mT, value.float()
     blocks = [(block.float() @ wide_key * scale).softmax(dim=3) @ wide_value for block in query.split(64, dim=2)]
     out = torch.cat(blocks, dim=2).to(value.dtype).transpose(1, 2).contiguous()
@@ -65,7 +65,7 @@ def row_scores(
     Parameters
     ----------
     query : Tensor[B, H, D], floating point
-        The one row, for example the [CLS] token's.
+        One row, for example the [CLS] token's.
     key : Tensor[B, Hkv, N, D], same dtype
         Any strides. H is a multiple of Hkv (grouped-query attention).
     scale : float, optional
@@ -73,7 +73,7 @@ def row_scores(
     skip : int
         How many leading columns are left out of the result.
     mask : Tensor[B, N], bool, optional
-        False where a key gets no attention (padding). A row that sees nothing is NaN, as in `torch.softmax`.
+        False where a key gets no attention (padding). A row whose keys are all masked is NaN, as in `torch.softmax`.
 
     Returns
     -------
@@ -176,15 +176,15 @@ def merge_neighbors(
     neighbors: int,
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Each target absorbs its most similar tokens; the extra token is made of those not kept.
+    """Each target absorbs its most similar tokens; the extra token absorbs all non-targets.
 
     PruMerge (arXiv 2403.15388)::
 
         features[k] = x[t] + Σ_n weight[n] · x[n],   n over the `neighbors` tokens most similar to t, n ≠ t
-        features[K] = Σ_n weight[n] · x[n],          n over the tokens that are no target: the extra token
+        features[K] = Σ_n weight[n] · x[n],          n over the tokens that are not targets: the extra token
         t = targets[k],   similarity of t and n = key[t] · key[n] / (|key[t]| · |key[n]|),   all for one image
 
-    Other targets are among the neighbors. Ties go to the lower index; NaN among the similarities counts as -inf. A NaN
+    Other targets can be neighbors. Ties go to the lower index; a similarity of NaN counts as -inf. A NaN
     or inf in `x` reaches all tokens of its image. Differentiable in `x`.
 
     Parameters
@@ -192,14 +192,14 @@ def merge_neighbors(
     x : Tensor[B, N, D], floating point
         Any strides.
     key : Tensor[B, N, C], floating point
-        What is compared: by angle alone, in float32.
+        Compared by cosine similarity, in float32.
     targets : Tensor[B, K], int64
         Each in [0, N), unique in each image, in any order.
     weight : Tensor[B, N], float32
     neighbors : int
-        At least 1. All others if they are fewer.
+        At least 1; all other tokens if there are fewer.
     counts : Tensor[B], int64, optional
-        How many of an image's targets count, from the left; K when not given. The others may be anything in [0, N).
+        How many of an image's targets are valid, from the left; K when not given. The others may be any tokens.
 
     Returns
     -------
@@ -233,15 +233,15 @@ def merge_nearest(x: Tensor, key: Tensor, targets: Tensor, weight: Tensor) -> tu
         features[k] = x[t] + Σ_n weight[n] · x[n] / Σ_n weight[n],   n over the tokens whose most similar target is t
         t = targets[k],   similarity of t and n = key[t] · key[n] / (|key[t]| · |key[n]|),   all for one image
 
-    Targets and tokens of weight 0 join none; a target that none joins stays as it is. Ties go to the lower k; NaN among
-    the similarities counts as -inf. A NaN or inf in `x` reaches all tokens of its image. Differentiable in `x`.
+    Targets and tokens of weight 0 join no target; a target that no token joins stays as it is. Ties go to the lower k;
+    a similarity of NaN counts as -inf. A NaN or inf in `x` reaches all tokens of its image. Differentiable in `x`.
 
     Parameters
     ----------
     x : Tensor[B, N, D], floating point
         Any strides.
     key : Tensor[B, N, C], floating point
-        What is compared: by angle alone, in float32.
+        Compared by cosine similarity, in float32.
     targets : Tensor[B, K], int64
         Each in [0, N), unique in each image, in any order.
     weight : Tensor[B, N], float32
@@ -269,12 +269,12 @@ def _is_target(targets: Tensor, num_tokens: int) -> Tensor:
 
 
 def _similarity(key: Tensor, targets: Tensor) -> Tensor:
-    """Cosine similarity of the targets to all tokens [B, K, N], and -2 for NaN: cosines are above it."""
+    """Cosine similarity of the targets to all tokens [B, K, N]. NaN becomes -2, which is below every cosine."""
     images = torch.arange(len(key), device=key.device).unsqueeze(1)
     unit = torch.nn.functional.normalize(key.float(), dim=2)
     return _products(unit[images, targets], unit.mT).nan_to_num(nan=-2.0)
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix products [B, ..., ...], image by image: one of a whole batch may round an image by its batch mates."""
+    """Matrix products [B, ..., ...], image by image: a batched one may round an image according to its batch mates."""
     return torch.stack([a @ b for a, b in zip(left, right, strict=True)]) if len(left) else left @ right

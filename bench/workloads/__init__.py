@@ -1,4 +1,4 @@
-"""One workload per operation, of the operation's name, and `select`: scores, topk and compact as one path."""
+"""One workload per operation, with the operation's name, and `select`: scores, topk and compact as one path."""
 
 from bench.workloads.base import Workload
 from bench.workloads.cls_attention import ClsAttention
@@ -10,7 +10,7 @@ from bench.workloads.row_scores import RowScores
 from bench.workloads.select import Select
 from bench.workloads.topk import TopK
 
-# In the order in which they are timed: what matters most first, should the time run out.
+# In the order in which they are timed: the most important first, in case the time runs out.
 WORKLOADS: dict[str, Workload] = {
     "select": Select(),
     "cls_attention": ClsAttention(),

@@ -1,7 +1,7 @@
-"""What a workload is, and the shapes of real models.
+"""The base class of workloads, and the shapes of real models.
 
-A workload says what is timed: inputs from the shapes of real models, the bytes that have to move, the providers that
-stand side by side, and the gate: what a provider must return before it is timed at all.
+A workload says what is timed: inputs from the shapes of real models, the bytes that have to move, the providers to
+compare, and the gate, which checks a provider's result before it is timed.
 
 Shapes: B prompts of T tiles (images for the vision tower), N tokens per image with [CLS], H heads, D features a head,
 K kept; L layers, G key heads and F features a head of the language model.
@@ -43,7 +43,7 @@ class Model:
         return sizes | ({} if keep is None else {"K": keep})
 
 
-# The SigLIP-like tower has no [CLS] token; its first row stands in for one, for the sake of N = 729 and D = 72.
+# SigLIP has no [CLS] token; its first row takes that place here, for timings at N = 729 and D = 72.
 MODELS = (
     Model("LLaVA-1.5", 1, 577, 16, 64, 32, 32, 128),
     Model("LLaVA-NeXT", 5, 577, 16, 64, 32, 8, 128),
@@ -60,7 +60,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Workload:
-    """What is timed for one operation. `providers` take what `make` returns, one argument each."""
+    """What is timed for one operation. `providers` take the values that `make` returns as their arguments."""
 
     sizes = "BTNHD"  # which of a model's sizes matter
     needs_keep = True
@@ -81,7 +81,7 @@ class Workload:
         raise NotImplementedError
 
     def check(self, inputs: tuple[Any, ...], result: Any) -> list[Accuracy]:
-        """The gate: raise `WrongResult` unless a provider's `result` is right; gives the errors that were measured."""
+        """The gate: raise `WrongResult` unless a provider's `result` is right; returns the measured errors."""
         raise NotImplementedError
 
 

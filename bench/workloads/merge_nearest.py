@@ -17,7 +17,7 @@ from vtc import ops, reference
 class MergeNearest(Workload):
     """VisionZip's merging: each patch joins its nearest target, by the mean of its keys over the heads.
 
-    Weights differ from token to token, so that the weighted mean is seen.
+    Weights differ from token to token, so that the weighted mean differs from a plain one.
     """
 
     def make(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
@@ -41,7 +41,7 @@ class MergeNearest(Workload):
         }
 
     def check(self, inputs: tuple[Any, ...], result: Any) -> list[Accuracy]:
-        """Each patch that is no target in one sum, none of another target more similar, and the exact sum."""
+        """Each patch that is not a target is in one sum, that of its most similar target, and the sum is exact."""
         x, key, targets, weight = inputs
         features, mix = result
         accuracy = Accuracy("features")
@@ -51,7 +51,7 @@ class MergeNearest(Workload):
             itself = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, targets[image].unsqueeze(1), True)
             member = (mix[image] != 0) & ~itself
             if not torch.equal(member.sum(dim=0), (~itself.any(dim=0)).long()):
-                raise WrongResult("members: a token joins none or several targets, or a target joins another")
+                raise WrongResult("members: a token joins no target or several, or a target joins another")
             if (cosines.masked_fill(~member, 2).amin(dim=0) < cosines.amax(dim=0) - 1e-5).any():  # but for rounding
                 raise WrongResult("members: another target is more similar")
             share = torch.where(member, weight[image].double(), 0.0)

@@ -17,7 +17,7 @@ from vtc import ops, reference
 class MergeNeighbors(Workload):
     """PruMerge's merging: each kept patch absorbs its 32 most similar others, by keys as wide as the features.
 
-    Weights differ from token to token, so that a provider's `mix` tells which ones it chose.
+    Weights differ from token to token, so that a provider's `mix` shows which tokens it selected.
     """
 
     NEIGHBORS = 32
@@ -43,7 +43,7 @@ class MergeNeighbors(Workload):
         }
 
     def check(self, inputs: tuple[Any, ...], result: Any) -> list[Accuracy]:
-        """As many neighbors as there should be, none of them less similar than one left out, and the exact sum."""
+        """The right number of neighbors, none of them less similar than one left out, and the exact sum."""
         x, key, targets, weight = inputs
         features, mix = result
         accuracy = Accuracy("features")
@@ -53,7 +53,7 @@ class MergeNeighbors(Workload):
             itself = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, targets[image].unsqueeze(1), True)
             member = (mix[image, :-1] != 0) & ~itself
             if (member.sum(dim=1) != min(self.NEIGHBORS, x.shape[1] - 1)).any():
-                raise WrongResult("neighbors: not as many as asked for")
+                raise WrongResult("neighbors: not the right number of them")
             worst = cosines.masked_fill(~member, 2).amin(dim=1)
             best_left = cosines.masked_fill(member | itself, -2).amax(dim=1)
             if (worst < best_left - 1e-5).any():  # closer ones may change places by rounding

@@ -1,4 +1,4 @@
-"""The mean attention of the [CLS] row alone."""
+"""The mean attention of the [CLS] row, without the attention of the layer."""
 
 from __future__ import annotations
 

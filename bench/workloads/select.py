@@ -18,7 +18,7 @@ from vtc import ops, reference
 
 
 class Select(Workload):
-    """Attention and scores of three layers, topk and compact: all that VTC adds to a tower or replaces in it.
+    """Attention and scores of three layers, topk and compact: everything that VTC adds to a tower or replaces in it.
 
     Providers return the last layer's attention, the combined scores, the indices and the kept features.
     """
@@ -61,11 +61,11 @@ class Select(Workload):
         )
         accuracy.add(total, plain, oracle)
         accuracy.check()
-        # Exact: the choice by the provider's own scores. Where scores tie, a baseline may take another of the equals.
+        # The selection by the provider's own scores must be exact. If scores tie, a baseline may take either.
         expected = reference.topk(total, k)
         if indices.shape != expected.shape or (indices[:, 1:] <= indices[:, :-1]).any():
             raise WrongResult("indices: not ascending, or not K of them")
-        equal("chosen scores", total.gather(1, indices).sort(1).values, total.gather(1, expected).sort(1).values)
+        equal("selected scores", total.gather(1, indices).sort(1).values, total.gather(1, expected).sort(1).values)
         equal("features", kept, reference.compact(hidden[:, 1:], indices))
         return [*attention, accuracy]
 

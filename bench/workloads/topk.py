@@ -1,4 +1,4 @@
-"""The choice of K patches by the scores of several layers."""
+"""The selection of K patches by the scores of several layers."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_a_rehearsal_with_faults_loses_nothing_else(tmp_path, monkeypatch):
     chosen = ["probe", "ncu", "tests"]
     mode = gpu.Mode(rehearse=True, plant=True)
     assert gpu.run(tmp_path / "out", 20, chosen, mode, said.append) == 0, said
-    assert said[-1] == "the faults cost what they befell, and nothing else"
+    assert said[-1] == "each fault cost its own number, and nothing else"
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"probe.jsonl", "ncu.csv", "tests.jsonl", "log.txt", "summary.txt"}
     names = [job.name for job in parts.part_jobs("probe", CPU, played=True)]

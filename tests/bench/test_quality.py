@@ -68,8 +68,8 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     assert re.search(r"\| random +\| 20\.0 ± ", text)
     assert re.search(r"\| prumerge +\| 60\.0 ± \d+\.\d \(29 tokens\) \| +\|", text)
     methods, settings = re.findall(r"^Against vtc-cls .* own\): (.*)$", text, re.MULTILINE)
-    assert methods == "worse: prumerge, random; not told apart: vtc-cls prune_layer=2."
-    assert settings.startswith("worse: vtc-cls ensemble=min; not told apart: vtc-cls ensemble_layers=1, ")
+    assert methods == "worse: prumerge, random; no clear difference: vtc-cls prune_layer=2."
+    assert settings.startswith("worse: vtc-cls ensemble=min; no clear difference: vtc-cls ensemble_layers=1, ")
     read = quality.read(tmp_path / "quality.jsonl")
     assert [(r.name, r.keep, r.accuracy[0]) for r in read] == [(r.name, r.keep, r.accuracy[0]) for r in records]
     light, dark = plots.draw_quality(read, tmp_path / "quality")

@@ -98,7 +98,7 @@ class Prompts:
         """Projected features of the tokens kept; `keep` counts them, or is a function of their number."""
         kind, pictures, size = visual
         project = eager.model.multi_modal_projector
-        seen = [golden.picture(eager, pixels, LAYERS) for pixels in pictures]
+        seen = [golden.view(eager, pixels, LAYERS) for pixels in pictures]
         if kind == "tiles":
             tokens = golden.tile_tokens(GRID, *SIZES[size], size)
             values = [0 if token is None else seen[token[0]][1][token[1]] for token in tokens]
@@ -285,9 +285,6 @@ def test_select_takes_tiles_one_by_one(built):
     assert selection.indices.tolist() == expected
 
 
-# --- tiles ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("keep", [1, 30, 60])
 @pytest.mark.parametrize("how", ["mass", "equal"])
 @pytest.mark.parametrize("size", SIZES)
@@ -365,9 +362,6 @@ def test_what_tiles_need(built):
         model(**call)
     with pytest.raises(ValueError, match="tiles must be one of 'mass', 'equal', got 'fair'"):
         vtc.configure(model, tiles="fair")
-
-
-# --- frames -----------------------------------------------------------------------------------------------------------
 
 
 def test_frames_whose_grid_the_pooling_does_not_divide(built):

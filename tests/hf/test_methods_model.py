@@ -168,9 +168,6 @@ def test_the_images_are_worth_testing_with(seen):
     assert len(set(kept.values())) >= len(kept) - len(same)
 
 
-# --- generate() and forward() -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_generate(model, eager, call, seen, case):
     vtc.enable(model, **options(case))
@@ -321,9 +318,6 @@ def test_none_continues_a_compressed_cache(model, call):
     assert torch.equal(ours.sequences, expected.sequences)
 
 
-# --- other towers, feature layers and models --------------------------------------------------------------------------
-
-
 def check_features(model, eager, case, transcription, **seen):
     pixels = models.images(3, SEED)
     with torch.no_grad(), vtc.compress(model, **options(case)):
@@ -399,9 +393,6 @@ def test_none_is_the_stock_model_with_tiles_and_frames(built, family):
     assert run.images == 1
 
 
-# --- what cannot be ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", ["vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+"])
 def test_a_tower_without_cls_is_explained(built, method):
     model, _ = built(tower="siglip_vision_model", vision_feature_select_strategy="full")
@@ -456,11 +447,8 @@ def test_configure_refuses(built, build, settings, says):
 def test_more_tokens_than_places_are_explained(model, call):
     """PruMerge+ may keep every patch of an image, and then there is the extra token."""
     vtc.enable(model, keep=KEEP, method="prumerge+", adaptive_count=True)
-    with pytest.raises(ValueError, match=f"made {TOKENS + 1} tokens of image 0: .* a prompt has {TOKENS} places"):
+    with pytest.raises(ValueError, match=f"made {TOKENS + 1} tokens of image 0: .* a prompt has {TOKENS} placeholders"):
         model.generate(**{**call, "pixel_values": models.images(4)})
-
-
-# --- select and overlay -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "pool"])
@@ -498,9 +486,6 @@ def test_a_method_that_says_it_selects_and_does_not(model, call, monkeypatch):
     monkeypatch.setitem(METHODS, "pool", Vague)
     with pytest.raises(ValueError, match="'pool' selects patches, but gave no indices"):
         vtc.select(model, call["pixel_values"], keep=KEEP, method="pool")
-
-
-# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ADAPTIVE and case != "prumerge neighbors"])

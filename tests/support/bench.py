@@ -21,7 +21,7 @@ def make_record(host=(1.0, 2.0, 4.0), device_ms=None, **changes):
     return record.make(**values | changes)
 
 
-# A worker of nine jobs that write their numbers; %s is what becomes of them.
+# A worker of nine jobs that write their numbers; %s is an expression for the jobs to run.
 WORKER = """
 import argparse, os, pathlib, time
 from bench import faults, jobs
@@ -33,11 +33,11 @@ made = [jobs.Job(f"job {n}", lambda n=n: [{"value": n, "process": os.getpid()}])
 jobs.work(%s, a.out, a.journal, a.skip)
 """
 
-# Two numbers, and one that would take for ever.
+# Two numbers, and one that takes too long.
 SLOW = WORKER % "made[:2] + [jobs.Job('slow', lambda: time.sleep(600), 900)]"
 
 
-# Plays ncu: notes its options, runs the command, writes a table as ncu does.
+# Replaces ncu: reads its options, runs the command, writes a table as ncu does.
 NCU = """#!{python}
 import subprocess, sys
 arguments = sys.argv[1:]

@@ -29,8 +29,8 @@ _GUARD = 64  # canary elements on either side
 def guarded_empty() -> Iterator[list[Tensor]]:
     """Inside, `torch.empty` gives memory of nothing but 1 bits, with canaries of the same around it.
 
-    All ones is NaN in every float format and -1, no index, as an integer. A launch that leaves an element unwritten is
-    seen in its result, and one that writes beyond its output is seen here, on leaving. Yields the allocations.
+    All ones is NaN in every float format, and -1 as an integer, which is no index. A launch that leaves an element
+    unwritten shows in its result. A launch that writes beyond its output fails here, on exit. Yields the allocations.
     """
     empty = torch.empty
     buffers: list[Tensor] = []
@@ -58,7 +58,7 @@ LAYOUTS = ("contiguous", "tokens first", "slice", "transposed", "every other")
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:
-    """The values of `x` [B, ..., N, D] as a view of other memory, with NaN (or 1) wherever the view does not look."""
+    """The values of `x` [B, ..., N, D] as a view of other memory, with NaN (or 1) outside the view."""
     if layout == "contiguous":
         return x.contiguous()
     if layout == "tokens first":  # [B, H, N, D] as a view of [B, N, H * D]: how attention gets its keys
@@ -75,8 +75,8 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
 def reserves(gigabytes: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a test that allocates this much and touches little of it: free on a CPU, real memory on a GPU.
 
-    On a GPU the test is skipped where that much is not free, and afterwards the memory goes back to the driver, which
-    other processes wait for: PyTorch would keep it.
+    On a GPU the test is skipped if that much is not free. Afterwards the memory goes back to the driver, because
+    PyTorch would keep it and other processes may need it.
     """
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
@@ -103,7 +103,7 @@ def reserves(gigabytes: int) -> Callable[[Callable[..., None]], Callable[..., No
 def in_orders(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors, and the same with their features (the last axis) in three other orders.
 
-    A sum over the features stays the same but for its rounding: in one order alone, that may be small by luck.
+    A sum over the features stays the same but for its rounding. In a single order, the rounding may be small by luck.
     """
     yield tensors
     for seed in range(3):
@@ -114,7 +114,7 @@ def in_orders(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def assert_as_exact_as_pytorch(actual: Tensor, plain: Tensor | Iterable[Tensor], oracle: Tensor) -> None:
     """The error against the fp64 oracle is at most twice plain PyTorch's in fp32, plus two units in the last place.
 
-    Of several results of plain PyTorch, the worst one counts.
+    If there are several results of plain PyTorch, the worst one counts.
     """
     several = [plain] if isinstance(plain, Tensor) else plain
     error = (actual.double() - oracle).abs().max().item()
@@ -159,7 +159,7 @@ def merge_inputs(
     dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, key, targets in random order, weight. No weight is 0, so that a row of `mix` shows who is in it."""
+    """x, key, targets in random order, weight. No weight is 0, so that a row of `mix` shows which tokens it has."""
     generator = torch.Generator().manual_seed(num_tokens + 7 * num_targets)
     x = torch.randn(num_images, num_tokens, width, generator=generator)
     key = torch.randn(num_images, num_tokens, num_features, generator=generator)
@@ -175,7 +175,7 @@ def cosines(key: Tensor, targets: Tensor) -> Tensor:
 
 
 def cosines_and_slack(key: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Similarities in float64, and how close two may be for rounding to change their places."""
+    """Similarities in float64, and the distance below which rounding may swap two of them."""
     exact = cosines(key.double(), targets)
     slack = 2 * (cosines(key.float(), targets) - exact).abs().max() + 2 * torch.finfo(torch.float32).eps
     return exact, slack

@@ -2,7 +2,7 @@
 
 A mutant is a small edit of one file. It is made in a copy of the packages, so the tree is not touched, and the tests of
 that file run against the copy. A mutant that no test notices is a survivor: the command names it and exits with 1.
-Names choose mutants by substring. Takes about ten seconds a mutant on one core; they run two at a time.
+Names select mutants by substring. A mutant takes about ten seconds on one core; two run at a time.
 """
 
 # ruff: noqa: E501  (an edit beside what it replaces, on one line, is a table)

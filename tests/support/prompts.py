@@ -1,4 +1,4 @@
-"""Prompts with several lengths and numbers of images, and what `generate()` has to make of them."""
+"""Prompts with several lengths and numbers of images, and checks of what `generate()` returns for them."""
 
 import torch
 

@@ -23,7 +23,7 @@ WARM_RUNS = 5
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, by default the first GPU if there is one; ValueError if it is not there."""
+    """The device of that name, by default the first GPU if there is one. Raises ValueError if it is not there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -116,7 +116,7 @@ def compare(model: Any, processor: Any, inputs: Any, length: int, timed: bool = 
     Parameters
     ----------
     model, processor, inputs
-        From `load` and `prepare`; the model is a stock one, and is again afterwards.
+        From `load` and `prepare`; the model is a stock one, before and afterwards.
     length : int
         Longest answer in tokens.
     timed : bool

@@ -51,7 +51,7 @@ def writable(name: str) -> Path:
 
 
 def quieten(model: str | None) -> None:
-    """No progress bars and warnings of transformers; but a model that may have to be downloaded shows its progress."""
+    """Silence transformers' warnings and progress bars; but a model that may be downloaded shows its progress."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

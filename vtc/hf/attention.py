@@ -1,8 +1,8 @@
 """The attention implementation "vtc": fast attention, and in scored vision layers the [CLS] token's probabilities.
 
-An attention function knows nothing but its arguments. So the integration passes a scored vision layer one more
-argument, `vtc_scores`. Every other layer, also of the language model, is plain attention: flash-attn where it can run,
-else SDPA.
+An attention function knows its arguments only. So the integration passes a scored vision layer one more argument,
+`vtc_scores`. Every other layer, also of the language model, runs plain attention: flash-attn where it can run, else
+SDPA.
 """
 
 import functools
@@ -54,7 +54,7 @@ class ClsScores:
             self.ops.append(op)
 
     def fuses(self, query: torch.Tensor, dropout: float = 0.0) -> bool:
-        """Return whether a scored layer takes `cls_attention`: it has no gradient and no dropout."""
+        """Return whether a scored layer runs `cls_attention`. It has no gradient and no dropout."""
         if torch.is_grad_enabled() or dropout:
             return False
         if self.config.fused is not None:
@@ -62,7 +62,7 @@ class ClsScores:
         return ops.fused_is_faster(query.device, query.dtype, query.shape[-1], self.config.backend)
 
     def pool(self, side: int, size: int) -> None:
-        """Average the scores of each `size` x `size` of the `side` x `side` patches; a rest at the ends is dropped."""
+        """Average the scores over `size` x `size` cells of `side` x `side` patches; incomplete cells are dropped."""
         grids = [layer.mean(1, keepdim=True).unflatten(2, (side, side)) for layer in self.layers]
         self.layers = [torch.nn.functional.avg_pool2d(grid, size).flatten(2) for grid in grids]
 
@@ -109,7 +109,7 @@ def plain_attention(
 @torch.compiler.assume_constant_result
 @functools.cache
 def flash_attention() -> Callable[..., torch.Tensor] | None:
-    """Return `flash_attn_func`, or None; imported on first need, for it is optional and slow to import."""
+    """Return `flash_attn_func`, or None; imported on first need, because it is optional and slow to import."""
     try:
         from flash_attn import flash_attn_func
     except ImportError:
@@ -141,7 +141,7 @@ def _attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     length, causal = query.shape[2], kwargs.get("is_causal")
     causal = length > 1 and (getattr(module, "is_causal", True) if causal is None else causal)
-    if causal:  # as SDPA: the first query sees the first key alone, and flash-attn aligns the last ones
+    if causal:  # SDPA aligns the first query with the first key, flash-attn the last query with the last key
         key, value = key[:, :, :length], value[:, :, :length]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     dropout = kwargs.get("dropout", 0.0)
@@ -183,7 +183,7 @@ def _refuse(*args: Any, **kwargs: Any) -> Any:
 def register() -> None:
     """Make "vtc" a value of transformers' `attn_implementation`, with the mask that SDPA expects.
 
-    With a transformers that is too old for models it is a value, too: the first layer that runs says so.
+    With a transformers that is too old for models it is a value, too, and the first layer that runs raises an error.
     """
     AttentionInterface.register(NAME, vtc_attention if names.is_supported() else _refuse)
     AttentionMaskInterface.register(NAME, sdpa_mask)

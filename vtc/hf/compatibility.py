@@ -42,7 +42,7 @@ def methods_of(family: Family | None = None, tower: TowerSpec | None = None) -> 
 
 
 def require(base: Any, config: Any, family: Family, tower: TowerSpec) -> None:
-    """Raise ValueError if the settings `config` ask for what the model `base` cannot do."""
+    """Raise ValueError if the model `base` does not support the settings `config`."""
     if refusal := tower_refusal(tower, config.method) or family_refusal(family, config.method):
         work = methods_of(family, tower)
         raise ValueError(

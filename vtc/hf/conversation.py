@@ -1,7 +1,7 @@
-"""The one note on a KV cache: what the cache's columns are, for a further turn to go on with them.
+"""The note on a KV cache, which lets a further turn map the caller's full prompt to the cache's shorter columns.
 
-The caller passes the whole conversation, as with any model. The cache holds fewer columns, for it never saw the visual
-tokens that were dropped. The note is an attribute of the cache, so that it lives and dies with it.
+The caller passes the whole conversation, as with any model. The cache holds fewer columns, because the dropped visual
+tokens never reached it. The note is an attribute of the cache, so it never outlives the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def read(cache: Any) -> ShortConversation | PrunedConversation | None:
 
 
 def leave(cache: Any, note: ShortConversation | PrunedConversation | None) -> None:
-    """Put `note` on `cache` in place of an older one; None takes it away."""
+    """Put `note` on `cache` in place of an older one; None removes it."""
     if note is not None:
         setattr(cache, _NOTE, note)
     elif hasattr(cache, _NOTE):
@@ -30,7 +30,7 @@ def leave(cache: Any, note: ShortConversation | PrunedConversation | None) -> No
 
 
 def length_of(cache: Any) -> int:
-    """How many columns `cache` holds. Waits for the device if the cache is static."""
+    """How many columns `cache` holds. Synchronises with the device if the cache is static."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -41,9 +41,9 @@ class ShortConversation:
     Attributes
     ----------
     length : int
-        L, the caller's tokens that went in as prompts. What was generated after them is in the cache unchanged.
+        L, the length of the caller's full prompt. The tokens generated after it are in the cache unchanged.
     input_ids, attention_mask : Tensor[B, L'], int64
-        The columns that they became; no mask if nothing is padded.
+        The shortened prompt, which the cache holds; no mask if nothing is padded.
     budget : str or None
         The settings that its images were compressed with, "method='vtc-cls', keep=64"; None without images.
     """
@@ -62,8 +62,8 @@ class ShortConversation:
         Raises
         ------
         ValueError
-            If the cache holds images that were not compressed, or were with other settings than `budget` (None: the
-            new turn has no images), or if `ids` is not the whole conversation.
+            If the cache holds images that were not compressed, or that were compressed with other settings than
+            `budget` (None: the new turn has no images), or if `ids` is not the whole conversation.
         """
         count = length_of(cache)
         note = read(cache)
@@ -87,7 +87,7 @@ class ShortConversation:
     def extended(self, ids: Tensor, mask: Tensor, start: int, new: dict[str, Tensor]) -> dict[str, Tensor]:
         """The arguments for the whole conversation: the old columns as the cache has them, then the `new` ones.
 
-        Between them lies what was generated, columns `length` to `start` of the caller's `ids` and `mask` [B, L].
+        Between them are the generated tokens, columns `length` to `start` of the caller's `ids` and `mask` [B, L].
         """
         old = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
         return {

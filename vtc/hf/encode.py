@@ -1,4 +1,4 @@
-"""Pixels to visual tokens: run the vision tower as far as the method needs, and reduce what it leaves."""
+"""Pixels to visual tokens: run the vision tower as far as the method needs, and reduce its features."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Selection(NamedTuple):
 def run_tower(settings: Settings, views: Tensor, plan: Plan) -> tuple[VisionOutputs, list[str]]:
     """Run the vision tower on views `[T, 3, height, width]`.
 
-    Returns what it leaves for the method, and the operations that computed the scores; those of the open block if it
-    was opened with them.
+    Returns the outputs that the method needs, and the operations that computed the scores. If the open block was opened
+    with such outputs, they are returned and the tower does not run.
     """
     if settings.vision is not None:
         return settings.vision  # type: ignore[no-any-return]
@@ -75,10 +75,10 @@ def run_tower(settings: Settings, views: Tensor, plan: Plan) -> tuple[VisionOutp
 
 
 def reduce(settings: Settings, views: Tensor, plan: Plan) -> tuple[Tokens, list[int]]:
-    """Encode views `[T, 3, height, width]`: the tokens that are left before the projector, and how many of each view.
+    """Encode views `[T, 3, height, width]`: the reduced tokens before the projector, and how many each view has.
 
-    Where views differ in that, the host has to know before a prompt can be shortened: an adaptive method synchronises
-    with the device here, once.
+    An adaptive method synchronises with the device once here, to read the counts: the host needs them to shorten the
+    prompt.
     """
     vision, used = run_tower(settings, views, plan)
     tokens = plan.method.reduce(vision, plan.num_kept)
@@ -88,8 +88,8 @@ def reduce(settings: Settings, views: Tensor, plan: Plan) -> tuple[Tokens, list[
         if max(counts) > plan.num_tokens:
             raise ValueError(
                 f"{plan.config.method} made {max(counts)} tokens of image {counts.index(max(counts))}: it kept all "
-                f"{plan.num_tokens} patches and has an extra token, but a prompt has {plan.num_tokens} places for an "
-                "image; use another method, or a smaller keep and no adaptive_count"
+                f"{plan.num_tokens} patches and has an extra token, but a prompt has {plan.num_tokens} placeholders "
+                "for an image; use another method, or a smaller keep and no adaptive_count"
             )
         after = round(sum(counts) / len(counts))
     count(settings, plan, used, len(views), plan.num_tokens, after)
@@ -97,7 +97,7 @@ def reduce(settings: Settings, views: Tensor, plan: Plan) -> tuple[Tokens, list[
 
 
 def select(settings: Settings, views: Tensor, plan: Plan) -> Selection | None:
-    """The patches kept of views `[T, 3, height, width]`, or None if the method keeps no patches as they are."""
+    """The patches kept of views `[T, 3, height, width]`, or None if the method selects no patches."""
     tokens, _ = reduce(settings, views, plan)
     if tokens.indices is None or tokens.scores is None:
         return None

@@ -1,4 +1,4 @@
-"""The LLaVA models that VTC knows, and how each differs from the rest: data. Needs neither torch nor transformers."""
+"""The LLaVA models that VTC supports, and how they differ, as data. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Family(NamedTuple):
         return all(each.layout == IMAGE.layout for each in self.inputs)
 
     def inputs_of(self, call: dict[str, Any]) -> tuple[VisualInput, ...]:
-        """Those whose pixels are among the arguments of a call."""
+        """The visual inputs whose pixels are among the arguments of a call."""
         return tuple(each for each in self.inputs if call.get(each.pixels) is not None)
 
 

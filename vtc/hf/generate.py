@@ -1,9 +1,9 @@
 """`generate()`, `forward()` and `get_image_features()` of a LLaVA that compresses.
 
-Images are encoded here and handed to transformers as its own `mm_encoder_outputs`, whether their tokens are dropped
-before the language model or inside it. Before it, the prompt is shortened accordingly, and from there on transformers
-sees a prompt that simply is shorter: masks, positions, caches, beams and decoding need no special handling. Inside it,
-`vtc.hf.prune` does the rest.
+Images are encoded here and handed to transformers as its own `mm_encoder_outputs`. If tokens are dropped before the
+language model, the prompt is shortened accordingly. transformers then sees an ordinary, shorter prompt, so masks,
+positions, caches, beams and decoding need no special handling. If tokens are dropped inside the language model,
+`vtc.hf.prune` does it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Stock = Callable[..., Any]  # the method of transformers, of the same model
 
 @torch.no_grad()
 def generate(stock: Stock, model: Any, call: Call) -> Any:
-    """In place of `generate`: returns the caller's full prompt followed by the new tokens."""
+    """Replaces `generate`: returns the caller's full prompt followed by the new tokens."""
     if call.get("mm_encoder_outputs"):
         raise ValueError("got mm_encoder_outputs, but VTC has to encode the images itself; pass pixel_values")
     if call.get("inputs") is not None:
@@ -36,8 +36,8 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
     if isinstance(note, PrunedConversation) or (images and settings.config.prune_after):
         prune_limits.require_generate(settings, call, images, lambda name: _option(model, call, name))
         return stock(**(_encoded(settings, call) if images else call))
-    goes_on = isinstance(note, ShortConversation) and conversation.length_of(cache) > 0
-    if not goes_on and not (images and settings.config.compresses):
+    continues = isinstance(note, ShortConversation) and conversation.length_of(cache) > 0
+    if not continues and not (images and settings.config.compresses):
         return stock(**call)
 
     full: Any = call.get("input_ids")
@@ -60,7 +60,7 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
 
 
 def forward(stock: Stock, model: Any, call: Call) -> Any:
-    """In place of `forward`, of the class with the head for generation and of the class without it, which it calls."""
+    """Replaces `forward` of the class with a head, and of the class without a head, which the former calls."""
     settings, cache = Settings.of(model), call.get("cache")
     note, pixels = conversation.read(cache), bool(settings.family.inputs_of(call))
     images = pixels or bool(call.get("mm_encoder_outputs"))
@@ -90,7 +90,7 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
 
 
 def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> Any:
-    """In place of `get_image_features` and `get_video_features`."""
+    """Replaces `get_image_features` and `get_video_features`."""
     settings = Settings.of(model)
     if settings.config.compresses:
         outputs: Any = LAYOUTS[visual.layout].of(settings, visual, call).encode()
@@ -106,7 +106,7 @@ def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> A
 def _shortened(settings: Settings, call: Call) -> tuple[Call, ShortConversation]:
     """Encode the images of `call` and shorten its prompt: the arguments for transformers, and the note for the cache.
 
-    In a further turn, the columns that the cache holds already come first, as the cache has them.
+    In a further turn, the columns that the cache already holds come first.
     """
     require_ids(call)
     ids: torch.Tensor = call["input_ids"]
@@ -151,7 +151,7 @@ def _without_pixels(settings: Settings, call: Call) -> Call:
 
 
 def _option(model: Any, call: Call, name: str) -> Any:
-    """An option of `generate()`: the argument, else what its generation config says."""
+    """An option of `generate()`: the argument, else the value in its generation config."""
     given = call.get(name)
     return getattr(call.get("generation_config") or model.generation_config, name, None) if given is None else given
 
@@ -172,7 +172,7 @@ def _require_forward(call: Call) -> None:
 
 
 def _require_mask(call: Call) -> None:
-    """A mask of tokens that follow a short prompt has the cache's columns."""
+    """Raise ValueError if the mask of tokens after a shortened prompt does not have the cache's columns."""
     ids, mask = call.get("input_ids"), call.get("attention_mask")
     if ids is None or mask is None or mask.ndim != 2:
         return

@@ -1,4 +1,4 @@
-"""What differs between versions of transformers, and the versions that VTC works with. Nothing else knows a version."""
+"""What differs between versions of transformers, and the supported versions. No other module knows a version."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def stock_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def cache_of(outputs: Any) -> Any:
-    """The KV cache in what a model or `generate()` returned, also in a tuple; None if there is none."""
+    """The KV cache in the outputs of a model or of `generate()`, also in a tuple; None if there is none."""
     if isinstance(outputs, tuple):
         return next((each for each in outputs if isinstance(each, Cache)), None)
     return getattr(outputs, CACHE, None)
@@ -60,7 +60,7 @@ def require_supported() -> None:
     if not is_supported():
         raise ValueError(
             f"VTC compresses models of transformers {OLDEST} or newer, and this is {transformers.__version__}, where "
-            f"it would answer wrongly; use pip install 'transformers>={OLDEST}' (vtc.ops and vtc.methods go on)"
+            f"answers would be wrong; use pip install 'transformers>={OLDEST}' (vtc.ops and vtc.methods still work)"
         )
 
 

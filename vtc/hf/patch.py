@@ -18,7 +18,7 @@ from vtc.hf.settings import is_on
 
 
 def install(module: ModuleType) -> None:
-    """Put the guards on the classes of the family whose module transformers has just imported; once on each."""
+    """Put the guards on the classes of the family whose module transformers has just imported, once on each class."""
     names.warn_if_untested()
     family = next(family for family in FAMILIES.values() if family.module == module.__name__)
     base, head = (getattr(module, name) for name in family.classes)
@@ -32,7 +32,7 @@ def install(module: ModuleType) -> None:
 
 
 def _guard(owner: type, name: str, ours: Callable[..., Any]) -> None:
-    """Replace a method by `ours(stock, self, call)`, where call holds the arguments by name, for models that are on."""
+    """For models that compress, replace a method by `ours(stock, self, call)`; call holds the arguments by name."""
     stock = getattr(owner, name)
     parameters = inspect.signature(stock).parameters.values()
     positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
@@ -40,7 +40,7 @@ def _guard(owner: type, name: str, ours: Callable[..., Any]) -> None:
     @functools.wraps(stock)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(positional, args, strict=False))
-        wrong = len(args) > len(positional) or given.keys() & kwargs.keys()  # stock says so
+        wrong = len(args) > len(positional) or given.keys() & kwargs.keys()  # the stock method raises the error
         if wrong or not is_on(self):
             return stock(self, *args, **kwargs)
 

@@ -1,7 +1,7 @@
-"""The prompt: read once, shortened to what stays of each image, and put back in front of what `generate()` returns.
+"""The prompt: read once, shortened to the kept placeholders, and put back in front of what `generate()` returns.
 
-All placeholders are alike, so a prompt can be shortened without knowing which patches will fill it. Tensors only; no
-model is seen here.
+All placeholders are alike, so a prompt can be shortened without knowing which patches will fill it. This module works
+on tensors and knows no model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Prompt:
     is_image : dict of int to Tensor[B, L], bool
         Where each placeholder token is.
     real : Tensor[B, L], bool
-        What is not padding.
+        False at padding.
     images : dict of int to list of int
         For each placeholder token, the number of images of each row.
     num_tokens : list of int
@@ -44,13 +44,13 @@ class Prompt:
     def read(
         cls, input_ids: Tensor, mask: Tensor | None, sizes: Mapping[int, Sequence[int]], static: bool = False
     ) -> Prompt:
-        """Check the prompt against its images. Waits for the device once: lengths depend on what is read back.
+        """Check the prompt against its images. Synchronises with the device once, to read lengths and counts.
 
         Parameters
         ----------
         input_ids : Tensor[B, L], int64
         mask : Tensor[B, L] or None
-            With `static`, a mask `[B, 1, L, M]` is read as well: what transformers makes for a static cache.
+            With `static`, it may also be `[B, 1, L, M]`, which transformers makes for a static cache.
         sizes : mapping of int to sequence of int
             For each placeholder token, N of each image in the order of the prompts.
 
@@ -86,7 +86,7 @@ class Prompt:
         return min(self.num_tokens) < self.input_ids.shape[1]
 
     def lengths(self, counts: Mapping[int, Counts]) -> list[int]:
-        """How many tokens of each row stay, if K of each image's N do. Needs no device."""
+        """How many tokens of each row stay if K of each image's N placeholders stay. Computed on the host."""
         lengths = list(self.num_tokens)
         for token, images in self.images.items():
             dropped = [tokens - kept for tokens, kept in counts[token]]
@@ -105,9 +105,9 @@ class Prompt:
     ) -> dict[str, Tensor]:
         """Keep the first K of each image's N placeholders, and all other tokens that are not padding.
 
-        What is left of each row is right-aligned, so that L' is the length of the longest row, whatever was padded
-        before and however many images each row has. Left of it: token `pad`, mask 0, position 0, label -100. If every
-        K is N the arguments are returned as they are.
+        The shortened rows are right-aligned, and L' is the length of the longest one. It does not depend on the padding
+        of the full prompt. Padding gets the token `pad`, mask 0, position 0 and label -100. If every K is N, the
+        arguments are returned unchanged.
 
         Parameters
         ----------
@@ -121,9 +121,9 @@ class Prompt:
         Returns
         -------
         dict of Tensor[B, L']
-            `input_ids`, and what else is needed of `attention_mask`, `position_ids` and `labels`. The positions are
-            the given ones less the placeholders dropped before each; if none are given, each row's are 0, 1, 2, ...,
-            or absent if nothing is masked. Nothing predicts a row's first token, so its label becomes -100.
+            `input_ids`, and where needed `attention_mask`, `position_ids` and `labels`. The positions are the given
+            ones less the number of placeholders dropped before each. If none are given, each row has 0, 1, 2, ..., or
+            no positions if nothing is masked. Nothing predicts a row's first token, so its label becomes -100.
         """
         batch, length = self.shape
         given = {"attention_mask": mask, "position_ids": position_ids, "labels": labels}
@@ -138,7 +138,7 @@ class Prompt:
             return short
         dropped = torch.zeros_like(self.real)
         for token, own in counts.items():
-            dropped |= self.is_image[token] & _beyond_its_share(self.is_image[token], own)
+            dropped |= self.is_image[token] & _beyond_first_k(self.is_image[token], own)
         lengths = self.lengths(counts)
         columns, real = right_aligned(self.real & ~dropped, max(lengths))
         short["input_ids"] = self.input_ids.gather(1, columns).masked_fill(~real, pad)
@@ -158,20 +158,19 @@ class Prompt:
 def require_ids(call: dict[str, Any]) -> None:
     """Raise ValueError if a prompt with images has no token ids."""
     if call.get("input_ids") is None or call.get("inputs_embeds") is not None:
-        raise ValueError("VTC finds the places of the images in input_ids; pass input_ids and no inputs_embeds")
+        raise ValueError("VTC finds image placeholders in input_ids; pass input_ids and no inputs_embeds")
 
 
 def right_aligned(stays: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Move what stays of each row to its right end, in order.
+    """Move the tokens that stay to the right end of each row, in order. Padding comes before them.
 
-    The last token of each row has to be in the last column, for that is where `generate()` takes the logits from. What
-    fills up a shorter row comes before its tokens, as padding.
+    The last token of each row has to be in the last column, because `generate()` takes the logits from there.
 
     Parameters
     ----------
     stays : Tensor[B, L], bool
     length : int
-        S, as many as stay in the row in which most do.
+        S, the length of the longest shortened row.
 
     Returns
     -------
@@ -185,7 +184,7 @@ def right_aligned(stays: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _real(input_ids: Tensor, mask: Tensor | None, static: bool) -> Tensor:
-    """Where `input_ids` [B, L] is no padding, [B, L] bool."""
+    """Where `input_ids` [B, L] is not padding, [B, L] bool."""
     if mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     if mask.shape == input_ids.shape:
@@ -199,7 +198,7 @@ def _real(input_ids: Tensor, mask: Tensor | None, static: bool) -> Tensor:
     )
 
 
-def _beyond_its_share(found: Tensor, counts: Counts) -> Tensor:
+def _beyond_first_k(found: Tensor, counts: Counts) -> Tensor:
     """Where a placeholder `[B, L]` bool is not among the first K of its image's N."""
     if not counts:
         return torch.zeros_like(found)
@@ -234,9 +233,9 @@ def _images_of_rows(found: Sequence[int], sizes: Sequence[int]) -> list[int]:
 
 
 class FullPrompt:
-    """The caller's prompt `[B, L]`, to be put back in place of the short one of length L' that `generate()` was given.
+    """The caller's prompt `[B, L]`, which replaces the shortened one of length L' in the results of `generate()`.
 
-    Also for the caller's own streamer, stopping criteria and so on: they may count tokens of the full prompt.
+    The caller's streamer, stopping criteria and so on see it, too, because they may count tokens of the full prompt.
     """
 
     def __init__(self, full: Tensor, short_length: int) -> None:

@@ -1,16 +1,16 @@
-"""Pruning inside the language model: after its r-th layer, only the visual tokens that are kept go on.
+"""Pruning inside the language model: the layers after its r-th one see only the visual tokens that are kept.
 
     layers 0 .. r-1     all L columns of the prompt
     layer  r            hidden states, rotary embeddings and mask are compacted to S columns, once
     layers r .. end     S columns, at the rotary positions they had before
 
-With `kv="full"` layers before r keep the KV of all L columns and later layers have S; with `kv="compact"` what was
-dropped is removed from the former too, in one launch after the prefill: the cache is S columns in every layer.
+With `kv="full"`, layers before r keep the KV of all L columns and later layers have S. With `kv="compact"`, the dropped
+columns are removed from the former too, in one launch after the prefill: the cache has S columns in every layer.
 
-No modeling code is copied, and no class changes. One call of the language model carries an object of this module as
-an argument, which every layer is given. Hooks on the layers, put there for the call and removed after it, act only if
-that argument is theirs, so that two threads may use one model. What decoding steps have to know is a note on the cache
-(`PrunedConversation`).
+No modeling code is copied, and no class changes. One call of the language model carries an object of this module as an
+argument, which is passed to every layer. The hooks on the layers exist during the call and act only if that argument is
+their own object, so two threads may use one model. A note on the cache (`PrunedConversation`) tells decoding steps what
+they need.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from vtc.hf.prompt import Prompt, require_ids, right_aligned
 from vtc.hf.prune_limits import is_static
 from vtc.hf.settings import Settings
 
-ARGUMENT = "vtc_pruning"  # of a layer: the object whose call it is
+ARGUMENT = "vtc_pruning"  # the argument of a layer that carries the object of the call
 
 
-class Run(Protocol):
+class Pruning(Protocol):
     """One call of the language model."""
 
     def before(self, number: int, layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -45,7 +45,7 @@ class Run(Protocol):
 
 
 @contextlib.contextmanager
-def hooked(layers: Any, owner: Run) -> Iterator[None]:
+def hooked(layers: Any, owner: Pruning) -> Iterator[None]:
     """While the block runs, `owner.before` changes each layer's input in the call that carries `owner`."""
 
     def make(number: int) -> Callable[..., Any]:
@@ -68,7 +68,7 @@ def hooked(layers: Any, owner: Run) -> Iterator[None]:
 
 
 class _Prefill:
-    """One prompt's way through the layers."""
+    """The prefill of one prompt, layer by layer."""
 
     def __init__(
         self, settings: Settings, prompt: Prompt, token: int, counts: list[tuple[int, int]], indices: Tensor | None
@@ -158,7 +158,7 @@ class _Prefill:
         return hidden
 
     def finish(self) -> None:
-        """After the last layer: shorten the KV of the layers before r if asked to, and leave the note."""
+        """After the last layer: with `kv="compact"` shorten the KV of the layers before r; leave the note."""
         if self.cache is None:
             return
         if self.config.kv == "compact":
@@ -178,7 +178,7 @@ class _Prefill:
             for layer, key, value in zip(layers, *short, strict=True):
                 if type(layer) is DynamicLayer:
                     layer.keys, layer.values = key, value
-                else:  # its tensors have to stay where they are; columns from S on are overwritten by what comes next
+                else:  # a static layer keeps its tensors; later tokens overwrite the columns from S on
                     with torch.no_grad():
                         layer.keys[:, :, : key.shape[2]] = key
                         layer.values[:, :, : value.shape[2]] = value
@@ -186,10 +186,10 @@ class _Prefill:
 
 
 def _expand_for_beams(indices: Tensor, images: list[int]) -> Tensor:
-    """The indices `[images, K]` of the rows' images, if rows are C copies of each of fewer prompts (beams)."""
+    """Repeat the indices `[images, K]` if the rows are C copies of each prompt (beams)."""
     copies, rest = divmod(sum(images), max(len(indices), 1))
     if rest:
-        raise ValueError(f"got {len(indices)} image(s), but input_ids has places for {sum(images)}")
+        raise ValueError(f"got {len(indices)} image(s), but input_ids has placeholders for {sum(images)}")
     if copies == 1:
         return indices
     order, first = [], 0
@@ -200,13 +200,13 @@ def _expand_for_beams(indices: Tensor, images: list[int]) -> Tensor:
 
 
 def causal_mask(text: Any, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:
-    """Whatever the attention of the language model takes, for hidden states `[B, S, D]` in `layer`."""
+    """The mask for hidden states `[B, S, D]` in `layer`, in the form that the language model's attention takes."""
     arguments = {"config": text, "inputs_embeds": hidden, "attention_mask": mask, CACHE: cache, "layer_idx": layer}
     return create_causal_mask(**arguments)
 
 
 def prefill(stock: Callable[..., Any], settings: Settings, call: dict[str, Any]) -> Any:
-    """Run the forward of the model without a head on a prompt with encoded images, pruned after layer `prune_after`.
+    """Run the `forward` of the model without a head on a prompt with encoded images, pruned after layer `prune_after`.
 
     Returns
     -------
@@ -234,11 +234,11 @@ def prefill(stock: Callable[..., Any], settings: Settings, call: dict[str, Any])
         return stock(**call)
     token, static = getattr(base.config, visual.token), bool(getattr(cache, "is_compileable", False))
     prompt = Prompt.read(call["input_ids"], call.get("attention_mask"), {token: sizes}, static)
-    run = _Prefill(settings, prompt, token, [(size, keep) for size in sizes], indices)
-    with hooked(base.language_model.layers, run):
-        result = stock(**call, **{ARGUMENT: run})
-    run.finish()
+    pruning = _Prefill(settings, prompt, token, [(size, keep) for size in sizes], indices)
+    with hooked(base.language_model.layers, pruning):
+        result = stock(**call, **{ARGUMENT: pruning})
+    pruning.finish()
     if settings.run is not None:
-        settings.run.count_prompt(prompt.shape[1], run.length)
+        settings.run.count_prompt(prompt.shape[1], pruning.length)
         settings.run.count_cache(cache_of(result), config.prune_after if config.kv == "full" else 0)
     return result

@@ -17,11 +17,11 @@ from vtc.hf.settings import Settings
 
 
 class _Decode:
-    """A call on top of a cache whose layers from r on are shorter: their mask is another one."""
+    """A call on top of a cache whose layers from r on are shorter and need a mask of their own."""
 
     def __init__(self, text: Any, note: PrunedConversation, mask: Tensor | None) -> None:
         self.text, self.note, self.is_made = text, note, False
-        self.mask: Any = mask  # [B, S + T], and once it is made whatever the attention takes
+        self.mask: Any = mask  # [B, S + T]; once `is_made`, in the form that the attention takes
 
     def before(self, number: int, layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         if number >= self.note.layer:
@@ -33,7 +33,7 @@ class _Decode:
 
 
 def decode(stock: Callable[..., Any], settings: Settings, call: dict[str, Any]) -> Any:
-    """Run the forward for tokens after a pruned prompt: the caller's mask has its L columns, the cache has S."""
+    """Run `forward` for tokens after a pruned prompt: the caller's mask has its L columns, the cache has S."""
     cache, mask, language_model = call["cache"], call.get("attention_mask"), settings.base.language_model
     note: Any = conversation.read(cache)
     tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
@@ -51,7 +51,7 @@ def decode(stock: Callable[..., Any], settings: Settings, call: dict[str, Any]) 
     seen = cache.get_seq_length() - (note.kept if note.compact else note.length)  # a tensor if the cache is static
     if call.get("position_ids") is None:
         call["position_ids"] = note.position.to(tokens.device) + seen + torch.arange(new, device=tokens.device)
-    if static:  # transformers made the mask for columns as in the full prompt: make it again
+    if static:  # transformers made the mask for the columns of the full prompt, so it is made again
         if valid is not None or mask is not None:
             after = torch.ones(batch, cache.layers[0].max_cache_len - note.kept, dtype=torch.bool, device=tokens.device)
             call["attention_mask"] = note.extended_mask(after)
@@ -68,6 +68,6 @@ def decode(stock: Callable[..., Any], settings: Settings, call: dict[str, Any]) 
         return stock(**call)
     if mask is None and note.real is not None:
         call["attention_mask"] = torch.cat([note.real.to(after.device), after], 1)
-    run = _Decode(language_model.config, note, short)
-    with hooked(language_model.layers, run):
-        return stock(**call, **{ARGUMENT: run})
+    pruning = _Decode(language_model.config, note, short)
+    with hooked(language_model.layers, pruning):
+        return stock(**call, **{ARGUMENT: pruning})

@@ -44,7 +44,7 @@ def require(language_model: Any, config: VTCConfig) -> None:
 
 
 def require_generate(settings: Settings, call: dict[str, Any], images: bool, option: Callable[[str], Any]) -> None:
-    """Raise ValueError if `generate()` cannot prune this prompt, or go on after one that was pruned.
+    """Raise ValueError if `generate()` cannot prune this prompt, or cannot continue after one that was pruned.
 
     Parameters
     ----------
@@ -76,20 +76,20 @@ def require_generate(settings: Settings, call: dict[str, Any], images: bool, opt
         )
     for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):
         if call.get(name) is not None or option(name):
-            raise ValueError(f"prune_layer > 0 needs the prompt in one piece and one token at a time; unset {name}")
+            raise ValueError(f"prune_layer > 0 needs the whole prompt at once, then one token at a time; unset {name}")
 
 
 def require_forward(call: dict[str, Any], images: bool) -> None:
-    """Raise ValueError if `forward()` is asked for what a pruned prompt has no columns for."""
+    """Raise ValueError if `forward()` gets labels or positions for columns that a pruned prompt does not have."""
     if images and (call.get("labels") is not None or isinstance(call.get("logits_to_keep"), Tensor)):
         raise ValueError(
-            "labels and positions in logits_to_keep belong to tokens of which prune_layer > 0 drops some on the way; "
-            "use prune_layer=0 for them"
+            "prune_layer > 0 does not support labels, or positions in logits_to_keep, because it drops some of their "
+            "tokens; use prune_layer=0"
         )
 
 
 def is_static(cache: Any, compact: bool) -> bool:
-    """Whether `cache` is a static one; ValueError if it is of a kind that cannot be shortened."""
+    """Whether `cache` is a static one. Raises ValueError if it is of a kind that cannot be shortened."""
     kinds = {type(layer) for layer in getattr(cache, "layers", ())}
     if getattr(cache, "offloading", False) or not kinds <= {DynamicLayer, StaticLayer} or len(kinds) > 1:
         raise ValueError(
@@ -101,7 +101,7 @@ def is_static(cache: Any, compact: bool) -> bool:
     static = kinds == {StaticLayer}
     if static and not compact:
         raise ValueError(
-            'kv="full" gives layers of two lengths, which a static cache is not for; use '
+            'kv="full" gives layers of two lengths, which a static cache does not support; use '
             'vtc.configure(model, kv="compact"), or a dynamic cache'
         )
     return static

@@ -24,7 +24,7 @@ _LOCK = threading.Lock()  # two threads may open or close blocks of one model
 class Run:
     """What happened inside one `vtc.compress` block. Cache bytes are those of the latest prompt, after its prefill.
 
-    Tokens are those of one image; where images keep different numbers, their rounded mean over the latest call.
+    Tokens are those of one image. If images keep different numbers, they are the rounded mean over the latest call.
     """
 
     tokens_before: int | None = None
@@ -56,7 +56,7 @@ class Run:
     def count_cache(self, cache: Any, full: int = 0) -> None:
         """Count the prompt's bytes from the tensors `[B, H_kv, M, D]` that the prefill left in `cache`.
 
-        The first `full` layers hold the prompt as it was before.
+        The first `full` layers hold the prompt at its full length.
         """
         tensors = [(layer.keys, layer.values) for layer in getattr(cache, "layers", ())]
         per_token = [sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in pair) for pair in tensors]
@@ -76,7 +76,7 @@ class Block:
 
 
 class Settings(NamedTuple):
-    """What holds for one call of a model.
+    """The settings of one call of a model.
 
     Attributes
     ----------
@@ -106,7 +106,7 @@ class Settings(NamedTuple):
 
     @property
     def budget(self) -> str:
-        """How images are compressed, as a note on a cache says it."""
+        """How images are compressed, as text for the note on a cache."""
         size = f"keep={self.config.keep}" if self.config.ratio is None else f"ratio={self.config.ratio}"
         return f"method={self.config.method!r}, {size}"
 
@@ -134,7 +134,7 @@ def configure(base: Any, config: VTCConfig) -> None:
 
 
 def is_on(model: Any) -> bool:
-    """Whether `model`, one of the guarded classes, compresses: its vision tower alone decides."""
+    """Whether `model`, one of the guarded classes, compresses: whether its vision tower's attention is "vtc"."""
     on: bool = model.base_model.vision_tower.config._attn_implementation == NAME
     return on
 
@@ -147,7 +147,7 @@ def switch_on(base: Any) -> None:
 
 
 def switch_off(base: Any) -> None:
-    """Give back the attention from before `switch_on` ("sdpa" if the model was loaded as "vtc"); no settings."""
+    """Restore the attention from before `switch_on` ("sdpa" if the model was loaded as "vtc"); remove the settings."""
     before = base.__dict__.pop("_vtc_before", {})
     now = _implementations(base)
     base.set_attn_implementation({key: before.get(key, "sdpa") if name == NAME else name for key, name in now.items()})
@@ -158,8 +158,8 @@ def switch_off(base: Any) -> None:
 def open_block(base: Any, config: VTCConfig, vision: Any = None) -> Iterator[Run]:
     """Compress with `config` while the block is open; when the last one closes, the model is what it was before.
 
-    `vision` is what `vtc.hf.encode.run_tower` returned for the images of every call in the block: for settings that
-    differ in `keep` only, the tower has to run once.
+    `vision` is what `vtc.hf.encode.run_tower` returned for the images of every call in the block. With it, the tower
+    runs only once for several settings that differ in `keep`.
     """
     own = base.__dict__  # plain attributes: modules and parameters are elsewhere
     opened = Block(config, Run(), vision)

@@ -19,8 +19,7 @@ class Tiling(NamedTuple):
     ----------
     num_tiles : int
     layout : Tensor[n], int64, on the CPU
-        In the order of the image's placeholders, the number of each token among all of its tiles' (tile * N + token);
-        -1 for a newline.
+        The token at each placeholder of the image, counted over its tiles: tile * N + token; -1 for a newline.
     """
 
     num_tiles: int
@@ -46,12 +45,12 @@ def tilings(settings: Settings, sizes: Tensor) -> list[Tiling]:
 
 
 def flat_tiles(pixels: Tensor, tiles: list[Tiling], name: str) -> Tensor:
-    """All tiles of all images, `[T, 3, height, width]`, without what pads an image to the most tiles of all.
+    """All tiles of all images, `[T, 3, height, width]`, without the padding to the largest number of tiles.
 
     Raises
     ------
     ValueError
-        If the pixels do not hold the tiles that the sizes of the images ask for.
+        If the pixels do not hold the tiles that follow from the sizes of the images.
     """
     shape: Any = tuple(pixels.shape)
     if pixels.ndim == 5 and len(pixels) == len(tiles):

@@ -1,4 +1,4 @@
-"""The vision towers that VTC knows, and how each differs from the rest."""
+"""The vision towers that VTC supports, and how they differ."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TowerSpec(NamedTuple):
         return operator.attrgetter(self.layers)(tower)
 
     def embed(self, tower: Any, pixel_values: Tensor) -> Tensor:
-        """What enters the first layer, `[B, cls + N, D]`, of pixels `[B, 3, height, width]`."""
+        """The input of the first layer, `[B, cls + N, D]`, from pixels `[B, 3, height, width]`."""
         hidden = tower.embeddings(pixel_values.to(tower.dtype))
         return getattr(tower, self.norm)(hidden) if self.norm else hidden
 
@@ -38,7 +38,7 @@ class TowerSpec(NamedTuple):
         return output
 
     def projections(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Query of the first token `[B, C]` and keys `[B, cls + N, C]` of a layer, from its input; it does not run."""
+        """A layer's query of the first token `[B, C]` and keys `[B, cls + N, C]`, from its input. It does not run."""
         normed = getattr(layer, self.layer_norm)(hidden)
         parts = {name.rpartition(".")[2]: part for name, part in layer.named_modules()}
         return parts["q_proj"](normed[:, 0]), parts["k_proj"](normed)

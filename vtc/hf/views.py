@@ -1,7 +1,7 @@
-"""What the vision tower sees of a call's images: whole images, tiles, or frames of a video. Each has a class here.
+"""What the vision tower sees of a call's images: whole images, tiles, or frames of a video.
 
-A view is what one pass of the tower sees. The three classes say alike what the views are, how many placeholders each
-image has and how many stay, and encode them.
+A view is what one pass of the tower sees. There is a class for each of the three. It finds the views, counts the
+placeholders of each image and how many of them stay, and encodes the views.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ImageOutputs(BaseModelOutputWithPooling):
     pooler_output : list of Tensor[K, D]
         Of each image; for a stacked family the tensor.
     kept_indices : Tensor[images, K], int64, or None
-        If the images have all N tokens: the patches that stay after `prune_layer`. None if the method chooses them
+        If the images have all N tokens: the patches that stay after `prune_layer`. None if the method selects them
         inside the language model.
     """
 
@@ -50,7 +50,7 @@ def plan_of(settings: Settings, layout: str | None = None, views: Tensor | None 
     Raises
     ------
     ValueError
-        If the settings ask for what this model cannot do, or the views have another shape.
+        If this model does not support the settings, or the views have another shape.
     """
     base, config = settings.base, settings.config
     spec = tower_of(base.vision_tower.config)
@@ -74,7 +74,7 @@ def plan_of(settings: Settings, layout: str | None = None, views: Tensor | None 
 
 
 def require(base: Any, config: VTCConfig) -> None:
-    """Raise ValueError if `config` asks for what the model `base` cannot do."""
+    """Raise ValueError if the model `base` does not support `config`."""
     if config.compresses:
         plan_of(Settings.of(base)._replace(config=config))
 
@@ -90,7 +90,7 @@ class Views:
         For each view.
     views : Tensor[T, 3, height, width]
     counts : list of (int, int)
-        Of each image: N placeholders, and how many of them stay; until an adaptive method has run, the most.
+        Of each image: N placeholders, and how many of them stay; an upper bound until an adaptive method has run.
     """
 
     settings: Settings
@@ -112,11 +112,11 @@ class Views:
         raise NotImplementedError
 
     def project(self) -> Tensor:
-        """Encode: the projected features `[images, K, D]` of what stays; sets `counts` if they were not known."""
+        """Encode: the projected features `[images, K, D]` of the tokens that stay. An adaptive method sets `counts`."""
         raise NotImplementedError
 
     def encode(self) -> ImageOutputs:
-        """Encode: what stays of each image, or with `prune_layer` all tokens and the indices of those kept later."""
+        """Encode: each image's tokens that stay; with `prune_layer` all tokens, and the indices of those to keep."""
         indices = None
         if self.plan.config.prune_after:
             features, indices = self._project_all()
@@ -131,7 +131,7 @@ class Views:
         """For `prune_layer` > 0: projected features `[images, N, D]` of all patches, and the indices `[images, K]`."""
         plan = self.plan
         vision, used = encode.run_tower(self.settings, self.views, plan)
-        inside = plan.method.prunes_only_language()  # the language model chooses
+        inside = plan.method.prunes_only_language()  # selected in the language model
         indices = None if inside else plan.method.select(vision, plan.num_kept)[0]
         encode.count(self.settings, plan, used, len(self.views), plan.num_tokens, plan.num_kept)
         self.counts = [(plan.num_tokens, plan.num_tokens)] * len(self.views)
@@ -211,22 +211,22 @@ class Tiles(Views):
         base, plan, backend = self.settings.base, self.plan, self.plan.config.backend
         vision, used = encode.run_tower(self.settings, self.views, plan)
         features, scores = vision.patches, plan.method.select(vision, 1)[1]  # [T, N, D], [T, N]
-        chosen, first = [], 0
+        selected, first = [], 0
         for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
             ranking = share_out(scores[first : first + tiling.num_tiles], tiling.layout, plan.config.tiles)
             layout = tiling.layout.to(features.device)
-            rows = layout[ops.topk(ranking[None], kept, backend=backend)[0]]
-            chosen.append(torch.where(rows < 0, rows, rows + first * plan.num_tokens))
+            numbers = layout[ops.topk(ranking[None], kept, backend=backend)[0]]
+            selected.append(torch.where(numbers < 0, numbers, numbers + first * plan.num_tokens))
             first += tiling.num_tiles
             encode.count(self.settings, plan, used, 1, tokens, kept)
-        rows = torch.cat(chosen)
+        numbers = torch.cat(selected)
         keeps_all = all(tokens == kept for tokens, kept in self.counts)
         if keeps_all:  # exactly what the stock model computes
             features = base.multi_modal_projector(features)
-        visual = ops.compact(features.flatten(0, 1)[None], rows.clamp(min=0)[None], backend=backend)[0]
+        visual = ops.compact(features.flatten(0, 1)[None], numbers.clamp(min=0)[None], backend=backend)[0]
         if not keeps_all:
             visual = base.multi_modal_projector(visual)
-        visual = torch.where(rows[:, None] < 0, base.image_newline.to(visual), visual)
+        visual = torch.where(numbers[:, None] < 0, base.image_newline.to(visual), visual)
         return torch.nn.utils.rnn.pad_sequence(visual.split([kept for _, kept in self.counts]), batch_first=True)
 
 

@@ -1,4 +1,4 @@
-"""What every method is: what it needs from the vision tower, how many features it returns, and how it makes them."""
+"""The base class of methods: what a method needs from the vision tower, and how it reduces the patches to tokens."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from vtc import ops
 
 
 class Needs(NamedTuple):
-    """What a method needs from the vision tower, beside the hidden states of the feature layer.
+    """What a method needs from the vision tower besides the hidden states of the feature layer.
 
     Attributes
     ----------
     cls_probs : bool
         The [CLS] token's attention probabilities in the layers that `Method.scored_layers` names.
     keys : {"feature", "last", None}
-        The vision layer whose keys it compares. "last" is the last layer of the tower. Its keys are projections of the
-        hidden states before it, so that layer itself does not run.
+        The vision layer whose keys it compares. "last" is the last layer of the tower. That layer does not run, because
+        its keys are projections of its input.
     query : bool
         The [CLS] token's query in the layer of `keys`.
     pixels : bool
         The pixel values.
     grid : bool
-        That every visual token is a patch of the grid: the tower has no register tokens.
+        Every visual token is a patch of the grid, so the tower may have no register tokens.
     """
 
     cls_probs: bool = False
@@ -37,7 +37,7 @@ class Needs(NamedTuple):
 
 
 class VisionOutputs(NamedTuple):
-    """The outputs of one pass of B images through the vision tower. What the method does not need is None.
+    """The outputs of one pass of B images through the vision tower. Fields that the method does not need are None.
 
     Attributes
     ----------
@@ -46,8 +46,8 @@ class VisionOutputs(NamedTuple):
     grid : tuple of int
         Rows and columns of patches. Their product is N if the tower has no register tokens.
     cls_probs : Tensor[L, B, H, N], float32
-        The [CLS] token's attention probabilities for the patches, per scored layer and head; or their mean over the
-        heads, H = 1.
+        The [CLS] token's attention probabilities for the patches, per scored layer and head. With H = 1 they are the
+        mean over the heads.
     keys : Tensor[B, H, 1 + N, D]
         Keys of one layer, any strides.
     query : Tensor[B, H, D]
@@ -163,7 +163,7 @@ class Method:
         Returns
         -------
         range
-            Empty if the method needs neither, else `end - 1` alone.
+            Empty if the method needs neither, else only `end - 1`.
 
         Raises
         ------

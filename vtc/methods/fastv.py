@@ -19,8 +19,8 @@ class FastV(Method):
 
         s[n] = 1/H Σ_h softmax_j(q_h[last] · k_h[j] / √d)[n]      j over all tokens that the last one sees
 
-    Before layer k, the K image tokens of a prompt with the largest s stay, and all its text. Every token that stays
-    keeps its order and its rotary position. k is `prune_layer`, 2 by default as in the paper (3 in its demonstration).
+    From layer k on, a prompt has its K image tokens with the largest s, and all its text. These tokens keep their order
+    and their rotary positions. k is `prune_layer`, 2 by default as in the paper (3 in its demonstration).
     The paper's R is the share of tokens that is dropped: K = round((1 - R) · N). It has no options.
     """
 

@@ -25,7 +25,8 @@ class PruMerge(Method):
         token_i  = x_i + Σ_j s[j] · x_j               j: the `neighbors` other patches whose k has the largest cosine
         extra    = Σ_j s[j] · x_j                     j: the patches that are not kept
 
-    An image has the K merged tokens, then the extra token. K depends on the image, from 0 to a quarter of its patches.
+    The tokens of an image are the K merged ones, then the extra token. K is from 0 to a quarter of the patches and
+    depends on the image.
 
     Parameters
     ----------
@@ -52,9 +53,9 @@ class PruMerge(Method):
         check_integer("neighbors", self.neighbors, 1)
 
     def num_outputs(self, num_tokens: int, keep: int) -> int:
-        return self._most(num_tokens, keep) + 1
+        return self._max_kept(num_tokens, keep) + 1
 
-    def _most(self, num_tokens: int, keep: int) -> int:
+    def _max_kept(self, num_tokens: int, keep: int) -> int:
         """The largest number of patches that can be kept. At most N / 4 of N scores lie above the third quartile."""
         if not self.adaptive_count and keep < 2:
             raise ValueError(
@@ -79,8 +80,8 @@ class PruMerge(Method):
         return Tokens(features, None if counts is None else counts + 1, targets, scores)
 
     def _targets(self, scores: Tensor, keep: int) -> tuple[Tensor, Tensor | None]:
-        """The kept patches `[B, most]` in the order of selection, and how many each image keeps `[B]`; None if all."""
-        targets = _largest_first(scores, self._most(scores.shape[1], keep), self.backend)
+        """Kept patches `[B, max_kept]` in the order of selection, and how many each image keeps `[B]`; None if all."""
+        targets = _largest_first(scores, self._max_kept(scores.shape[1], keep), self.backend)
         return targets, _fraction_count(_outliers(scores), scores.shape[1]) if self.adaptive_count else None
 
 
@@ -115,7 +116,7 @@ class PruMergePlus(PruMerge):
 
     adaptive_count: bool = False
 
-    def _most(self, num_tokens: int, keep: int) -> int:
+    def _max_kept(self, num_tokens: int, keep: int) -> int:
         """The largest number of patches that can be kept: all of them if the step is adaptive."""
         if self.adaptive_count:
             return num_tokens
@@ -141,7 +142,7 @@ class PruMergePlus(PruMerge):
         place = torch.where((n % step == 0) & (n < num_tokens - 1), num_tokens + n, 3 * num_tokens)
         rank = n[:best].expand_as(largest)
         place = place.scatter(1, largest, torch.where(rank < count.unsqueeze(1), rank, place.gather(1, largest)))
-        order = place.sort(dim=1, stable=True).indices[:, : self._most(num_tokens, keep)]
+        order = place.sort(dim=1, stable=True).indices[:, : self._max_kept(num_tokens, keep)]
         return order, (place < 3 * num_tokens).sum(dim=1)
 
 
@@ -183,7 +184,7 @@ def _outliers(scores: Tensor) -> Tensor:
 
 
 def _fraction_count(outliers: Tensor, num_tokens: int) -> Tensor:
-    """⌊N · (outliers / N)⌋ in float64, which is how the paper's code counts; for some N it is one less."""
+    """⌊N · (outliers / N)⌋ in float64, as in the paper's code; rounding makes it one less for some N."""
     return (_fraction(outliers, num_tokens) * num_tokens).long()
 
 

@@ -43,9 +43,9 @@ class Random(Method):
 def random_scores(pixel_values: torch.Tensor, tokens: int, seed: int) -> torch.Tensor:
     """Uniform scores `[B, tokens]` fp32 in [0, 1) that depend on the image's own pixels and `seed` only.
 
-    A generator's numbers for an image would depend on the other images of its batch.
-    Instead the bits of the pixels are summed with odd weights (integer sums wrap and have no order), and splitmix64
-    turns sum + n into the n-th number. Nothing leaves the device.
+    A generator's numbers for an image would depend on the other images of its batch. Instead the bits of the pixels are
+    summed with odd weights (integer sums wrap, so their order does not matter), and splitmix64 turns sum + n into the
+    n-th number. Nothing leaves the device.
     """
     bits = pixel_values.detach().float().flatten(1).contiguous().view(torch.int32).long()
     image = (bits * (2 * torch.arange(bits.shape[1], device=bits.device) + 1)).sum(1, keepdim=True)

@@ -4,18 +4,18 @@ This is the only package that chooses between the two. `vtc.reference` specifies
 takes one more argument, `backend`:
 
 - ``"auto"``: Triton on CUDA (and ROCm) tensors if triton can be imported, PyTorch otherwise. The environment variable
-  ``VTC_BACKEND`` (same three values) replaces "auto", and nothing else.
+  ``VTC_BACKEND`` (same three values) replaces "auto" only.
 - ``"triton"``: the kernel, or a `ValueError` that says why it cannot run.
 - ``"torch"``: the reference.
 
-Where an operation says that an image's result does not depend on the other images of the batch, it means every bit. A
-compiled kernel has one condition: the image's tensors are 16-byte aligned in both calls, or in neither. Triton compiles
-aligned tensors apart, with another order of sums. A slice of an aligned batch is aligned if one image's elements take a
-multiple of 16 bytes, as those of all supported vision towers do.
+If an operation says that an image's result does not depend on the other images of the batch, then every bit of it is
+the same. A compiled kernel has one condition: the image's tensors are 16-byte aligned in both calls, or in neither.
+Triton compiles another kernel for aligned tensors, with another order of sums. A slice of an aligned batch is aligned
+if one image's elements take a multiple of 16 bytes, as those of all supported vision towers do.
 
-The first choice of each kind is logged on the logger "vtc" at level INFO. No operation waits for the GPU. Each is also
-an operator of `torch.library` (``torch.ops.vtc.*``) with a fake kernel, so that `torch.compile(fullgraph=True)` and
-`torch.export` trace through it.
+The first choice of each operation is logged on the logger "vtc" at level INFO. No operation synchronises with the GPU.
+Each is also an operator of `torch.library` (``torch.ops.vtc.*``) with a fake kernel, so that
+`torch.compile(fullgraph=True)` and `torch.export` trace through it.
 """
 
 from vtc.ops.cls_attention import cls_attention, fused_is_faster

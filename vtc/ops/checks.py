@@ -1,4 +1,4 @@
-"""What the checks of several operations share. Each raises a `ValueError` that starts with the operation's name."""
+"""Checks that several operations share. Each raises a `ValueError` that starts with the operation's name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_indices(op: str, indices: Tensor, num_images: int) -> None:
 
 
 def check_range(op: str, indices: Tensor, end: int, *, what: str = "indices", size: str = "N") -> None:
-    """Only on the CPU: on a GPU it would have to wait for the device."""
+    """Only on the CPU: on a GPU the check would have to synchronise with the device."""
     if indices.device.type == "cpu" and indices.numel():
         low, high = (int(bound) for bound in indices.aminmax())
         if low < 0 or high >= end:

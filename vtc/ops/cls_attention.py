@@ -10,8 +10,8 @@ from torch import Tensor
 from vtc.ops.checks import FLOATS, check_devices, check_scale, shapes
 from vtc.ops.dispatch import backend_for, implementation, register
 
-# Where `cls_attention` was measured at least level with SDPA and `row_scores` together, by `python -m bench micro`
-# (workload `cls_attention`, the records under bench/results/): compute capability, dtype, head dim. Nothing yet.
+# Where `cls_attention` was measured to be no slower than SDPA and `row_scores` together, by `python -m bench micro`
+# (workload `cls_attention`, records under bench/results/): compute capability, dtype, head dim. Nothing yet.
 FUSED: frozenset[tuple[tuple[int, int], torch.dtype, int]] = frozenset()
 
 
@@ -54,8 +54,8 @@ def cls_attention(
     Raises
     ------
     ValueError
-        For shapes, dtypes or devices that do not fit, for a backend that cannot run, and where a gradient would be
-        needed: the operation is not differentiable.
+        For shapes, dtypes or devices that do not fit, for a backend that cannot run, and for inputs that require a
+        gradient: the operation is not differentiable.
     """
     if query.ndim != 4 or key.shape != query.shape or value.shape != query.shape:
         raise ValueError(

@@ -36,8 +36,8 @@ def compact(x: Tensor | Sequence[Tensor], indices: Tensor, *, backend: str = "au
     ------
     ValueError
         For shapes, dtypes or devices that do not fit, and for a backend that cannot run. On the CPU also for an index
-        outside [0, N). On a GPU that check would have to wait for the device, so it is not made: there the kernel
-        reads nothing for such an index and gives zeros, and PyTorch reports a device-side assertion.
+        outside [0, N). On a GPU that check is left out, because it would have to synchronise: there the kernel reads
+        nothing for such an index and gives zeros, and PyTorch reports a device-side assertion.
     """
     tensors = (x,) if isinstance(x, Tensor) else tuple(x)
     size = tensors[0].shape[:2] if tensors else ()

@@ -40,21 +40,21 @@ def backend_for(op: str, device: torch.device, backend: str = "auto") -> tuple[s
     Raises
     ------
     ValueError
-        For an unknown operation or backend, a ``VTC_BACKEND`` that is neither, and for "triton" where it cannot run.
+        For an unknown operation, an unknown backend (also in ``VTC_BACKEND``), and for "triton" where it cannot run.
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}.")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
-    asked = f"backend={backend!r}"
+    setting = f"backend={backend!r}"
     if backend == "auto" and (override := os.environ.get("VTC_BACKEND")):
         if override not in BACKENDS:
             raise ValueError(
                 f"environment variable VTC_BACKEND must be one of {', '.join(BACKENDS)}, or unset; got {override!r}."
             )
-        backend, asked = override, f"VTC_BACKEND={override}"
+        backend, setting = override, f"VTC_BACKEND={override}"
     if backend == "torch":
-        return "torch", asked
+        return "torch", setting
     on_gpu = device.type == "cuda"  # ROCm builds of torch call their devices cuda, too
     if backend == "auto" and not on_gpu:
         return "torch", f"tensors on {device.type}; the Triton kernels need a GPU"
@@ -62,17 +62,17 @@ def backend_for(op: str, device: torch.device, backend: str = "auto") -> tuple[s
     if backend == "auto":
         return ("torch", triton.error) if triton.error else ("triton", f"tensors on {device.type}")
     if triton.error:
-        raise ValueError(f"{op}: {asked} cannot run, {triton.error}. Install triton, or use backend='torch'.")
+        raise ValueError(f"{op}: {setting} cannot run, {triton.error}. Install triton, or use backend='torch'.")
     if not on_gpu and not triton.interpreted:
         raise ValueError(
-            f"{op}: {asked} needs CUDA tensors, got tensors on {device.type}. Move them to a GPU, use "
+            f"{op}: {setting} needs CUDA tensors, got tensors on {device.type}. Move them to a GPU, use "
             "backend='auto' or 'torch', or set TRITON_INTERPRET=1 before Python starts for Triton's (slow) interpreter."
         )
-    return "triton", asked + ("" if on_gpu else ", in Triton's interpreter")
+    return "triton", setting + ("" if on_gpu else ", in Triton's interpreter")
 
 
 def implementation(op: str, device: torch.device, backend: str) -> Callable[..., Any]:
-    """What `op` runs on `device`: the launcher of its kernels, or its reference. The first choice is logged."""
+    """The function that `op` runs on `device`: the launcher of its kernels, or its reference. Logs the first choice."""
     choice, reason = backend_for(op, device, backend)
     if (op, choice) not in _announced:
         _announced.add((op, choice))
@@ -99,7 +99,7 @@ def _triton() -> _Triton:
 
 
 def register(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Define the operator of `schema` with its fake kernel; the decorated function is what it does on any device."""
+    """Define the operator of `schema` with its fake kernel; the decorated function implements it on every device."""
     name = f"vtc::{schema[: schema.index('(')]}"
     torch.library.define(name, schema[schema.index("(") :])
     torch.library.register_fake(name, fake)

@@ -25,7 +25,7 @@ def merge_nearest(
     x : Tensor[B, N, D], float32, float16 or bfloat16
         The tokens to merge; any strides, nothing is copied.
     key : Tensor[B, N, C], float32, float16 or bfloat16
-        What is compared, by cosine similarity; any strides, nothing is copied. No gradient flows into it.
+        Compared by cosine similarity; any strides, nothing is copied. No gradient flows into it.
     targets : Tensor[B, K], int64
         The tokens to keep. Each in [0, N), unique in each image, in any order.
     weight : Tensor[B, N], float32

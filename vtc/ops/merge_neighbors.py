@@ -22,7 +22,7 @@ def merge_neighbors(
     counts: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Each target absorbs its most similar tokens; the extra token is made of those not kept. Differentiable in `x`.
+    """Each target absorbs its most similar tokens; the extra token absorbs all non-targets. Differentiable in `x`.
 
     See `vtc.reference.merge_neighbors` for the formula. An image's result does not depend on the other images of the
     batch, and repeated calls give the same bits.
@@ -32,21 +32,21 @@ def merge_neighbors(
     x : Tensor[B, N, D], float32, float16 or bfloat16
         The tokens to merge; any strides, nothing is copied.
     key : Tensor[B, N, C], float32, float16 or bfloat16
-        What is compared, by cosine similarity; any strides, nothing is copied. No gradient flows into it.
+        Compared by cosine similarity; any strides, nothing is copied. No gradient flows into it.
     targets : Tensor[B, K], int64
         The tokens to keep. Each in [0, N), unique in each image, in any order.
     weight : Tensor[B, N], float32
         The factor of a token where it is absorbed. No gradient flows into it.
     neighbors : int
-        How many tokens a target absorbs, its most similar ones, at least 1; all others if they are fewer.
+        How many of its most similar tokens a target absorbs, at least 1; all others if there are fewer.
     counts : Tensor[B], int64, optional
-        How many of an image's targets count, from the left, each in [0, K]; K when not given.
+        How many of an image's targets are valid, from the left, each in [0, K]; K when not given.
     backend : {"auto", "triton", "torch"}
 
     Returns
     -------
     features : Tensor[B, K + 1, D], the dtype of `x`
-        The merged targets and the extra token: the weighted sum of the tokens that are no target. Contiguous. With
+        The merged targets and the extra token: the weighted sum of the tokens that are not targets. Contiguous. With
         `counts`, an image's extra token comes right after its targets, and the rest is 0.
     mix : Tensor[B, K + 1, N], float32
         The weights: features = mix · x. Contiguous.

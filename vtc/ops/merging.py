@@ -1,4 +1,4 @@
-"""What `merge_neighbors` and `merge_nearest` share: the checks of their tensors, and the gradient of a weighted sum."""
+"""Shared by `merge_neighbors` and `merge_nearest`: the checks of their tensors, and the gradient of a weighted sum."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def check_tensors(
 ) -> None:
     if x.ndim != 3 or key.ndim != 3 or x.shape[:2] != key.shape[:2] or 0 in (x.shape[1], x.shape[2], key.shape[2]):
         raise ValueError(
-            f"{op}: x must be [B, N, D] and key [B, N, C] with one B and N, a token and a feature at least, "
+            f"{op}: x must be [B, N, D] and key [B, N, C] with one B and N, at least one token and one feature, "
             f"got {shapes(x, key)}."
         )
     if x.dtype not in FLOATS or key.dtype not in FLOATS:
         raise ValueError(f"{op}: x and key must be float32, float16 or bfloat16, got {x.dtype} and {key.dtype}.")
     if targets.ndim != 2 or len(targets) != len(x) or targets.dtype != torch.int64 or not targets.shape[1]:
         raise ValueError(
-            f"{op}: targets must be int64 [B, K] with B = {len(x)} and a target at least, "
+            f"{op}: targets must be int64 [B, K] with B = {len(x)} and at least one target, "
             f"got {targets.dtype} {shapes(targets)}."
         )
     if weight.dtype != torch.float32 or weight.shape != x.shape[:2]:

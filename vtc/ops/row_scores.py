@@ -34,7 +34,7 @@ def row_scores(
     skip : int
         0 <= skip < N leading columns are left out of the result, but stay in the denominator ([CLS]: 1).
     mask : Tensor[B, N], bool, optional
-        False where a key gets no attention (padding). A row that sees nothing is NaN.
+        False where a key gets no attention (padding). A row whose keys are all masked is NaN.
     backend : {"auto", "triton", "torch"}
 
     Returns
@@ -59,7 +59,7 @@ def row_scores(
     num_images, num_key_heads, num_tokens, num_features = key.shape
     if 0 in (query.shape[1], num_key_heads, num_features) or query.shape[1] % num_key_heads:
         raise ValueError(
-            "row_scores: needs a feature and a head at least, and a multiple of key heads as query heads, "
+            "row_scores: needs at least one feature and one head, and a multiple of key heads as query heads, "
             f"got {shapes(query, key)}."
         )
     if not is_int(skip) or not 0 <= skip < num_tokens:

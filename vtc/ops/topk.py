@@ -51,7 +51,7 @@ def topk(
     if ensemble not in ENSEMBLES:
         raise ValueError(f"topk: ensemble must be one of {', '.join(ENSEMBLES)}, got {ensemble!r}.")
     if scores.ndim > 2 and 0 in (scores.shape[0], *scores.shape[2:-1]):
-        raise ValueError(f"topk: needs a layer and a head at least, got {shapes(scores)}.")
+        raise ValueError(f"topk: needs at least one layer and one head, got {shapes(scores)}.")
     check_devices("topk", scores=scores, total=total)
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if total is not None and (total.dtype != dtype or total.shape != (num_images, num_tokens)):

@@ -3,15 +3,15 @@
 The recipe is LLaVA's. What LLaVA takes ready-made is trained first:
 
 1. `vision`: a CLIP vision tower with a [CLS] token, by image-caption contrast. A caption is a set of phrases; every
-   phrase of the vocabulary is scored against every image with the sigmoid loss (SigLIP, arXiv 2303.15343), and since
-   the scene is known, so is which phrases are true of it: there are no false negatives.
-2. `text`: the language model alone, on captions as text followed by questions and answers.
-3. `projector`: LLaVA's first stage. The projector alone learns, vision tower and language model are frozen.
+   phrase of the vocabulary is scored against every image with the sigmoid loss (SigLIP, arXiv 2303.15343). Since the
+   scene is known, the true phrases are known: there are no false negatives.
+2. `text`: only the language model, on captions as text followed by questions and answers.
+3. `projector`: LLaVA's first stage. Only the projector learns; vision tower and language model are frozen.
 4. `language`: LLaVA's second stage. Projector and language model learn, the vision tower stays frozen.
 
-In stage 4 the words of the questions and of a caption are learnt too, at a tenth of an answer's weight: after "is the
+In stage 4 the words of the questions and of a caption are targets too, at a tenth of an answer's weight: after "is the
 red" comes the shape of the red object, so the model learns where to look before it learns the answers. The caption
-follows the image directly and the questions are LLaVA's conversation, so the model cannot confuse the two.
+follows the image directly and the questions have LLaVA's conversation format, so the model cannot confuse the two.
 
 All visual tokens are always present. Images grow from phase to phase (70 to 336 pixels), because small ones show more
 objects per token. A small image is a window on the canvas and uses that window's position embeddings. The last phases
@@ -183,7 +183,7 @@ def train(
 
 
 def _load_checkpoint(model: LlavaForConditionalGeneration, start: Path, recipe: tuple[Phase, ...]) -> tuple[int, float]:
-    """Load the weights of `start`; return how many phases of the recipe it has behind it, and the seconds they took."""
+    """Load the weights of `start`; return the number of recipe phases that made it, and the seconds they took."""
     made = json.loads((start / "training.json").read_text())
     count = len(made["recipe"])
     if made["recipe"] != [asdict(phase) for phase in recipe[:count]]:
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the state, and the checkpoint at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="stop after so long; the next run resumes")
-    parser.add_argument("--quick", action="store_true", help="two steps a phase: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="two steps a phase, to check that it runs")
     parser.add_argument("--start", type=Path, help="checkpoint to go on from, made by the recipe's first phases")
     chosen = parser.parse_args()
     finished = train(chosen.out, QUICK if chosen.quick else RECIPE, chosen.seed, chosen.minutes, chosen.start)

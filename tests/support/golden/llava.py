@@ -53,8 +53,8 @@ def splice(model, row, images, keep, layers, tokens):
     return torch.cat(parts)[None], short
 
 
-def picture(model, pixels, layers):
-    """Features `[N, D]` before the projector and scores (N floats) of one picture `[3, H, W]`, [CLS] left out."""
+def view(model, pixels, layers):
+    """Features `[N, D]` before the projector and scores (N floats) of one view `[3, H, W]`, without [CLS]."""
     stops = next(
         getattr(model.config, name)
         for name in ("vision_feature_layer", "vision_feature_layers")
@@ -66,10 +66,10 @@ def picture(model, pixels, layers):
 
 
 def tile_tokens(grid, rows, columns, size):
-    """The tokens of an image of `size` (height, width) in a base picture and rows x columns tiles, each grid x grid.
+    """The tokens of an image of `size` (height, width) in a base image and rows x columns tiles, each grid x grid.
 
-    Of each token (picture, patch), or None for a newline: the base picture, then the tiles as one picture, line after
-    line, without the lines or columns that only padding to the tiles' shape has filled.
+    Each token is (view, patch), or None for a newline. First comes the base image, then the tiles as one image, line by
+    line, without the lines or columns that are only padding to the tiles' shape.
     """
     tokens = [(0, patch) for patch in range(grid * grid)]
     high, wide = rows * grid, columns * grid
@@ -86,7 +86,7 @@ def tile_tokens(grid, rows, columns, size):
 
 
 def share_out(values, tokens, keep, equal):
-    """Positions, ascending, of the `keep` tokens: seat after seat to the tile with the most mass per seat."""
+    """Positions, ascending, of the `keep` tokens: each seat goes to the tile with the most mass per seat."""
     own = {}
     for i, token in enumerate(tokens):
         if token is not None:
@@ -130,7 +130,7 @@ def logits(model, embeds):
 
 @torch.no_grad()
 def decode(model, embeds, steps, sample=False):
-    """Return `steps` new ids, greedy or drawn from the softmax, and the logits `[steps, V]` they were chosen from."""
+    """Return `steps` new ids, greedy or drawn from the softmax, and their logits `[steps, V]`."""
     new, seen = [], []
     for _ in range(steps):
         seen.append(logits(model, embeds)[-1])
@@ -148,6 +148,6 @@ def loss(model, embeds, labels):
 
 
 def close(actual, expected):
-    """Whether two fp32 results agree to within what another order of the same sums explains."""
+    """Assert that two fp32 results differ by no more than another order of the same sums explains."""
     assert math.isfinite(float(actual.float().abs().max()))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

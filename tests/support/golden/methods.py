@@ -1,8 +1,9 @@
-"""Every method written out once more, slowly: one image, loops, float64, full attention matrices. No code of `vtc`.
+"""Every method again, slow and plain: one image, loops, float64, full attention matrices. No code of `vtc`.
 
-An image is what a tower with eager attention leaves: `hidden` [1 + N, C] of the feature layer, per layer the full
-attention probabilities [H, 1 + N, 1 + N], the keys and queries of a layer [1 + N, C] before they are split into heads.
-Each function returns the indices of the patches that stay, as it selected them, and the features [R, C].
+An image is given by the outputs of a tower with eager attention: `hidden` [1 + N, C] of the feature layer, the full
+attention probabilities [H, 1 + N, 1 + N] of each layer, the keys and queries of a layer [1 + N, C] before they are
+split into heads. Each function returns the indices of the patches that stay, in the order of selection, and the
+features [R, C].
 """
 
 import math
@@ -57,7 +58,7 @@ def visionzip(hidden, attention, keys, num_heads, dominant, contextual):
 
 
 def undivided_scores(queries, keys):
-    """The [CLS] row over the patches of one attention as wide as the layer."""
+    """The [CLS] row over the patches, of attention with a single head as wide as the layer."""
     logits = [torch.dot(queries[0], key).item() / math.sqrt(len(key)) for key in keys]
     highest = max(logits)
     weights = [math.exp(logit - highest) for logit in logits]
@@ -77,7 +78,7 @@ def outlier_fraction(scores):
 
 
 def merged(hidden, keys, scores, kept, neighbors=32):
-    """PruMerge's second half: rows of the kept patches, and the one more."""
+    """PruMerge's second half: the features of the kept patches, and the extra token."""
     patches, keys = hidden[1:], keys[1:]
     unit = [key / math.sqrt(torch.dot(key, key).item()) for key in keys]
     rows = []
@@ -96,7 +97,7 @@ def merged(hidden, keys, scores, kept, neighbors=32):
 
 
 def prumerge(hidden, queries, keys, keep=None, neighbors=32):
-    """`keep`: of the best instead of the outliers."""
+    """`keep`: the number of top-scoring patches to keep in place of the outliers."""
     scores = undivided_scores(queries, keys)
     count = int(len(scores) * outlier_fraction(scores)) if keep is None else keep
     kept = by_score(scores, count)
@@ -104,7 +105,7 @@ def prumerge(hidden, queries, keys, keep=None, neighbors=32):
 
 
 def prumerge_plus(hidden, queries, keys, best=None, stride=None):
-    """`best` and `stride` of the fixed version; without them the paper's own."""
+    """`best` and `stride` of the version with a fixed `keep`; without them the paper's own version."""
     scores = undivided_scores(queries, keys)
     if best is None:
         fraction = outlier_fraction(scores)

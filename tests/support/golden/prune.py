@@ -1,7 +1,7 @@
 """The slow golden path of pruning inside the language model: stock layers, one prompt, no cache. No code of `vtc`.
 
-Every step runs the layers one after the other on the prompt and all tokens so far, with a mask written out: what is
-dropped after layer r, and in which layers the tokens that follow the prompt still see it.
+Every step runs the layers one after the other on the prompt and all tokens so far. An explicit mask says which tokens
+are dropped after layer r, and in which layers the tokens after the prompt still see them.
 """
 
 import torch
@@ -14,7 +14,7 @@ class Pruned:
     """One prompt's embeddings `[1, L, D]`, all of its patches among them, pruned after layer `layer`.
 
     `is_image`: list of L bools. `kept`: the columns that stay, or None: FastV's, with `keep` image tokens in all.
-    `compact`: whether tokens after the prompt see what was dropped in no layer (True) or in those before `layer`.
+    `compact`: whether tokens after the prompt see the dropped tokens in no layer (True) or in those before `layer`.
     """
 
     def __init__(self, model, embeds, is_image, layer, compact, kept=None, keep=None):
@@ -63,7 +63,7 @@ class Pruned:
     @torch.no_grad()
     def decode(self, steps, before=()):
         """Greedy: `steps` new ids after `before`, and their logits `[steps, V]`."""
-        self.logits(self.embeds)  # FastV chooses here
+        self.logits(self.embeds)  # FastV selects here
         tokens, seen = list(before), []
         for _ in range(steps):
             seen.append(self.logits(self.after(tokens))[-1])
