@@ -385,3 +385,29 @@ def test_select_has_no_side_effects(stock):
     assert state(stock) == before
     with pytest.raises(ValueError, match=r"\[images, 3, height, width\], got shape \(3, 84, 84\)"):
         vtc.select(stock, pixels[0], keep=9)
+
+
+def test_settings_that_are_not_valid_can_be_removed(stock, call):
+    vtc.enable(stock, keep=9)
+    stock.config.vtc = {"method": "vtc-cls", "keep": 9, "neighbors": 4}
+    for run in (lambda: answer(stock, call), lambda: vtc.configure(stock, keep=4)):
+        with pytest.raises(
+            ValueError, match=r"model\.config\.vtc are not valid: .*neighbors.*vtc\.disable removes them"
+        ):
+            run()
+    vtc.disable(stock)
+    vtc.enable(stock, keep=9)
+    answer(stock, call)
+
+
+def test_a_reloaded_module_is_guarded_again(saved):
+    seen = python(
+        "import importlib, json, sys, torch, vtc\n"
+        "from transformers.models.llava import modeling_llava\n"
+        "importlib.reload(modeling_llava)\n"
+        "model = modeling_llava.LlavaForConditionalGeneration.from_pretrained(sys.argv[1])\n"
+        "vtc.enable(model, keep=9)\n"
+        "print(json.dumps(len(model.get_image_features(torch.zeros(1, 3, 84, 84)).pooler_output[0])))",
+        saved,
+    )
+    assert seen == 9

@@ -1,15 +1,16 @@
 """The public functions for one model: switch compression on and off, change its settings, see what it keeps."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from vtc.config import VTCConfig
-from vtc.hf import encode, names, settings
+from vtc.hf import encode, names, patch, settings
 from vtc.hf.encode import Selection
-from vtc.hf.families import find_llava
+from vtc.hf.families import family_of, find_llava
 from vtc.hf.settings import Run, Settings
 from vtc.hf.views import plan_of, require
 from vtc.methods import METHODS
@@ -18,7 +19,7 @@ from vtc.methods import METHODS
 def configure(model: torch.nn.Module, **options: Any) -> VTCConfig:
     """Change the model's settings; does not switch it on. Returns the new settings.
 
-    Inside a `compress` block they end with the block.
+    Inside a `compress` block they end with the block. Another method starts with its own default options.
 
     Parameters
     ----------
@@ -116,6 +117,8 @@ def _checked(model: torch.nn.Module, options: dict[str, Any]) -> tuple[Any, VTCC
     """The LLaVA in `model`, and its settings with `options`. Unsupported settings fail here, not at the first image."""
     names.require_supported()
     base = find_llava(model)
+    if module := sys.modules.get(family_of(base).module):
+        patch.install(module)  # again, if it was reloaded
     config = Settings.of(base).config.updated(**options)
     require(base, config)
     return base, config

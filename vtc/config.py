@@ -106,7 +106,7 @@ class VTCConfig:
             )
 
     @classmethod
-    def of(cls, **given: Any) -> "VTCConfig":
+    def of(cls, /, **given: Any) -> "VTCConfig":
         """The settings with these shared fields and options of the method; the others have their defaults.
 
         Raises
@@ -132,7 +132,7 @@ class VTCConfig:
         """The method with its options and `backend`."""
         return methods.build(self.method, backend=self.backend, **self.options)
 
-    def updated(self, **changes: Any) -> "VTCConfig":
+    def updated(self, /, **changes: Any) -> "VTCConfig":
         """Return a copy with `changes`: shared fields, and options of the (new) method.
 
         A new `keep` replaces an old `ratio`, and a new `ratio` an old `keep`. Another method starts with its own

@@ -8,9 +8,7 @@ from support import models
 from support.golden import llava as golden
 from support.models import VOCAB, ids
 from support.prompts import STEPS, count_images, detailed, inputs, prompts, spliced
-from transformers import (
-    DynamicCache,
-)
+from transformers import DynamicCache, StaticCache
 
 import vtc
 
@@ -86,3 +84,56 @@ def test_uncompressed_cache_is_continued_as_stock(model, stock):
         for m in (model, stock)
     )
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("first", ["generate", "forward"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@torch.no_grad()
+def test_a_cache_that_was_reset_forgets(model, first, static):
+    """Text of the next conversation, and a further turn of it, are as with a cache of their own."""
+    vtc.configure(model, keep=9)
+    text = model.config.get_text_config()
+
+    def new():
+        return StaticCache(text, max_cache_len=160) if static else DynamicCache(config=text)
+
+    cache, call = new(), inputs(prompts("one"))
+    if first == "generate":
+        model.generate(**call, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    else:
+        model(**call, past_key_values=cache)
+    cache.reset()
+
+    def two_turns(cache):
+        ids_ = torch.tensor([ids(60, seed=9)])
+        out = model.generate(ids_, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        whole = torch.cat([out, torch.tensor([ids(40, seed=10)[1:]])], 1)
+        return model.generate(whole, past_key_values=cache, max_new_tokens=6, do_sample=False)
+
+    assert torch.equal(two_turns(cache), two_turns(new()))
+
+
+def test_a_cache_pruned_inside_and_reset_takes_a_prompt_pruned_before(model):
+    cache, call = DynamicCache(config=model.config.get_text_config()), inputs(prompts("one"))
+    vtc.configure(model, keep=9, prune_layer=1)
+    model.generate(**call, past_key_values=cache, max_new_tokens=2)
+    cache.reset()
+    vtc.configure(model, prune_layer=0)
+    again = model.generate(**call, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert torch.equal(again, model.generate(**call, max_new_tokens=4, do_sample=False))
+
+
+def test_a_mask_of_one_row_in_a_further_turn(model):
+    vtc.configure(model, keep=9)
+    rows = [ids(3, "image", 5), ids(3, "image", 5, seed=1)]
+    call = inputs(rows)
+    call["attention_mask"] = torch.ones(1, len(rows[0]), dtype=torch.long)
+    first = model.generate(**call, **detailed())
+    whole = torch.cat([first.sequences, torch.full((2, 3), 7)], 1)
+    masks = (torch.ones(rows, whole.shape[1], dtype=torch.long) for rows in (1, 2))
+    caches = (first.past_key_values, copy.deepcopy(first.past_key_values))
+    one, two = (
+        model.generate(whole, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        for mask, cache in zip(masks, caches, strict=True)
+    )
+    assert torch.equal(one, two)

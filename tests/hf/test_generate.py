@@ -287,6 +287,10 @@ def test_what_is_not_supported_says_so(model):
             run(input_ids=call["input_ids"], pixel_values=pixels[0])
     with pytest.raises(ValueError, match="mm_encoder_outputs"):
         model.generate(**call, mm_encoder_outputs={"image": model.get_image_features(pixels)})
+    with pytest.raises(ValueError, match="both pixels and mm_encoder_outputs"):
+        model(**call, mm_encoder_outputs={"image": model.get_image_features(pixels)})
+    with pytest.raises(ValueError, match="both inputs and input_ids"):
+        model.generate(torch.tensor([[1, 5]]), input_ids=torch.tensor([[1, 6]]))
     with pytest.raises(ValueError, match="logits_to_keep"):
         model(**call, logits_to_keep=torch.tensor([1]))
     with pytest.raises(ValueError, match="attention_mask"):

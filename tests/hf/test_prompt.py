@@ -141,8 +141,10 @@ def test_an_image_in_two_rows_is_refused():
 def test_masked_placeholders_are_refused(hidden):
     ids, mask = torch.tensor([[1, 5, IMAGE, IMAGE, 6]]), torch.ones(1, 5, dtype=torch.long)
     mask[0, hidden] = 0
+    prompt = Prompt.read(ids, mask, {IMAGE: [2]})
     with pytest.raises(ValueError, match=rf"attention_mask hides {len(hidden)} image placeholders"):
-        Prompt.read(ids, mask, {IMAGE: [2]})
+        prompt.shortened({IMAGE: [(2, 1)]}, mask)
+    assert prompt.shortened({IMAGE: [(2, 2)]}, mask)["attention_mask"] is mask  # nothing is dropped
 
 
 @pytest.mark.parametrize("name", ["mask", "position_ids", "labels"])
@@ -151,6 +153,11 @@ def test_whatever_goes_with_the_ids_has_their_columns(name):
     given = {"mask": None, name: torch.ones(1, 2)}
     with pytest.raises(ValueError, match=r"must have the 3 columns of input_ids, got shape \[1, 2\]"):
         prompt.shortened({IMAGE: [(2, 1)]}, **given)
+
+
+def test_a_mask_of_one_row_is_for_all():
+    ids, mask = torch.tensor([[PAD, 1, IMAGE, IMAGE], [PAD, 2, IMAGE, IMAGE]]), torch.tensor([[0, 1, 1, 1]])
+    assert Prompt.read(ids, mask, {IMAGE: [2, 2]}).num_tokens == [3, 3]
 
 
 def test_right_aligned():

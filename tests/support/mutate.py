@@ -329,7 +329,7 @@ MUTANTS = [
         "vtc/hf/prompt.py",
         "hf/test_prompt",
         {
-            "hidden placeholders accepted": ("if any(hidden):", "if False:"),
+            "hidden placeholders accepted": ("if any(self.hidden):", "if False:"),
             "left-aligned": ("[:, stays.shape[1] - length :]", "[:, :length]"),
             "the first token's label stays": ("masked_fill(~real | first, -100)", "masked_fill(~real, -100)"),
             "positions not closed up": ("expand(batch, length) - dropped.cumsum(1)", "expand(batch, length)"),
@@ -355,6 +355,7 @@ MUTANTS = [
         "vtc/hf/conversation.py",
         "hf/test_conversation",
         {
+            "a reset cache remembered": ("if note is None or is_trusted or length_of(cache):", "if True:"),
             "budgets may differ": ("if budget and note.budget and budget != note.budget:", "if False:"),
             "part of a conversation accepted": ("if len(ids) != len(note.input_ids) or not note.length <= start < ids.shape[1]:", "if False:"),
             "what was generated is forgotten": ("torch.cat([self.input_ids, ids[:, self.length : start], ", "torch.cat([self.input_ids, ids[:, start:start], "),
@@ -376,7 +377,6 @@ MUTANTS = [
         "hf/test_prune",
         {
             "positions of the short prompt": ("note.position.to(tokens.device) + seen", "0 * note.position.to(tokens.device) + note.kept + seen"),
-            "a reset cache remembered": ("if new > 1 and not conversation.length_of(cache):", "if False:"),
         },
     ),
     *_of(

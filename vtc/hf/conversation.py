@@ -16,9 +16,17 @@ from torch import Tensor
 _NOTE = "_vtc_conversation"
 
 
-def read(cache: Any) -> ShortConversation | PrunedConversation | None:
-    """The note on `cache`, or None."""
-    return getattr(cache, _NOTE, None)
+def read(cache: Any, new: int | None = None) -> ShortConversation | PrunedConversation | None:
+    """The note on `cache`, or None. The note on a cache that was reset says nothing any more, and is removed.
+
+    With one `new` token a static cache is trusted: looking at its length would synchronise at every decoding step.
+    """
+    note: ShortConversation | PrunedConversation | None = getattr(cache, _NOTE, None)
+    is_trusted = new == 1 and getattr(cache, "is_compileable", False)
+    if note is None or is_trusted or length_of(cache):
+        return note
+    leave(cache, None)
+    return None
 
 
 def leave(cache: Any, note: ShortConversation | PrunedConversation | None) -> None:

@@ -30,14 +30,15 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
     if call.get("mm_encoder_outputs"):
         raise ValueError("got mm_encoder_outputs, but VTC has to encode the images itself; pass pixel_values")
     if call.get("inputs") is not None:
+        if call.get("input_ids") is not None:
+            raise ValueError("got both inputs and input_ids, which are one argument of generate(); pass input_ids")
         call["input_ids"] = call.pop("inputs")
     settings, cache = Settings.of(model), call.get("cache")
     note, images = conversation.read(cache), bool(settings.family.inputs_of(call))
     if isinstance(note, PrunedConversation) or (images and settings.config.prune_after):
         prune_limits.require_generate(settings, call, images, lambda name: _option(model, call, name))
         return stock(**(_encoded(settings, call) if images else call))
-    continues = isinstance(note, ShortConversation) and conversation.length_of(cache) > 0
-    if not continues and not (images and settings.config.compresses):
+    if note is None and not (images and settings.config.compresses):
         return stock(**call)
 
     full: Any = call.get("input_ids")
@@ -61,9 +62,13 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
 
 def forward(stock: Stock, model: Any, call: Call) -> Any:
     """Replaces `forward` of the class with a head, and of the class without a head, which the former calls."""
-    settings, cache = Settings.of(model), call.get("cache")
-    note, pixels = conversation.read(cache), bool(settings.family.inputs_of(call))
+    settings, ids = Settings.of(model), call.get("input_ids")
+    tokens = call.get("inputs_embeds") if ids is None else ids
+    note = conversation.read(call.get("cache"), None if tokens is None else tokens.shape[1])
+    pixels = bool(settings.family.inputs_of(call))
     images = pixels or bool(call.get("mm_encoder_outputs"))
+    if pixels and call.get("mm_encoder_outputs"):
+        raise ValueError("got both pixels and mm_encoder_outputs, which are the same images; pass pixel_values")
     if isinstance(note, PrunedConversation) or (images and settings.config.prune_after):
         prune_limits.require_forward(call, images)
         if model is not settings.base:
@@ -72,7 +77,7 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
             return prune_decode.decode(stock, settings, call)
         return prune.prefill(stock, settings, _encoded(settings, call) if pixels else call)
 
-    run, ids = settings.run, call.get("input_ids")
+    run = settings.run
     if pixels and (note or settings.config.compresses):
         _require_forward(call)
         call, note = _shortened(settings, call)
@@ -94,7 +99,7 @@ def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> A
     settings = Settings.of(model)
     if settings.config.compresses:
         outputs: Any = LAYOUTS[visual.layout].of(settings, visual, call).encode()
-        return outputs.to_tuple() if call.get("return_dict") is False else outputs
+        return outputs.to_tuple()[:2] if call.get("return_dict") is False else outputs
     outputs = stock(**call)
     if settings.run is not None and not torch.compiler.is_compiling():
         features = outputs[1] if isinstance(outputs, tuple) else outputs.pooler_output
@@ -112,6 +117,8 @@ def _shortened(settings: Settings, call: Call) -> tuple[Call, ShortConversation]
     ids: torch.Tensor = call["input_ids"]
     mask: Any = call.get("attention_mask")
     positions = call.get("position_ids")
+    if mask is not None and mask.ndim == 2 and len(mask) == 1:
+        mask = mask.expand(len(ids), -1)
     views = views_of(settings, call)
     text = settings.base.config.get_text_config()
     tokens = {visual: getattr(settings.base.config, visual.token) for visual in settings.family.inputs}

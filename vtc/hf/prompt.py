@@ -32,6 +32,8 @@ class Prompt:
         For each placeholder token, the number of images of each row.
     num_tokens : list of int
         The number of tokens of each row, without padding.
+    hidden : list of int
+        The number of image placeholders of each row that the mask hides.
     """
 
     input_ids: Tensor
@@ -39,6 +41,7 @@ class Prompt:
     real: Tensor
     images: dict[int, list[int]]
     num_tokens: list[int]
+    hidden: list[int]
 
     @classmethod
     def read(
@@ -57,7 +60,7 @@ class Prompt:
         Raises
         ------
         ValueError
-            If the mask has another shape, or images and placeholders do not match, or the mask hides placeholders.
+            If the mask has another shape, or images and placeholders do not match.
         """
         is_image = {token: input_ids == token for token in sizes}
         real = _real(input_ids, mask, static)
@@ -65,15 +68,11 @@ class Prompt:
         for found in is_image.values():
             sums += [found.sum(1), (found & ~real).sum(1)]
         num_tokens, *rest = torch.stack(sums).tolist()
-        images = {}
-        for (token, own), found, hidden in zip(sizes.items(), rest[::2], rest[1::2], strict=True):
-            images[token] = _images_of_rows(found, own)
-            if any(hidden):
-                raise ValueError(
-                    f"attention_mask hides {', '.join(map(str, hidden))} image placeholders of the rows of input_ids; "
-                    "images that are masked are not supported: pass attention_mask as the processor makes it"
-                )
-        return cls(input_ids, is_image, real, images, num_tokens)
+        images = {
+            token: _images_of_rows(counted, sizes[token]) for token, counted in zip(sizes, rest[::2], strict=True)
+        }
+        hidden = [sum(row) for row in zip(*rest[1::2], strict=True)]
+        return cls(input_ids, is_image, real, images, num_tokens, hidden)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,7 +85,18 @@ class Prompt:
         return min(self.num_tokens) < self.input_ids.shape[1]
 
     def lengths(self, counts: Mapping[int, Counts]) -> list[int]:
-        """How many tokens of each row stay if K of each image's N placeholders stay. Computed on the host."""
+        """How many tokens of each row stay if K of each image's N placeholders stay. Computed on the host.
+
+        Raises
+        ------
+        ValueError
+            If the mask hides placeholders.
+        """
+        if any(self.hidden):
+            raise ValueError(
+                f"attention_mask hides {', '.join(map(str, self.hidden))} image placeholders of the rows of input_ids; "
+                "images that are masked are not supported: pass attention_mask as the processor makes it"
+            )
         lengths = list(self.num_tokens)
         for token, images in self.images.items():
             dropped = [tokens - kept for tokens, kept in counts[token]]
@@ -187,8 +197,8 @@ def _real(input_ids: Tensor, mask: Tensor | None, static: bool) -> Tensor:
     """Where `input_ids` [B, L] is not padding, [B, L] bool."""
     if mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
-    if mask.shape == input_ids.shape:
-        return mask.bool()
+    if mask.ndim == 2 and mask.shape[1] == input_ids.shape[1] and len(mask) in (1, len(input_ids)):
+        return mask.bool().expand(input_ids.shape)
     if mask.ndim == 4 and static:  # [B, 1, L, M], left-padded: the last token sees all of its row
         row = mask[:, 0, -1, : input_ids.shape[1]]
         return (row if row.dtype == torch.bool else row == 0).expand(input_ids.shape)

@@ -38,9 +38,6 @@ def decode(stock: Callable[..., Any], settings: Settings, call: dict[str, Any]) 
     note: Any = conversation.read(cache)
     tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
     batch, new = tokens.shape[:2]
-    if new > 1 and not conversation.length_of(cache):
-        conversation.leave(cache, None)  # it was reset
-        return stock(**call)
     valid, held = note.valid, len(cache.layers[0].keys)
     if held != batch or (valid is not None and held != len(valid)):
         raise ValueError(

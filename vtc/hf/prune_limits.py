@@ -62,8 +62,6 @@ def require_generate(settings: Settings, call: dict[str, Any], images: bool, opt
                 'and kv="full"; start without the cache, with the whole conversation and all its images'
             )
         return
-    if cache is not None:
-        conversation.leave(cache, None)  # it was reset
     if not images:
         return
     require_ids(call)

@@ -121,8 +121,13 @@ def block_of(base: Any) -> Block | None:
 
 
 def stored(base: Any) -> VTCConfig:
-    """The settings in the model's config, or the defaults."""
-    return VTCConfig.of(**(getattr(base.config, "vtc", None) or {}))
+    """The settings in the model's config, or the defaults; ValueError if they are not valid."""
+    try:
+        return VTCConfig.of(**(getattr(base.config, "vtc", None) or {}))
+    except ValueError as error:
+        raise ValueError(
+            f"the settings in model.config.vtc are not valid: {error}; vtc.disable removes them"
+        ) from error
 
 
 def configure(base: Any, config: VTCConfig) -> None:
