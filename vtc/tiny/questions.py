@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import vtc
 from vtc import tiny
+from vtc.api import compress
 from vtc.tiny.scenes import FAMILIES, Question, Scene
 
 
@@ -46,7 +46,7 @@ def answer(model: Any, processor: Any, prepared: Sequence[Any], **setting: Any) 
     """
     texts: list[str] = []
     left, begun = 0, time.perf_counter()
-    with vtc.compress(model, **setting) if setting else contextlib.nullcontext() as run:
+    with compress(model, **setting) if setting else contextlib.nullcontext() as run:
         for batch in prepared:
             texts += greedy(model, processor, batch, max_new_tokens=3)
             left += (run.tokens_after or 0) * len(batch["input_ids"]) if run else 0
