@@ -20,7 +20,10 @@ def test_demo_measures_each_setting(model_dir, tmp_path, monkeypatch, few_runs):
     monkeypatch.setattr(tiny, "CHECKPOINT", Path(model_dir))
     used = []
     stock = vtc.compress
-    monkeypatch.setattr(vtc, "compress", lambda model, **options: used.append(options) or stock(model, **options))
+    for module in (vtc, questions):  # one timed, all questions
+        monkeypatch.setattr(
+            module, "compress", lambda model, **options: used.append(options) or stock(model, **options)
+        )
     out = tmp_path / "demo.png"
     result = succeed("demo", "--questions", 6, "--out", out, "--json")
     found = json.loads(result.stdout)
