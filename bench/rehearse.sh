@@ -4,7 +4,7 @@
 #     bench/rehearse.sh DIR [STEP…]
 #
 # DIR keeps the environment (5 GB, because torch includes CUDA) and the output of each step. The machine's transformers
-# is older than VTC supports, so a newer one comes before it on Python's path. Steps, by default all:
+# is older than VTC supports, and it has no wrapt: both come before its own on Python's path. Steps, by default all:
 #   environment  Python 3.12 with those versions; the project installed as on a machine without a network
 #   gpu          the rehearsal: must end without a failure
 #   faults       the rehearsal with planted faults: each must cost its own number and nothing else
@@ -15,14 +15,14 @@ dir=$(realpath -m "$1")
 shift
 steps=${*:-environment gpu faults tests}
 python=$dir/venv/bin/python
-carried=transformers==5.24.0
+carried="transformers==5.24.0 wrapt==2.5.2"
 
 environment() {
     mkdir -p "$dir"
     "${PYTHON:-python3.12}" -m venv "$dir/venv"
     "$python" -m pip install -q -r bench/machine.txt pytest pytest-xdist hypothesis matplotlib peft pillow typer rich wheel
     "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e .
-    "$python" -m pip install -q --no-deps --target "$dir/carried" --upgrade "$carried"
+    "$python" -m pip install -q --no-deps --target "$dir/carried" --upgrade $carried
 }
 
 carrying() { # MODULE ARGUMENT…

@@ -34,7 +34,7 @@ BENCH = ROOT / "bench/README.md"
 METHODS = ROOT / "vtc/methods/README.md"
 PAGES = readme.documents()
 HUB_ID = '"llava-hf/llava-1.5-7b-hf"'
-WHEEL = "transformers-5.24.0-py3-none-any.whl"
+WHEELS = "transformers-5.24.0-py3-none-any.whl wrapt-2.5.2-py3-none-any.whl"
 
 # Commands of the documents that no test of this file runs as they stand, and why.
 NOT_RUN = {
@@ -51,7 +51,7 @@ NOT_RUN = {
     "python -m bench quality --sweep --out bench/results/quality": "takes hours",
     "python -m bench readme": "rewrites the documents; test_generated_blocks_are_current runs it on a copy",
     "python3 -m pip install -q --no-index --no-deps --no-build-isolation -e .": "see test_installing_without_a_network",
-    f"python3 -m pip install -q --no-index --no-deps --target carried {WHEEL}": "needs the wheel",
+    f"python3 -m pip install -q --no-index --no-deps --target carried {WHEELS}": "needs the wheels",
     "PYTHONPATH=carried python3 -m bench gpu --out DIR": "needs a GPU",
 }
 
@@ -340,8 +340,10 @@ def test_the_wheels_fit_the_machine() -> None:
     """The list against the versions there, by what the wheel itself asks for, where it is the one that is installed."""
     machine = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "bench/machine.txt").read_text(), re.MULTILINE))
     wheels = dict(re.findall(r"`([\w]+)-([\d.]+)-py3-none-any\.whl`", BENCH.read_text(encoding="utf-8")))
-    assert wheels == {"transformers": "5.24.0"}
-    assert f"carried=transformers=={wheels['transformers']}" in (ROOT / "bench/rehearse.sh").read_text()
+    assert list(wheels) == ["transformers", "wrapt"]
+    carried = " ".join(f"{name}=={version}" for name, version in wheels.items())
+    assert f'carried="{carried}"' in (ROOT / "bench/rehearse.sh").read_text()
+    assert f"wrapt=={wheels['wrapt']}" in (ROOT / "tests/constraints.txt").read_text()
     if metadata.version("transformers") != wheels["transformers"]:
         pytest.skip("another transformers is installed")
     machine = {name.replace("_", "-"): version for name, version in machine.items()}
