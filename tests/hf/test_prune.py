@@ -265,6 +265,22 @@ def test_decoding_with_a_static_cache_compiles_once(model):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.parametrize("prune_layer", [0, 2])
+def test_a_decoding_step_does_not_ask_a_static_cache_for_its_length(model, monkeypatch, prune_layer):
+    """That would synchronise with the GPU at every step."""
+    vtc.configure(model, keep=KEEP, prune_layer=prune_layer)
+    lengths, stock = [], conversation.length_of
+    monkeypatch.setattr(conversation, "length_of", lambda cache: lengths.append(cache) or stock(cache))
+    counts = []
+    for steps in (2, 6):
+        model.generate(
+            **inputs(prompts("one")), cache_implementation="static", min_new_tokens=steps, max_new_tokens=steps
+        )
+        counts.append(len(lengths))
+        lengths.clear()
+    assert counts[0] == counts[1]
+
+
 @torch.no_grad()
 def test_a_cache_that_was_reset_forgets(model):
     vtc.configure(model, keep=KEEP, prune_layer=2)

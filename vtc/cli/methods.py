@@ -11,8 +11,6 @@ import typer
 from vtc.cli.output import print_table
 from vtc.methods import METHODS, table
 
-SHARED = ("backend",)  # fields that are settings of every method
-
 
 def listing() -> list[dict[str, Any]]:
     """Every method, for `--json`."""
@@ -45,7 +43,7 @@ def details(name: str) -> dict[str, Any]:
     options = [
         {"name": field.name, "type": field.type, "default": field.default}
         for field in dataclasses.fields(METHODS[name])
-        if field.name not in SHARED
+        if field.name in METHODS[name].options()
     ]
     return {**about(name), "description": inspect.getdoc(METHODS[name]), "options": options}
 

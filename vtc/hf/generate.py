@@ -73,8 +73,8 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
         prune_limits.require_forward(call, images)
         if model is not settings.base:
             return stock(**call)
-        if not images:
-            return prune_decode.decode(stock, settings, call)
+        if isinstance(note, PrunedConversation) and not images:
+            return prune_decode.decode(stock, settings, call, note)
         return prune.prefill(stock, settings, _encoded(settings, call) if pixels else call)
 
     run = settings.run
@@ -130,11 +130,13 @@ def _shortened(settings: Settings, call: Call) -> tuple[Call, ShortConversation]
         if positions is not None:
             raise ValueError("position_ids cannot be given for a further turn; leave them to generate()")
     new_mask = None if mask is None else mask[:, start:]
-    found = {token: views[visual].counts if visual in views else [] for visual, token in tokens.items()}
-    prompt = Prompt.read(ids[:, start:], new_mask, {token: [n for n, _ in own] for token, own in found.items()})
-    outputs = {visual.modality: each.encode() for visual, each in views.items()}
-    counts = {token: views[visual].counts if visual in views else [] for visual, token in tokens.items()}
-    short = prompt.shortened(counts, new_mask, positions, call.get("labels"), text.pad_token_id or 0)
+
+    def counts() -> dict[int, list[tuple[int, int]]]:
+        return {token: views[visual].counts if visual in views else [] for visual, token in tokens.items()}
+
+    prompt = Prompt.read(ids[:, start:], new_mask, {token: [n for n, _ in own] for token, own in counts().items()})
+    outputs = {visual.modality: each.encode() for visual, each in views.items()}  # an adaptive method sets the counts
+    short = prompt.shortened(counts(), new_mask, positions, call.get("labels"), text.pad_token_id or 0)
     if past:
         short = past.extended(ids, mask, start, short)
     if settings.run is not None:

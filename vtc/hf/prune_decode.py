@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.hf import conversation
 from vtc.hf.conversation import PrunedConversation
 from vtc.hf.names import CACHE
 from vtc.hf.prune import ARGUMENT, causal_mask, hooked
@@ -32,10 +31,9 @@ class _Decode:
         return hidden
 
 
-def decode(stock: Callable[..., Any], settings: Settings, call: dict[str, Any]) -> Any:
+def decode(stock: Callable[..., Any], settings: Settings, call: dict[str, Any], note: PrunedConversation) -> Any:
     """Run `forward` for tokens after a pruned prompt: the caller's mask has its L columns, the cache has S."""
     cache, mask, language_model = call["cache"], call.get("attention_mask"), settings.base.language_model
-    note: Any = conversation.read(cache)
     tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
     batch, new = tokens.shape[:2]
     valid, held = note.valid, len(cache.layers[0].keys)
