@@ -1,40 +1,115 @@
-"""The note on a KV cache, which lets a further turn map the caller's full prompt to the cache's shorter columns.
+"""The note on a KV cache that holds a compressed conversation: what of the caller's full prompt each column holds.
 
 The caller passes the whole conversation, as with any model. The cache holds fewer columns, because the dropped visual
-tokens never reached it. The note is an attribute of the cache, so it never outlives the cache.
+tokens never reached it. The note is an attribute of the cache, so it never outlives it. Whoever reorders, repeats,
+selects or crops the rows of a cache does not change the note: `read` notices and follows, or raises an error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from vtc.config import VTCConfig
 
 _NOTE = "_vtc_conversation"
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN does not equal NaN, but its bits do
+Own = TypeVar("Own", bound="Conversation")
+
+
+@dataclasses.dataclass
+class _Noted:
+    """A note, and how to tell whether the cache has changed since.
+
+    Attributes
+    ----------
+    note : Conversation or None
+        None: a call that was filling the cache failed, or what it holds is not what was returned.
+    keys : Tensor or None
+        The tensor of keys that the cache held then. As long as it still holds this very tensor, nothing has changed.
+    bits : Tensor[B, M, D] or None
+        A copy of the first head's keys, as integers: they tell which row is which.
+    """
+
+    note: Any
+    keys: Tensor | None
+    bits: Tensor | None
+
+
+def has_note(cache: Any) -> bool:
+    """Whether `cache` holds a compressed conversation, or did before it was reset."""
+    return hasattr(cache, _NOTE)
 
 
 def read(cache: Any, new: int | None = None) -> ShortConversation | PrunedConversation | None:
-    """The note on `cache`, or None. The note on a cache that was reset says nothing any more, and is removed.
+    """The note on `cache` for its present rows, or None. The note on a cache that was reset is removed.
 
     With one `new` token a static cache is trusted: looking at its length would synchronise at every decoding step.
+
+    Raises
+    ------
+    ValueError
+        If the cache has rows of which nothing is known.
     """
-    note: ShortConversation | PrunedConversation | None = getattr(cache, _NOTE, None)
-    is_trusted = new == 1 and getattr(cache, "is_compileable", False)
-    if note is None or is_trusted or length_of(cache):
-        return note
-    leave(cache, None)
-    return None
-
-
-def leave(cache: Any, note: ShortConversation | PrunedConversation | None) -> None:
-    """Put `note` on `cache` in place of an older one; None removes it."""
-    if note is not None:
-        setattr(cache, _NOTE, note)
-    elif hasattr(cache, _NOTE):
+    noted: _Noted | None = getattr(cache, _NOTE, None)
+    if noted is None:
+        return None
+    keys = _keys_of(cache)
+    unchanged = keys is not None and keys is noted.keys
+    if unchanged and new == 1 and noted.note and getattr(cache, "is_compileable", False):
+        return noted.note  # type: ignore[no-any-return]
+    if not length_of(cache):
         delattr(cache, _NOTE)
+        return None
+    if noted.note is None:
+        raise ValueError(
+            "this cache does not hold the conversation that generate() returned, because it failed or searched with "
+            "beams; start without the cache, with the whole conversation and all its images"
+        )
+    if not unchanged:
+        rows = _rows_of(keys, noted, cache)
+        noted = _Noted(noted.note.of_rows(rows), keys, None if noted.bits is None else noted.bits[rows])
+        setattr(cache, _NOTE, noted)
+    return noted.note  # type: ignore[no-any-return]
+
+
+def leave(cache: Any, note: Conversation | None) -> None:
+    """Put `note` on `cache` in place of an older one. None: the cache cannot be continued."""
+    keys = _keys_of(cache)
+    bits = None if keys is None else _bits_of(keys, length_of(cache)).clone()
+    setattr(cache, _NOTE, _Noted(note, keys, bits))
+
+
+@contextlib.contextmanager
+def filling(cache: Any) -> Iterator[None]:
+    """While transformers fills `cache`, it has no note: ids and masks are in its own columns. Leave a note afterwards.
+
+    If transformers raises an error, the note is as before, or the cache cannot be continued if it has changed.
+    """
+    if cache is None:
+        yield
+        return
+    noted, keys, length = cache.__dict__.pop(_NOTE, None), _keys_of(cache), length_of(cache)
+    try:
+        yield
+    except BaseException:
+        if keys is not _keys_of(cache) or length != length_of(cache):
+            noted = _Noted(None, None, None)
+        if noted is not None:
+            setattr(cache, _NOTE, noted)
+        raise
+
+
+def keep(cache: Any) -> None:
+    """After a call that only appended tokens to `cache`: its rows are still those of the note."""
+    if has_note(cache):
+        getattr(cache, _NOTE).keys = _keys_of(cache)
 
 
 def length_of(cache: Any) -> int:
@@ -42,70 +117,230 @@ def length_of(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def _keys_of(cache: Any) -> Tensor | None:
+    """The keys `[B, H, M, D]` of the first layer, or None if it is no plain layer: it need not hold every column."""
+    layer = next(iter(getattr(cache, "layers", ())), None)
+    return layer.keys if type(layer) in (DynamicLayer, StaticLayer) else None  # type: ignore[union-attr]
+
+
+def _bits_of(keys: Tensor, length: int) -> Tensor:
+    return keys[:, 0, :length].detach().view(_BITS[keys.element_size()])
+
+
+def _rows_of(keys: Tensor | None, noted: _Noted, cache: Any) -> Tensor:
+    """The row of the note that each row of the cache is, [rows] int64."""
+    if keys is None or noted.bits is None:
+        if noted.note.num_rows == 1 and len(_first_tensor(cache)) == 1:
+            return torch.zeros(1, dtype=torch.int64)
+        raise ValueError(
+            f"this {type(cache).__name__} holds a compressed conversation, but not in a way that tells its rows apart, "
+            "so they may have changed places; use one row, or a DynamicCache, or start without the cache"
+        )
+    held, known = _bits_of(keys, length_of(cache)), noted.bits.to(keys.device)
+    length = min(held.shape[1], known.shape[1])
+    same = [(row[None, :length] == known[:, :length]).flatten(1).all(1) for row in held]
+    matches = torch.stack(same).cpu()
+    if not matches.any(1).all():
+        raise ValueError(
+            f"row {int((~matches.any(1)).int().argmax())} of the cache is none of the {len(known)} row(s) that VTC "
+            "compressed; start without the cache, with the whole conversation and all its images"
+        )
+    return matches.int().argmax(1)
+
+
+def _first_tensor(cache: Any) -> Tensor:
+    tensors = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
+    return next((each for each in tensors if each is not None), torch.empty(0))
+
+
 @dataclasses.dataclass(frozen=True)
-class ShortConversation:
+class Conversation:
+    """What the notes have in common. Their tensors have one row for each of the cache."""
+
+    @property
+    def num_rows(self) -> int:
+        """B, the rows of the cache."""
+        raise NotImplementedError
+
+    def of_rows(self: Own, rows: Tensor) -> Own:
+        """The same conversation with these `rows` `[R]` int64 of it."""
+        tensors = {
+            field.name: value[rows.to(value.device)]
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **tensors)  # type: ignore[type-var]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortConversation(Conversation):
     """A conversation whose prompts were shortened before the language model.
 
     Attributes
     ----------
+    full : Tensor[B, M], int64
+        What is known of the caller's columns that the cache holds: the prompt of L columns, and what was generated.
     length : int
-        L, the length of the caller's full prompt. The tokens generated after it are in the cache unchanged.
+        L. The tokens after it are in the cache one by one.
+    columns : Tensor[B, L'], int64
+        The column of the full prompt that each column of the cache holds.
     input_ids, attention_mask : Tensor[B, L'], int64
-        The shortened prompt, which the cache holds; no mask if nothing is padded.
-    budget : str or None
-        The settings that its images were compressed with, "method='vtc-cls', keep=64"; None without images.
+        The shortened prompt; no mask if nothing is padded.
+    position : Tensor[B, 1], int64
+        Of the first token after the prompt.
+    config : VTCConfig
+        The settings that the images were compressed with.
     """
 
+    full: Tensor
     length: int
+    columns: Tensor
     input_ids: Tensor
     attention_mask: Tensor | None
-    budget: str | None
+    position: Tensor
+    config: VTCConfig
 
     @classmethod
-    def resume(
-        cls, cache: Any, ids: Tensor, mask: Tensor, placeholders: Sequence[int], budget: str | None
-    ) -> tuple[ShortConversation, int]:
-        """The conversation in a `cache` that is not empty, and how many columns of the caller's `ids` [B, L] it holds.
+    def of(cls, full: Tensor, short: dict[str, Tensor], columns: Tensor | None, config: VTCConfig) -> ShortConversation:
+        """A conversation of the prompt `full` `[B, L]`, and the arguments `short` for transformers made from it.
+
+        `columns` `[B, L']` are those of `full` that stay; None if all do.
+        """
+        ids, mask, positions = (short.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        if ids is None:
+            raise ValueError("a conversation needs input_ids")
+        if columns is None:
+            columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if positions is not None:
+            position = positions[:, -1:].expand(len(ids), 1) + 1
+        else:
+            position = (torch.ones_like(ids) if mask is None else mask).sum(1, keepdim=True)
+        return cls(full, full.shape[1], columns, ids, mask, position, config)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def short_length(self) -> int:
+        """L'."""
+        return self.input_ids.shape[1]
+
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        """The shortened prompt as arguments for transformers."""
+        mask = {} if self.attention_mask is None else {"attention_mask": self.attention_mask}
+        return {"input_ids": self.input_ids} | mask
+
+    def cropped(self, held: int, placeholders: Sequence[int]) -> ShortConversation:
+        """The same conversation in a cache that was cropped to `held` columns.
 
         Raises
         ------
         ValueError
-            If the cache holds images that were not compressed, or that were compressed with other settings than
-            `budget` (None: the new turn has no images), or if `ids` is not the whole conversation.
+            If it was cropped in the middle of an image, or where the rows end at different columns.
         """
-        count = length_of(cache)
-        note = read(cache)
-        if not isinstance(note, ShortConversation):
-            if any((ids[:, :count] == placeholder).any() for placeholder in placeholders):
-                raise ValueError("the cache holds images that are not compressed; start without it, or vtc.disable")
-            note = cls(count, ids[:, :count], mask[:, :count], None)
-        if budget and note.budget and budget != note.budget:
+        if held >= self.short_length:
+            return self
+        ends, cut, mask = self.columns[:, held], self.input_ids[:, held], self.attention_mask
+        if (ends != ends[0]).any() or any((cut == placeholder).any() for placeholder in placeholders):
             raise ValueError(
-                f"the cache holds images compressed with {note.budget}, the settings say {budget}; use "
-                f"vtc.configure(model, {note.budget}), or start without the cache"
+                f"the cache was cropped to {held} columns, in the middle of an image or of padding; crop it less, or "
+                "start without it"
             )
-        start = note.length + count - note.input_ids.shape[1]
-        if len(ids) != len(note.input_ids) or not note.length <= start < ids.shape[1]:
+        removed = self.short_length - held if mask is None else mask[:, held:].sum(1, keepdim=True)
+        length = int(ends[0])
+        return dataclasses.replace(
+            self,
+            full=self.full[:, :length],
+            length=length,
+            columns=self.columns[:, :held],
+            input_ids=self.input_ids[:, :held],
+            attention_mask=None if mask is None else mask[:, :held],
+            position=self.position - removed,
+        )
+
+    def require_whole(self, ids: Tensor, held: int) -> None:
+        """Raise ValueError unless the caller's `ids` `[B, L]` begin with the `held` columns that the cache holds."""
+        if len(ids) != self.num_rows or not self.length <= held < ids.shape[1]:
             raise ValueError(
-                f"the cache holds {start} tokens of {len(note.input_ids)} prompt(s), input_ids is {list(ids.shape)}; "
-                "for a further turn pass the whole conversation: what generate() returned, then the new question"
+                f"the cache holds {held} tokens of {self.num_rows} prompt(s), input_ids is {list(ids.shape)}; for a "
+                "further turn pass the whole conversation: what generate() returned, then the new question"
             )
-        return note, start
+        known = min(self.full.shape[1], held)
+        if not torch.equal(ids[:, :known], self.full[:, :known].to(ids.device)):
+            raise ValueError(
+                f"input_ids begins with other tokens than the {known} that the cache holds; pass the whole "
+                "conversation, crop the cache to what is to stay (cache.crop(-n) removes the last n), or start "
+                "without it"
+            )
 
-    def extended(self, ids: Tensor, mask: Tensor, start: int, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The arguments for the whole conversation: the old columns as the cache has them, then the `new` ones.
+    def followed_by(self, new: ShortConversation, ids: Tensor, mask: Tensor, start: int) -> ShortConversation:
+        """This conversation, then `new`, which begins at column `start` of the caller's `ids` and `mask` `[B, L]`.
 
-        Between them are the generated tokens, columns `length` to `start` of the caller's `ids` and `mask` [B, L].
+        Between them are the generated tokens, columns `length` to `start`.
         """
-        old = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
-        return {
-            "input_ids": torch.cat([self.input_ids, ids[:, self.length : start], new["input_ids"]], 1),
-            "attention_mask": torch.cat([old, mask[:, self.length : start], new["attention_mask"]], 1),
-        }
+        between = slice(self.length, start)
+        generated = torch.arange(self.length, start, device=ids.device).expand(len(ids), -1)
+        full_mask = torch.cat([self._mask().to(mask), mask[:, between], new._mask().to(mask)], 1)
+        return dataclasses.replace(
+            new,
+            full=ids,
+            length=ids.shape[1],
+            columns=torch.cat([self.columns.to(ids.device), generated, start + new.columns], 1),
+            input_ids=torch.cat([self.input_ids.to(ids.device), ids[:, between], new.input_ids], 1),
+            attention_mask=full_mask,
+            position=full_mask.sum(1, keepdim=True),
+        )
+
+    def answered(self, sequences: Tensor, held: int) -> ShortConversation:
+        """The same conversation with what was generated: `sequences` `[B * C, M]`, whose C copies are neighbours.
+
+        The cache holds `held` columns.
+        """
+        copies = torch.arange(self.num_rows).repeat_interleave(len(sequences) // self.num_rows)
+        return dataclasses.replace(
+            self.of_rows(copies), full=sequences[:, : self.length + held - self.short_length].clone()
+        )
+
+    def continued(self, call: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `forward()` for tokens after this conversation, in the columns of the cache.
+
+        The mask is in the caller's columns. Positions go on from those of the prompt, in the caller's steps.
+
+        Raises
+        ------
+        ValueError
+            If the mask has other columns, or the call has other rows than the cache.
+        """
+        tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+        mask, positions, (rows, new) = call.get("attention_mask"), call.get("position_ids"), tokens.shape[:2]
+        after = length_of(call["cache"]) - self.short_length
+        if after < 0:
+            raise ValueError(
+                f"the cache was cropped by {-after} columns of its prompt; use generate(), or crop it less"
+            )
+        columns = self.length + after + new
+        if rows != self.num_rows or (mask is not None and (mask.ndim != 2 or mask.shape[1] != columns)):
+            raise ValueError(
+                f"the cache holds {self.num_rows} conversation(s), which have {columns} columns with the new tokens; "
+                f"got {rows} row(s) and attention_mask {None if mask is None else list(mask.shape)}: pass the mask of "
+                "the whole conversation, or leave it out if nothing is padded"
+            )
+        steps = torch.arange(new, device=tokens.device) if positions is None else positions - positions[:, :1]
+        continued = call | {"position_ids": self.position.to(tokens.device) + after + steps}
+        if mask is not None or self.attention_mask is not None:
+            old = self._mask().to(tokens.device)
+            new_mask = old.new_ones(rows, after + new) if mask is None else mask[:, self.length :].to(old)
+            continued["attention_mask"] = torch.cat([old, new_mask.expand(rows, -1)], 1)
+        return continued
+
+    def _mask(self) -> Tensor:
+        return torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
 
 
 @dataclasses.dataclass(frozen=True)
-class PrunedConversation:
+class PrunedConversation(Conversation):
     """A conversation whose prompt was pruned inside the language model.
 
     Attributes
@@ -115,8 +350,8 @@ class PrunedConversation:
     compact : bool
         Whether layers before r have S columns as well.
     valid, real : Tensor[B, S] and Tensor[B, L], bool, or None
-        Which columns of the shortened and of the full prompt are tokens; None if all are.
-    position : Tensor[B or 1, 1], int64
+        Which columns of the shortened and of the full prompt are not hidden by the mask; None if all are.
+    position : Tensor[B, 1], int64
         Of the first token after the prompt.
     """
 
@@ -127,6 +362,10 @@ class PrunedConversation:
     valid: Tensor | None
     real: Tensor | None
     position: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.position)
 
     def extended_mask(self, after: Tensor) -> Tensor:
         """The mask `[B, S + T]` bool of the shortened prompt and `after` `[B, T]`."""

@@ -8,90 +8,122 @@ positions, caches, beams and decoding need no special handling. If tokens are dr
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from vtc.config import VTCConfig
 from vtc.hf import conversation, names, prune, prune_decode, prune_limits
 from vtc.hf.conversation import PrunedConversation, ShortConversation
 from vtc.hf.families import VisualInput
-from vtc.hf.prompt import FullPrompt, Prompt, require_ids
-from vtc.hf.settings import Settings
-from vtc.hf.views import LAYOUTS, views_of
+from vtc.hf.prompt import FullPrompt, Prompt, Shortening, require_ids
+from vtc.hf.settings import Settings, is_on
+from vtc.hf.views import LAYOUTS, ImageOutputs, views_of
 
 Call = dict[str, Any]  # the arguments of a call by name; the KV cache is "cache"
 Stock = Callable[..., Any]  # the method of transformers, of the same model
+_log = logging.getLogger("vtc")
 
 
 @torch.no_grad()
 def generate(stock: Stock, model: Any, call: Call) -> Any:
     """Replaces `generate`: returns the caller's full prompt followed by the new tokens."""
-    if call.get("mm_encoder_outputs"):
-        raise ValueError("got mm_encoder_outputs, but VTC has to encode the images itself; pass pixel_values")
     if call.get("inputs") is not None:
         if call.get("input_ids") is not None:
             raise ValueError("got both inputs and input_ids, which are one argument of generate(); pass input_ids")
         call["input_ids"] = call.pop("inputs")
     settings, cache = Settings.of(model), call.get("cache")
     note, images = conversation.read(cache), bool(settings.family.inputs_of(call))
+    if given := call.get("mm_encoder_outputs"):
+        if note or not all(isinstance(each, ImageOutputs) for each in given.values()):
+            raise ValueError("got mm_encoder_outputs, but VTC has to encode the images itself; pass pixel_values")
+        return stock(**call)  # this model is the assistant of one that compresses, whose prompt is short already
+    settings = _continued(settings, note, images)
     if isinstance(note, PrunedConversation) or (images and settings.config.prune_after):
         prune_limits.require_generate(settings, call, images, lambda name: _option(model, call, name))
         return stock(**(_encoded(settings, call) if images else call))
     if note is None and not (images and settings.config.compresses):
         return stock(**call)
 
-    full: Any = call.get("input_ids")
-    if full is not None and call.get("attention_mask") is None:
+    require_ids(call)
+    full: Any = call["input_ids"]
+    if call.get("attention_mask") is None:
         call["attention_mask"] = _inferred_mask(model, call)
-    call, note = _shortened(settings, call)
+    call, note, _ = _shortened(settings, call, note)
     prompt = FullPrompt(full, call["input_ids"].shape[1])
     prompt.wrap(call)
     for name in ("max_length", "min_length"):  # these count the caller's prompt
         if limit := _option(model, call, name):
             call[name] = max(limit - full.shape[1] + prompt.short_length, 0)
-    output = stock(**call)
-    for used in (cache, names.cache_of(output)):
-        if used is not None:
-            conversation.leave(used, note)
-    if isinstance(output, torch.Tensor):
-        return prompt.restore(output)
-    output.sequences = prompt.restore(output.sequences)
+    has_beams = (_option(model, call, "num_beams") or 1) > 1
+    with conversation.filling(cache):
+        output = stock(**call)
+    is_tensor = isinstance(output, torch.Tensor)
+    sequences = prompt.restore(output if is_tensor else output.sequences)
+    used = names.cache_of(output) if cache is None else cache
+    if used is not None:
+        conversation.leave(used, None if has_beams else note.answered(sequences, conversation.length_of(used)))
+    if is_tensor:
+        return sequences
+    output.sequences = sequences
     return output
 
 
 def forward(stock: Stock, model: Any, call: Call) -> Any:
-    """Replaces `forward` of the class with a head, and of the class without a head, which the former calls."""
-    settings, ids = Settings.of(model), call.get("input_ids")
+    """Replaces `forward` of the class with a head, and of the class without a head, which the former calls.
+
+    The latter shortens the prompt, and gives hidden states the caller's columns again: column j is that of the last
+    kept column <= j. So the head's logits, slices and loss are those of the caller's columns, without a change to it.
+    """
+    settings = Settings.of(model)
+    if model is not settings.base:
+        return stock(**_with_alone_labels(call))
+    ids, cache = call.get("input_ids"), call.get("cache")
     tokens = call.get("inputs_embeds") if ids is None else ids
-    note = conversation.read(call.get("cache"), None if tokens is None else tokens.shape[1])
+    note = conversation.read(cache, None if tokens is None else tokens.shape[1])
     pixels = bool(settings.family.inputs_of(call))
     images = pixels or bool(call.get("mm_encoder_outputs"))
     if pixels and call.get("mm_encoder_outputs"):
         raise ValueError("got both pixels and mm_encoder_outputs, which are the same images; pass pixel_values")
+    settings, run = _continued(settings, note, images), settings.run
     if isinstance(note, PrunedConversation) or (images and settings.config.prune_after):
-        prune_limits.require_forward(call, images)
-        if model is not settings.base:
-            return stock(**call)
-        if isinstance(note, PrunedConversation) and not images:
-            return prune_decode.decode(stock, settings, call, note)
-        return prune.prefill(stock, settings, _encoded(settings, call) if pixels else call)
-
-    run = settings.run
+        if images:
+            return prune.prefill(stock, settings, _encoded(settings, call) if pixels else call)
+        outputs = prune_decode.decode(stock, settings, call, note)  # type: ignore[arg-type]
+        conversation.keep(cache)
+        return outputs
     if pixels and (note or settings.config.compresses):
-        _require_forward(call)
-        call, note = _shortened(settings, call)
-    elif note:
-        _require_mask(call)
-    elif run and images and ids is not None and not settings.config.compresses:
+        return _forward_images(stock, settings, call)
+    if note:
+        outputs = stock(**note.continued(call))  # type: ignore[union-attr]
+        conversation.keep(cache)
+        return outputs
+    if run and images and ids is not None and not settings.config.compresses:
         run.count_prompt(ids.shape[1], ids.shape[1])
     outputs = stock(**call)
-    cache = names.cache_of(outputs)
-    if cache is not None and note:
-        conversation.leave(cache, note)
-    if cache is not None and run and images:
+    if run and images and (cache := names.cache_of(outputs)) is not None:
         run.count_cache(cache)
     return outputs
+
+
+def _forward_images(stock: Stock, settings: Settings, call: Call) -> Any:
+    """`forward` of the class without a head for a prompt with pixels: its hidden states have the caller's columns."""
+    if conversation.length_of(call.get("cache")):
+        raise ValueError("images on top of a cache need the whole conversation; use generate()")
+    returns_tuple = call.pop("return_dict", settings.base.config.return_dict) is False
+    call, note, shortening = _shortened(settings, call, None, in_forward=True)
+    outputs = stock(**call, return_dict=True)
+    cache = names.cache_of(outputs)
+    if cache is not None:
+        conversation.leave(cache, note)
+        if settings.run:
+            settings.run.count_cache(cache)
+    if shortening:
+        shortening.spread_outputs(outputs)
+    return outputs.to_tuple() if returns_tuple else outputs
 
 
 def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> Any:
@@ -108,44 +140,109 @@ def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> A
     return outputs
 
 
-def _shortened(settings: Settings, call: Call) -> tuple[Call, ShortConversation]:
+def _continued(settings: Settings, note: Any, images: bool) -> Settings:
+    """The settings of a call: those that its conversation began with, or none for a model that does not compress."""
+    if isinstance(note, ShortConversation):
+        if images and is_on(settings.base) and note.config != settings.config:
+            _warn_of_settings(str(note.config), str(settings.config))
+        return settings._replace(config=note.config)
+    if not is_on(settings.base):
+        return settings._replace(config=VTCConfig(method="none"))
+    return settings
+
+
+@functools.cache
+def _warn_of_settings(before: str, now: str) -> None:
+    _log.warning(
+        "the conversation in the cache began with %s, so its new images are compressed likewise and not with %s; start "
+        "without the cache for other settings",
+        before,
+        now,
+    )
+
+
+def _shortened(
+    settings: Settings, call: Call, past: ShortConversation | None, in_forward: bool = False
+) -> tuple[Call, ShortConversation, Shortening | None]:
     """Encode the images of `call` and shorten its prompt: the arguments for transformers, and the note for the cache.
 
-    In a further turn, the columns that the cache already holds come first.
+    In a further turn of `generate()`, the columns that the cache already holds come first. `past` is its conversation,
+    or None if the cache holds nothing that was compressed.
     """
     require_ids(call)
     ids: torch.Tensor = call["input_ids"]
     mask: Any = call.get("attention_mask")
-    positions = call.get("position_ids")
+    positions, cache = call.get("position_ids"), call.get("cache")
     if mask is not None and mask.ndim == 2 and len(mask) == 1:
         mask = mask.expand(len(ids), -1)
     views = views_of(settings, call)
-    text = settings.base.config.get_text_config()
-    tokens = {visual: getattr(settings.base.config, visual.token) for visual in settings.family.inputs}
-    budget = settings.budget if views else None
-    past, start = None, 0
-    if conversation.length_of(call.get("cache")):
-        past, start = ShortConversation.resume(call["cache"], ids, mask, list(tokens.values()), budget)
-        budget = budget or past.budget
+    tokens = {visual: getattr(settings.base.config, visual.token) for visual in views}
+    start = 0
+    if held := 0 if in_forward else conversation.length_of(cache):
+        placeholders = [getattr(settings.base.config, visual.token) for visual in settings.family.inputs]
+        past = _past(past, settings, ids, mask, held, placeholders)
+        start = past.length + held - past.short_length
+        past.require_whole(ids, start)
         if positions is not None:
             raise ValueError("position_ids cannot be given for a further turn; leave them to generate()")
     new_mask = None if mask is None else mask[:, start:]
 
-    def counts() -> dict[int, list[tuple[int, int]]]:
-        return {token: views[visual].counts if visual in views else [] for visual, token in tokens.items()}
-
-    prompt = Prompt.read(ids[:, start:], new_mask, {token: [n for n, _ in own] for token, own in counts().items()})
+    sizes = {token: [n for n, _ in views[visual].counts] for visual, token in tokens.items()}
+    prompt = Prompt.read(ids[:, start:], new_mask, sizes)
     outputs = {visual.modality: each.encode() for visual, each in views.items()}  # an adaptive method sets the counts
-    short = prompt.shortened(counts(), new_mask, positions, call.get("labels"), text.pad_token_id or 0)
+    counts = {token: views[visual].counts for visual, token in tokens.items()}
+    shortening = prompt.shortening(counts, {token: views[visual].kept for visual, token in tokens.items()})
+    short = prompt.shortened(
+        shortening,
+        new_mask,
+        positions,
+        pad=_padding_token(settings),
+        counted=in_forward,
+        packed=in_forward and _is_packed(settings, call),
+    )
+    note = ShortConversation.of(ids[:, start:], short, shortening and shortening.columns, settings.config)
     if past:
-        short = past.extended(ids, mask, start, short)
+        note = past.followed_by(note, ids, mask, start)
+        short = note.arguments
     if settings.run is not None:
-        settings.run.count_prompt(ids.shape[1], short["input_ids"].shape[1])
-    replaced = ("input_ids", "attention_mask", "position_ids", "labels")
+        settings.run.count_prompt(ids.shape[1], note.short_length)
+    replaced = ("input_ids", "attention_mask", "position_ids")
     call = {name: value for name, value in _without_pixels(settings, call).items() if name not in replaced} | short
     if outputs:
         call["mm_encoder_outputs"] = outputs
-    return call, ShortConversation(ids.shape[1], short["input_ids"], short.get("attention_mask"), budget)
+    return call, note, shortening
+
+
+def _past(
+    past: ShortConversation | None,
+    settings: Settings,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    held: int,
+    placeholders: list[int],
+) -> ShortConversation:
+    """The conversation in a cache of `held` columns, which are the first of the caller's `ids` and `mask` [B, L]."""
+    if past:
+        return past.cropped(held, placeholders)
+    ids, mask = ids[:, :held], mask[:, :held]
+    if any((ids == placeholder).any() for placeholder in placeholders):
+        raise ValueError("the cache holds images that are not compressed; start without it, or vtc.disable(model)")
+    return ShortConversation.of(ids, {"input_ids": ids, "attention_mask": mask}, None, settings.config)
+
+
+def _padding_token(settings: Settings) -> int:
+    """The id at padding. The first conversions of LLaMA have -1, which has no embedding."""
+    text = settings.base.config.get_text_config()
+    pad = text.pad_token_id
+    return pad if pad is not None and 0 <= pad < text.vocab_size else 0
+
+
+def _is_packed(settings: Settings, call: Call) -> bool:
+    """Whether transformers finds the samples packed in a row by positions that start again."""
+    use_cache = call.get("use_cache")
+    makes_cache = settings.base.language_model.config.use_cache if use_cache is None else use_cache
+    is_unmasked = call.get("attention_mask") is None and call.get("position_ids") is not None
+    return is_unmasked and call.get("cache") is None and not makes_cache
 
 
 def _encoded(settings: Settings, call: Call) -> Call:
@@ -173,21 +270,10 @@ def _inferred_mask(model: Any, call: Call) -> torch.Tensor:
     return ids.ne(pad).long() if is_padded else torch.ones_like(ids)
 
 
-def _require_forward(call: Call) -> None:
-    if conversation.length_of(call.get("cache")):
-        raise ValueError("images on top of a cache need the whole conversation; use generate()")
-    if isinstance(call.get("logits_to_keep"), torch.Tensor):
-        raise ValueError("logits_to_keep holds positions of the full prompt; pass how many last positions to keep")
-
-
-def _require_mask(call: Call) -> None:
-    """Raise ValueError if the mask of tokens after a shortened prompt does not have the cache's columns."""
-    ids, mask = call.get("input_ids"), call.get("attention_mask")
-    if ids is None or mask is None or mask.ndim != 2:
-        return
-    columns = call["cache"].get_seq_length() + ids.shape[1]
-    if mask.shape[1] != columns:
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns, but the compressed prompt and the new tokens have {columns}; "
-            "use generate(), or leave attention_mask out if nothing is padded"
-        )
+def _with_alone_labels(call: Call) -> Call:
+    """The arguments without the label of the first token after left padding, which nothing predicts in a row alone."""
+    labels, mask = call.get("labels"), call.get("attention_mask")
+    if labels is None or mask is None or mask.ndim != 2 or mask.shape[1] != labels.shape[1]:
+        return call
+    mask = mask.to(labels.device)
+    return call | {"labels": labels.masked_fill((mask != 0) & (mask.cumsum(1) == 1), -100)}

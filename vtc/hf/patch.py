@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from vtc.hf import attention, generate, names
+from vtc.hf import attention, conversation, generate, names
 from vtc.hf.families import FAMILIES
 from vtc.hf.settings import is_on
 
@@ -41,7 +41,8 @@ def _guard(owner: type, name: str, ours: Callable[..., Any]) -> None:
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(positional, args, strict=False))
         wrong = len(args) > len(positional) or given.keys() & kwargs.keys()  # the stock method raises the error
-        if wrong or not is_on(self):
+        caches = (given.get(word, kwargs.get(word)) for word in names.CACHE_WORDS)
+        if wrong or not (is_on(self) or any(map(conversation.has_note, caches))):
             return stock(self, *args, **kwargs)
 
         def stock_method(**call: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,27 +27,32 @@ class Prompt:
     is_image : dict of int to Tensor[B, L], bool
         Where each placeholder token is.
     real : Tensor[B, L], bool
-        False at padding.
+        False where the mask hides a token.
+    padding : Tensor[B, L], bool
+        True at hidden tokens before the first and after the last real one of a row, unless they are placeholders.
     images : dict of int to list of int
         For each placeholder token, the number of images of each row.
     num_tokens : list of int
         The number of tokens of each row, without padding.
-    hidden : list of int
-        The number of image placeholders of each row that the mask hides.
+    hides_images : bool
+        Whether the mask hides placeholders.
     """
 
     input_ids: Tensor
     is_image: dict[int, Tensor]
     real: Tensor
+    padding: Tensor
     images: dict[int, list[int]]
     num_tokens: list[int]
-    hidden: list[int]
+    hides_images: bool
 
     @classmethod
     def read(
         cls, input_ids: Tensor, mask: Tensor | None, sizes: Mapping[int, Sequence[int]], static: bool = False
     ) -> Prompt:
         """Check the prompt against its images. Synchronises with the device once, to read lengths and counts.
+
+        While torch compiles or exports, nothing can be read: see `_traced`.
 
         Parameters
         ----------
@@ -64,15 +69,40 @@ class Prompt:
         """
         is_image = {token: input_ids == token for token in sizes}
         real = _real(input_ids, mask, static)
-        sums = [real.sum(1)]
-        for found in is_image.values():
-            sums += [found.sum(1), (found & ~real).sum(1)]
-        num_tokens, *rest = torch.stack(sums).tolist()
-        images = {
-            token: _images_of_rows(counted, sizes[token]) for token, counted in zip(sizes, rest[::2], strict=True)
-        }
-        hidden = [sum(row) for row in zip(*rest[1::2], strict=True)]
-        return cls(input_ids, is_image, real, images, num_tokens, hidden)
+        if torch.compiler.is_compiling():
+            return cls._traced(input_ids, is_image, real, sizes)
+        text = ~torch.stack(list(is_image.values())).any(0) if is_image else torch.ones_like(real)
+        outside = (real.cumsum(1) == 0) | (real.flip(1).cumsum(1).flip(1) == 0)
+        padding = outside & text
+        sums = [(~padding).sum(1), (~real & ~text).sum(1)] + [found.sum(1) for found in is_image.values()]
+        num_tokens, hidden, *found = torch.stack(sums).tolist()
+        images = {token: _images_of_rows(counted, sizes[token]) for token, counted in zip(sizes, found, strict=True)}
+        return cls(input_ids, is_image, real, padding, images, num_tokens, any(hidden))
+
+    @classmethod
+    def _traced(
+        cls, input_ids: Tensor, is_image: dict[int, Tensor], real: Tensor, sizes: Mapping[int, Sequence[int]]
+    ) -> Prompt:
+        """Read a prompt without looking at its values, for torch.compile and torch.export.
+
+        Every row is taken to have the same images, and padding stays where it is, so that the length of the shortened
+        prompt follows from shapes. The graph checks the former when it runs.
+        """
+        batch, length = input_ids.shape
+        images = {}
+        for token, own in sizes.items():
+            if len(own) % batch or list(own) != list(own[: len(own) // batch]) * batch:
+                raise ValueError(
+                    f"got {len(own)} image(s) in {batch} rows: a compiled or exported forward() of a model that "
+                    "compresses needs the same images in each row; do not compile it for other batches"
+                )
+            images[token] = [len(own) // batch] * batch
+            each = sum(own[: len(own) // batch])
+            torch._assert_async(
+                (is_image[token].sum(1) == each).all(),
+                f"each row of input_ids must hold {each} placeholders, because the graph was made for such rows",
+            )
+        return cls(input_ids, is_image, real, torch.zeros_like(real), images, [length] * batch, False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,18 +115,7 @@ class Prompt:
         return min(self.num_tokens) < self.input_ids.shape[1]
 
     def lengths(self, counts: Mapping[int, Counts]) -> list[int]:
-        """How many tokens of each row stay if K of each image's N placeholders stay. Computed on the host.
-
-        Raises
-        ------
-        ValueError
-            If the mask hides placeholders.
-        """
-        if any(self.hidden):
-            raise ValueError(
-                f"attention_mask hides {', '.join(map(str, self.hidden))} image placeholders of the rows of input_ids; "
-                "images that are masked are not supported: pass attention_mask as the processor makes it"
-            )
+        """How many tokens of each row stay if K of each image's N placeholders stay. Computed on the host."""
         lengths = list(self.num_tokens)
         for token, images in self.images.items():
             dropped = [tokens - kept for tokens, kept in counts[token]]
@@ -105,92 +124,174 @@ class Prompt:
                 dropped = dropped[count:]
         return lengths
 
-    def shortened(
-        self,
-        counts: Mapping[int, Counts],
-        mask: Tensor | None,
-        position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        pad: int = 0,
-    ) -> dict[str, Tensor]:
-        """Keep the first K of each image's N placeholders, and all other tokens that are not padding.
-
-        The shortened rows are right-aligned, and L' is the length of the longest one. It does not depend on the padding
-        of the full prompt. Padding gets the token `pad`, mask 0, position 0 and label -100. If every K is N, the
-        arguments are returned unchanged.
+    def shortening(self, counts: Mapping[int, Counts], kept: Mapping[int, Tensor | None]) -> Shortening | None:
+        """Which columns stay: all text, and K of each image's N placeholders. None if every K is N.
 
         Parameters
         ----------
         counts : mapping of int to sequence of (N, K)
             For each placeholder token, of each image.
-        mask, position_ids, labels : Tensor[B, L] or None
-            `position_ids` may be `[1, L]`.
-        pad : int
-            The token id of padding.
+        kept : mapping of int to Tensor, bool, or None
+            For each placeholder token, one value for each of its placeholders, image after image. None: the first K of
+            each image, for methods whose tokens are no patches.
 
-        Returns
-        -------
-        dict of Tensor[B, L']
-            `input_ids`, and where needed `attention_mask`, `position_ids` and `labels`. The positions are the given
-            ones less the number of placeholders dropped before each. If none are given, each row has 0, 1, 2, ..., or
-            no positions if nothing is masked. Nothing predicts a row's first token, so its label becomes -100.
+        Raises
+        ------
+        ValueError
+            If the mask hides a part of an image whose tokens are no patches.
         """
-        batch, length = self.shape
-        given = {"attention_mask": mask, "position_ids": position_ids, "labels": labels}
+        if all(tokens == count for own in counts.values() for tokens, count in own):
+            return None
+        stays = ~self.padding
+        for token, own in counts.items():
+            found, flat = self.is_image[token], kept[token]
+            if flat is None:
+                self._require_whole_images(token, own)
+                flat = torch.cat([torch.arange(tokens) < count for tokens, count in own] or [torch.zeros(0).bool()])
+            stays = stays & ~found | torch.zeros_like(found).masked_scatter(found, flat.to(found.device))
+        lengths = self.lengths(counts)
+        return Shortening.of(stays, max(lengths), min(lengths))
+
+    def shortened(
+        self,
+        shortening: Shortening | None,
+        mask: Tensor | None,
+        position_ids: Tensor | None = None,
+        pad: int = 0,
+        counted: bool = False,
+        packed: bool = False,
+    ) -> dict[str, Tensor]:
+        """The shortened `input_ids`, and where needed `attention_mask` and `position_ids`, each `[B, L']`.
+
+        Padding gets the token `pad`, mask 0 and position 0. Without a shortening, the arguments are returned unchanged.
+
+        Parameters
+        ----------
+        shortening : Shortening or None
+        mask, position_ids : Tensor[B, L] or None
+            `position_ids` may be `[1, L]`.
+        counted : bool
+            Whether to count positions that are not given, as `forward()` does. `generate()` infers them from the mask.
+        packed : bool
+            Whether the positions start again at each of several samples in a row, and no mask must hide that.
+        """
+        given = {"attention_mask": mask, "position_ids": position_ids}
         for name, tensor in given.items():
-            if tensor is not None and (tensor.ndim != 2 or tensor.shape[1] != length):
+            if tensor is not None and (tensor.ndim != 2 or tensor.shape[1] != self.input_ids.shape[1]):
                 raise ValueError(
-                    f"{name} must have the {length} columns of input_ids, got shape {list(tensor.shape)}; pass it for "
-                    "the same tokens as input_ids (for a further turn: the whole conversation)"
+                    f"{name} must have the {self.input_ids.shape[1]} columns of input_ids, got shape "
+                    f"{list(tensor.shape)}; pass it for the same tokens as input_ids (for a further turn: the whole "
+                    "conversation)"
                 )
         short = {"input_ids": self.input_ids} | {name: each for name, each in given.items() if each is not None}
-        if all(tokens == kept for own in counts.values() for tokens, kept in own):
+        if shortening is None:
             return short
-        dropped = torch.zeros_like(self.real)
-        for token, own in counts.items():
-            dropped |= self.is_image[token] & _beyond_first_k(self.is_image[token], own)
-        lengths = self.lengths(counts)
-        columns, real = right_aligned(self.real & ~dropped, max(lengths))
-        short["input_ids"] = self.input_ids.gather(1, columns).masked_fill(~real, pad)
-        if labels is not None:
-            first = real & (real.cumsum(1) == 1)
-            short["labels"] = labels.gather(1, columns).masked_fill(~real | first, -100)
-        if mask is not None or min(lengths) < max(lengths):
-            short["attention_mask"] = real.to(torch.long if mask is None else mask.dtype)
-        if position_ids is not None:
-            closed_up = position_ids.expand(batch, length) - dropped.cumsum(1)
-            short["position_ids"] = closed_up.gather(1, columns).masked_fill(~real, 0)
-        elif "attention_mask" in short:
-            short["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)
+        short["input_ids"] = shortening.take(self.input_ids, pad)
+        if mask is not None:
+            short["attention_mask"] = shortening.take(mask, 0)
+        elif not (shortening.is_even or packed):
+            short["attention_mask"] = shortening.filled.long()
+        if position_ids is not None or (counted and "attention_mask" in short):
+            short["position_ids"] = self.positions(shortening, position_ids)
+        if packed:  # padding becomes a sample of its own, which starts at 0, too
+            columns = torch.arange(shortening.columns.shape[1], device=self.input_ids.device)
+            short["position_ids"] = torch.where(shortening.filled, short["position_ids"], columns)
         return short
+
+    def positions(self, shortening: Shortening, given: Tensor | None) -> Tensor:
+        """The positions `[B, L']` of the short prompt: 0, 1, 2, ... in each row, or the `given` ones `[B or 1, L]`.
+
+        The given ones are closed up: less the number of placeholders dropped before each. Padding has the position 0.
+        """
+        if given is None:
+            return shortening.take((shortening.stays.cumsum(1) - 1).clamp(min=0), 0)
+        dropped = ~shortening.stays & ~self.padding
+        return shortening.take(given.expand(dropped.shape) - dropped.cumsum(1), 0)
+
+    def _require_whole_images(self, token: int, counts: Counts) -> None:
+        if not self.hides_images:
+            return
+        found = self.is_image[token]
+        for number, own in enumerate((found & self.real)[found].split([tokens for tokens, _ in counts])):
+            if own.any() and not own.all():
+                raise ValueError(
+                    f"attention_mask hides {int((~own).sum())} of the {len(own)} placeholders of image {number}, but "
+                    "this method makes new tokens of all patches; hide all of them or none, or use a method that "
+                    'keeps patches, such as "vtc-cls"'
+                )
+
+
+class Shortening(NamedTuple):
+    """Which columns of a full prompt `[B, L]` its short one `[B, L']` has. The rows of the short one are right-aligned.
+
+    The last token of each row has to be in the last column, because `generate()` takes the logits from there.
+
+    Attributes
+    ----------
+    stays : Tensor[B, L], bool
+    columns : Tensor[B, L'], int64
+        Where each column of the short prompt comes from.
+    filled : Tensor[B, L'], bool
+        False at padding.
+    is_even : bool
+        Whether all rows have L' tokens, so that there is no padding.
+    """
+
+    stays: Tensor
+    columns: Tensor
+    filled: Tensor
+    is_even: bool
+
+    @classmethod
+    def of(cls, stays: Tensor, longest: int, shortest: int) -> Shortening:
+        """The shortening that keeps the tokens that stay, of which a row has `shortest` to `longest`."""
+        columns = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, stays.shape[1] - longest :]
+        return cls(stays, columns, stays.gather(1, columns), shortest == longest)
+
+    def take(self, full: Tensor, padding: int | bool) -> Tensor:
+        """The short version `[B, L']` of `[B, L]`."""
+        taken = full.gather(1, self.columns)
+        return taken if self.is_even else taken.masked_fill(~self.filled, padding)
+
+    def spread(self, short: Tensor) -> Tensor:
+        """The full version `[B, L, ...]` of `[B, L', ...]`: column j is that of the last column <= j that stays.
+
+        Columns before the first one of a row are that one.
+        """
+        places = (self.stays.cumsum(1) - 1).clamp(min=0) + (short.shape[1] - self.stays.sum(1, keepdim=True))
+        places = places.to(short.device)
+        return short[torch.arange(len(places), device=places.device)[:, None], places]
+
+    def spread_outputs(self, outputs: Any, layer: int = 0) -> None:
+        """Give a language model's outputs the columns of the full prompt, in place.
+
+        They are `last_hidden_state`, `hidden_states` and `attentions`; of the latter two those of layers from `layer`
+        on. Nothing attends to a column that does not stay.
+        """
+        outputs.last_hidden_state = self.spread(outputs.last_hidden_state)
+        if outputs.hidden_states is not None:
+            states = list(outputs.hidden_states)
+            first = layer + 1 if layer else 0
+            outputs.hidden_states = tuple(
+                each if each is None or number < first else self.spread(each) for number, each in enumerate(states)
+            )
+        if outputs.attentions is not None:
+            outputs.attentions = tuple(
+                each if each is None or number < layer else self._spread_attention(each)
+                for number, each in enumerate(outputs.attentions)
+            )
+
+    def _spread_attention(self, attention: Tensor) -> Tensor:
+        """`[B, H, L', L']` to `[B, H, L, L]`."""
+        keys = self.spread(attention.permute(0, 3, 2, 1))  # [B, L, L', H]
+        keys = keys.masked_fill(~self.stays[:, :, None, None].to(keys.device), 0)
+        return self.spread(keys.transpose(1, 2)).permute(0, 3, 1, 2)
 
 
 def require_ids(call: dict[str, Any]) -> None:
     """Raise ValueError if a prompt with images has no token ids."""
     if call.get("input_ids") is None or call.get("inputs_embeds") is not None:
         raise ValueError("VTC finds image placeholders in input_ids; pass input_ids and no inputs_embeds")
-
-
-def right_aligned(stays: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Move the tokens that stay to the right end of each row, in order. Padding comes before them.
-
-    The last token of each row has to be in the last column, because `generate()` takes the logits from there.
-
-    Parameters
-    ----------
-    stays : Tensor[B, L], bool
-    length : int
-        S, the length of the longest shortened row.
-
-    Returns
-    -------
-    columns : Tensor[B, S], int64
-        Where each column of the result comes from.
-    real : Tensor[B, S], bool
-        False at padding.
-    """
-    columns = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, stays.shape[1] - length :]
-    return columns, stays.gather(1, columns)
 
 
 def _real(input_ids: Tensor, mask: Tensor | None, static: bool) -> Tensor:
@@ -206,19 +307,6 @@ def _real(input_ids: Tensor, mask: Tensor | None, static: bool) -> Tensor:
         f"attention_mask must be [B, L] = {list(input_ids.shape)}, got {list(mask.shape)}: a mask of another kind "
         "cannot be shortened; pass it for the same tokens as input_ids (for a further turn: the whole conversation)"
     )
-
-
-def _beyond_first_k(found: Tensor, counts: Counts) -> Tensor:
-    """Where a placeholder `[B, L]` bool is not among the first K of its image's N."""
-    if not counts:
-        return torch.zeros_like(found)
-    number = found.flatten().cumsum(0).view_as(found) - 1  # of each placeholder among all, row after row
-    if len(set(counts)) == 1:
-        return number % counts[0][0] >= counts[0][1]
-    tokens, kept = torch.tensor(counts, device=found.device).unbind(1)
-    ends = tokens.cumsum(0)
-    image = torch.bucketize(number, ends, right=True).clamp(max=len(counts) - 1)
-    return number - (ends - tokens)[image] >= kept[image]
 
 
 def _images_of_rows(found: Sequence[int], sizes: Sequence[int]) -> list[int]:

@@ -30,7 +30,7 @@ from vtc.config import kept_count
 from vtc.hf import conversation
 from vtc.hf.conversation import PrunedConversation
 from vtc.hf.names import CACHE, cache_of
-from vtc.hf.prompt import Prompt, require_ids, right_aligned
+from vtc.hf.prompt import Prompt, Shortening, require_ids
 from vtc.hf.prune_limits import is_static
 from vtc.hf.settings import Settings
 
@@ -74,17 +74,18 @@ class _Prefill:
         self, settings: Settings, prompt: Prompt, token: int, counts: list[tuple[int, int]], indices: Tensor | None
     ) -> None:
         self.config, self.text = settings.config, settings.base.language_model.config
-        self.is_image, self.real, self.is_padded = prompt.is_image[token], prompt.real, prompt.is_padded
+        self.is_image, self.real, self.padding = prompt.is_image[token], prompt.real, prompt.padding
+        self.is_masked = prompt.is_padded or prompt.hides_images
         self.images, (self.num_tokens, self.keep) = prompt.images[token], counts[0]
         self.indices = None if indices is None else _expand_for_beams(indices, self.images)
         lengths = prompt.lengths({token: counts})
-        self.length, self.is_even = max(lengths), min(lengths) == max(lengths)  # S, and whether all rows have it
+        self.longest, self.shortest = max(lengths), min(lengths)
         self.query: Tensor | None = None  # of the last prompt token in layer r - 1, [B, H, D]
         self.keys: Tensor | None = None  # of that layer, [B, Hkv, L, D], if no cache holds them
         self.scale: float | None = None
         self.shorter: dict[str, Any] = {}  # the arguments of layers from r on
         self.cache: Any = None
-        self.columns: Tensor | None = None  # [B, S], those that stay
+        self.shortening: Shortening | None = None
         self.note: PrunedConversation | None = None
 
     def before(self, number: int, layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -121,8 +122,9 @@ class _Prefill:
     def _keep_mask(self, device: torch.device) -> Tensor:
         """Which columns `[B, L]` bool stay."""
         is_image, real, backend = self.is_image.to(device), self.real.to(device), self.config.backend
+        text = ~self.padding.to(device)
         if self.indices is not None:
-            return methods.keep_patches(is_image, self.indices.to(device), self.num_tokens) & real
+            return methods.keep_patches(is_image, self.indices.to(device), self.num_tokens) & text
         keys, query = self.keys, self.query
         if keys is None:
             keys = self.cache.layers[self.config.prune_after - 1].keys[:, :, : real.shape[1]]
@@ -132,29 +134,32 @@ class _Prefill:
         keep = is_image.sum(1) // self.num_tokens * self.keep
         method: Any = self.config.build_method()
         stays: Tensor = method.keep_prompt(scores.to(device), is_image, keep)
-        return stays & real
+        return stays & text
 
     def _shorten(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         batch, length = hidden.shape[:2]
         self.cache = arguments.get(CACHE)
         is_static(self.cache, self.config.kv == "compact")
-        self.columns, is_real = right_aligned(self._keep_mask(hidden.device), self.length)
-        valid = None if self.is_even else is_real
+        shortening = Shortening.of(self._keep_mask(hidden.device), self.longest, self.shortest)
+        valid = (
+            shortening.take(self.real.to(hidden.device), False) if self.is_masked or not shortening.is_even else None
+        )
         positions = arguments["position_ids"].expand(batch, length).to(hidden.device)
         cos, sin = (part.expand(batch, -1, -1).to(hidden.device) for part in arguments["position_embeddings"])
         inputs = (hidden, cos, sin, positions)
-        hidden, cos, sin, kept = ops.compact(inputs, self.columns, backend=self.config.backend)
+        hidden, cos, sin, kept = ops.compact(inputs, shortening.columns, backend=self.config.backend)
         mask = causal_mask(self.text, hidden, valid, self.cache, self.config.prune_after)
         self.shorter = {"position_embeddings": (cos, sin), "position_ids": kept, "attention_mask": mask}
         self.note = PrunedConversation(
             layer=self.config.prune_after,
             length=length,
-            kept=self.length,
+            kept=self.longest,
             compact=self.config.kv == "compact",
             valid=valid,
-            real=self.real if self.is_padded else None,
+            real=self.real if self.is_masked else None,
             position=positions[:, -1:] + 1,
         )
+        self.shortening = shortening
         return hidden
 
     def finish(self) -> None:
@@ -166,15 +171,15 @@ class _Prefill:
         conversation.leave(self.cache, self.note)
 
     def _compact_cache(self) -> None:
-        columns, length, by_device = self.columns, self.is_image.shape[1], {}  # type: ignore[var-annotated]
-        if columns is None:
+        length, by_device = self.is_image.shape[1], {}  # type: ignore[var-annotated]
+        if self.shortening is None:
             raise RuntimeError("the layer that prunes did not run")
         for layer in self.cache.layers[: self.config.prune_after]:
             by_device.setdefault(layer.keys.device, []).append(layer)
         for device, layers in by_device.items():
             tensors = [[tensor[:, :, :length] for tensor in (layer.keys, layer.values)] for layer in layers]
             keys, values = zip(*tensors, strict=True)
-            short = ops.compact_kv(keys, values, columns.to(device), backend=self.config.backend)
+            short = ops.compact_kv(keys, values, self.shortening.columns.to(device), backend=self.config.backend)
             for layer, key, value in zip(layers, *short, strict=True):
                 if type(layer) is DynamicLayer:
                     layer.keys, layer.values = key, value
@@ -210,7 +215,7 @@ def prefill(stock: Callable[..., Any], settings: Settings, call: dict[str, Any])
 
     Returns
     -------
-    The output of `stock`; its hidden states `[B, S, D]` are those of the tokens that stay, right-aligned.
+    The output of `stock`, with the caller's columns: column j is that of the last one <= j that stays.
 
     Raises
     ------
@@ -235,10 +240,13 @@ def prefill(stock: Callable[..., Any], settings: Settings, call: dict[str, Any])
     token, static = getattr(base.config, visual.token), bool(getattr(cache, "is_compileable", False))
     prompt = Prompt.read(call["input_ids"], call.get("attention_mask"), {token: sizes}, static)
     pruning = _Prefill(settings, prompt, token, [(size, keep) for size in sizes], indices)
+    returns_tuple = call.pop("return_dict", base.config.return_dict) is False
     with hooked(base.language_model.layers, pruning):
-        result = stock(**call, **{ARGUMENT: pruning})
+        result = stock(**call, return_dict=True, **{ARGUMENT: pruning})
     pruning.finish()
+    if pruning.shortening is not None:
+        pruning.shortening.spread_outputs(result, config.prune_after)
     if settings.run is not None:
-        settings.run.count_prompt(prompt.shape[1], pruning.length)
+        settings.run.count_prompt(prompt.shape[1], pruning.longest)
         settings.run.count_cache(cache_of(result), config.prune_after if config.kv == "full" else 0)
-    return result
+    return result.to_tuple() if returns_tuple else result

@@ -36,12 +36,9 @@ def decode(stock: Callable[..., Any], settings: Settings, call: dict[str, Any], 
     cache, mask, language_model = call["cache"], call.get("attention_mask"), settings.base.language_model
     tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
     batch, new = tokens.shape[:2]
-    valid, held = note.valid, len(cache.layers[0].keys)
-    if held != batch or (valid is not None and held != len(valid)):
-        raise ValueError(
-            f"the cache holds {held} rows, of {len(note.position if valid is None else valid)} pruned prompt(s), got "
-            f"{batch} rows; repeat or select prompts before they are read, not in the cache"
-        )
+    valid = note.valid
+    if batch != note.num_rows:
+        raise ValueError(f"the cache holds {note.num_rows} pruned prompt(s), got {batch} row(s)")
     static = is_static(cache, note.compact)
     seen = cache.get_seq_length() - (note.kept if note.compact else note.length)  # a tensor if the cache is static
     if call.get("position_ids") is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from vtc.config import VTCConfig
@@ -75,15 +74,6 @@ def require_generate(settings: Settings, call: dict[str, Any], images: bool, opt
     for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):
         if call.get(name) is not None or option(name):
             raise ValueError(f"prune_layer > 0 needs the whole prompt at once, then one token at a time; unset {name}")
-
-
-def require_forward(call: dict[str, Any], images: bool) -> None:
-    """Raise ValueError if `forward()` gets labels or positions for columns that a pruned prompt does not have."""
-    if images and (call.get("labels") is not None or isinstance(call.get("logits_to_keep"), Tensor)):
-        raise ValueError(
-            "prune_layer > 0 does not support labels, or positions in logits_to_keep, because it drops some of their "
-            "tokens; use prune_layer=0"
-        )
 
 
 def is_static(cache: Any, compact: bool) -> bool:

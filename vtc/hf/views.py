@@ -20,6 +20,7 @@ from vtc.hf.families import VisualInput
 from vtc.hf.settings import Settings
 from vtc.hf.tiles import Tiling, flat_tiles, tilings
 from vtc.hf.towers import tower_of
+from vtc.methods import Tokens
 from vtc.plan import Plan, share_out
 
 
@@ -91,12 +92,16 @@ class Views:
     views : Tensor[T, 3, height, width]
     counts : list of (int, int)
         Of each image: N placeholders, and how many of them stay; an upper bound until an adaptive method has run.
+    kept : Tensor, bool, or None
+        Of each placeholder, image after image, whether its patch stays. None before `encode`, and if tokens are no
+        patches.
     """
 
     settings: Settings
     plan: Plan
     views: Tensor
     counts: list[tuple[int, int]]
+    kept: Tensor | None = dataclasses.field(default=None, init=False)
     layout: ClassVar[str]
     needs_grid: ClassVar[bool] = True  # tokens have to be patches in rows and columns, without registers
     shares_keep: ClassVar[bool] = False  # the views of an image share its K
@@ -112,8 +117,15 @@ class Views:
         raise NotImplementedError
 
     def project(self) -> Tensor:
-        """Encode: the projected features `[images, K, D]` of the tokens that stay. An adaptive method sets `counts`."""
+        """Encode: the projected features `[images, K, D]` of the tokens that stay. Sets `kept`, and maybe `counts`."""
         raise NotImplementedError
+
+    def _reduce(self) -> tuple[Tokens, list[int]]:
+        """The reduced tokens of each view, and how many each has. Sets `kept`."""
+        tokens, counts = encode.reduce(self.settings, self.views, self.plan)
+        if self.plan.method.keeps_patches() and tokens.indices is not None:
+            self.kept = _as_mask(tokens.indices, self.plan.num_tokens)
+        return tokens, counts
 
     def encode(self) -> ImageOutputs:
         """Encode: each image's tokens that stay; with `prune_layer` all tokens, and the indices of those to keep."""
@@ -153,7 +165,7 @@ class Whole(Views):
         return cls(settings, plan, pixels, [(plan.num_tokens, plan.num_outputs)] * len(pixels))
 
     def project(self) -> Tensor:
-        tokens, counts = encode.reduce(self.settings, self.views, self.plan)
+        tokens, counts = self._reduce()
         features = tokens.features
         if tokens.counts is not None:
             self.counts = [(self.plan.num_tokens, count) for count in counts]
@@ -184,7 +196,7 @@ class Frames(Views):
         return cls(settings, plan, pixels.flatten(0, 1), counts)
 
     def project(self) -> Tensor:
-        tokens, _ = encode.reduce(self.settings, self.views, self.plan)
+        tokens, _ = self._reduce()
         projected: Tensor = self.settings.base.multi_modal_projector(tokens.features)
         return projected.reshape(len(self.counts), -1, projected.shape[-1])
 
@@ -211,15 +223,17 @@ class Tiles(Views):
         base, plan, backend = self.settings.base, self.plan, self.plan.config.backend
         vision, used = encode.run_tower(self.settings, self.views, plan)
         features, scores = vision.patches, plan.method.select(vision, 1)[1]  # [T, N, D], [T, N]
-        selected, first = [], 0
+        selected, kept_of_images, first = [], [], 0
         for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
             ranking = share_out(scores[first : first + tiling.num_tiles], tiling.layout, plan.config.tiles)
             layout = tiling.layout.to(features.device)
-            numbers = layout[ops.topk(ranking[None], kept, backend=backend)[0]]
+            places = ops.topk(ranking[None], kept, backend=backend)
+            kept_of_images.append(_as_mask(places, tokens))
+            numbers = layout[places[0]]
             selected.append(torch.where(numbers < 0, numbers, numbers + first * plan.num_tokens))
             first += tiling.num_tiles
             encode.count(self.settings, plan, used, 1, tokens, kept)
-        numbers = torch.cat(selected)
+        numbers, self.kept = torch.cat(selected), torch.cat(kept_of_images)
         keeps_all = all(tokens == kept for tokens, kept in self.counts)
         if keeps_all:  # exactly what the stock model computes
             features = base.multi_modal_projector(features)
@@ -236,6 +250,12 @@ LAYOUTS: dict[str, type[Views]] = {each.layout: each for each in (Whole, Tiles, 
 def views_of(settings: Settings, call: dict[str, Any]) -> dict[VisualInput, Views]:
     """The images and videos among the arguments of a call."""
     return {each: LAYOUTS[each.layout].of(settings, each, call) for each in settings.family.inputs_of(call)}
+
+
+def _as_mask(indices: Tensor, num_tokens: int) -> Tensor:
+    """Whether each of `num_tokens` is among the `indices` `[T, K]` of its row: `[T * num_tokens]` bool."""
+    mask = torch.zeros((len(indices), num_tokens), dtype=torch.bool, device=indices.device)
+    return mask.scatter(1, indices, True).flatten()
 
 
 def _given(call: dict[str, Any]) -> dict[str, Any]:
