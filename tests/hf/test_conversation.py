@@ -65,13 +65,31 @@ def test_second_turn_that_cannot_be_right(model, stock):
             past_key_values=copy.deepcopy(cache),
             max_new_tokens=2,
         )
-    vtc.configure(model, keep=4)
     whole = models.batch([first.sequences[0].tolist() + ids("image", 2)])
-    with pytest.raises(ValueError, match="keep=9"):
-        model.generate(**whole, pixel_values=models.images(1), past_key_values=copy.deepcopy(cache), max_new_tokens=2)
+    other = whole["input_ids"].clone()
+    other[0, len(rows[0]) + 1] += 1
+    with pytest.raises(ValueError, match="begins with other tokens"):
+        model.generate(other, pixel_values=models.images(1), past_key_values=copy.deepcopy(cache), max_new_tokens=2)
     uncompressed = stock.generate(**call, **detailed()).past_key_values
     with pytest.raises(ValueError, match="not compressed"):
         model.generate(**whole, pixel_values=models.images(1), past_key_values=uncompressed, max_new_tokens=2)
+
+
+def test_a_conversation_keeps_its_settings(model, eager, caplog):
+    """A new image is compressed as the conversation began, in spite of other settings, and a warning says so."""
+    vtc.configure(model, keep=9)
+    row = prompts("one")[0]
+    cache = DynamicCache(config=model.config)
+    turn = dict(past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
+    row = model.generate(**models.batch([row]), pixel_values=models.images(1), **turn)[0].tolist()
+    vtc.configure(model, keep=4)
+    row += ids(2, "image", 3, seed=9)
+    with caplog.at_level("WARNING", "vtc"):
+        out = model.generate(**models.batch([row]), pixel_values=models.images(1, seed=1), **turn)
+    assert "began with" in caplog.text
+    pixels = torch.cat([models.images(1), models.images(1, seed=1)])
+    new, _ = golden.decode(eager, spliced(eager, [row], pixels, 9)[0][0], STEPS)
+    assert out[0, len(row) :].tolist() == new
 
 
 def test_uncompressed_cache_is_continued_as_stock(model, stock):

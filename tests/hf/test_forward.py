@@ -11,6 +11,18 @@ from support.prompts import LAYERS, PROMPTS, check_generated, count_images, deta
 import vtc
 
 
+def full_logits(eager, rows, pixels, keep=9):
+    """Of each row alone, the logits `[L, V]` of its columns."""
+    pixels, result = list(pixels), []
+    for row in rows:
+        own, pixels = pixels[: count_images(row)], pixels[count_images(row) :]
+        with torch.no_grad():
+            short = golden.logits(eager, golden.splice(eager, row, own, keep, LAYERS, TOKENS)[0])
+            columns = golden.kept_columns(eager, row, own, keep, LAYERS, TOKENS)
+        result.append(golden.spread(short, columns, len(row)))
+    return result
+
+
 @pytest.mark.parametrize("name", PROMPTS)
 def test_forward_logits(model, eager, name):
     vtc.configure(model, keep=9)
@@ -19,11 +31,10 @@ def test_forward_logits(model, eager, name):
     with torch.no_grad():
         out = model(**call)
         last = model(**call, logits_to_keep=1)
-    for i, (embeds, _) in enumerate(spliced(eager, rows, call["pixel_values"], 9)):
-        expected = golden.logits(eager, embeds).detach()
-        golden.close(out.logits[i, -embeds.shape[1] :], expected)
+    for i, expected in enumerate(full_logits(eager, rows, call["pixel_values"])):
+        golden.close(out.logits[i, -len(rows[i]) :], expected)
         golden.close(last.logits[i], expected[-1:])
-    assert out.logits.shape[1] == max(len(row) - (TOKENS - 9) * count_images(row) for row in rows)
+    assert out.logits.shape[:2] == call["input_ids"].shape
 
 
 def test_rows_that_become_unequal_need_no_mask(model, eager):
@@ -34,8 +45,8 @@ def test_rows_that_become_unequal_need_no_mask(model, eager):
     check_generated(model.generate(**call, **detailed()), call, eager, rows, 9)
     with torch.no_grad():
         logits = model(**call).logits
-    for i, (embeds, _) in enumerate(spliced(eager, rows, call["pixel_values"], 9)):
-        golden.close(logits[i, -embeds.shape[1] :], golden.logits(eager, embeds).detach())
+    for i, expected in enumerate(full_logits(eager, rows, call["pixel_values"])):
+        golden.close(logits[i], expected)
 
 
 @pytest.mark.parametrize("ragged", ["left", "right"])
@@ -80,7 +91,7 @@ def test_labels_and_gradients(model, stock, name, ragged):
 
 @pytest.mark.parametrize("name", ["one", "left_padded"])
 def test_manual_decoding_loop(model, eager, name):
-    """forward() with the cache it returned, and no mask: right without padding; with a full mask: an error."""
+    """forward() with the cache it returned: the mask has the caller's columns, or there is none without padding."""
     vtc.configure(model, keep=9)
     rows = prompts(name)
     call = inputs(rows)
@@ -93,8 +104,20 @@ def test_manual_decoding_loop(model, eager, name):
             new, logits = golden.decode(eager, embeds, 2)
             assert token.tolist() == [[new[0]]]
             golden.close(step.logits[0, -1], logits[1])
-        mask = torch.cat([call["attention_mask"], torch.ones(len(rows), 1, dtype=torch.long)], 1)
-        with pytest.raises(ValueError, match=r"columns.*use generate\(\)"):
+        mask = call["attention_mask"]
+        for positions in (True, False):
+            cache, tokens, seen = copy.deepcopy(out.past_key_values), [token], []
+            for step in range(1, 4):
+                longer = torch.cat([mask, torch.ones(len(rows), step, dtype=torch.long)], 1)
+                more = {"position_ids": (longer.cumsum(1) - 1)[:, -1:]} if positions else {}
+                last = model(tokens[-1], attention_mask=longer, past_key_values=cache, **more).logits[:, -1]
+                seen.append(last)
+                tokens.append(last.argmax(-1, keepdim=True))
+            for i, (embeds, _) in enumerate(spliced(eager, rows, call["pixel_values"], 9)):
+                new, logits = golden.decode(eager, embeds, 4)
+                assert torch.cat(tokens, 1)[i].tolist() == new
+                golden.close(torch.stack(seen)[:, i], logits[1:])
+        with pytest.raises(ValueError, match="which have"):
             model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values)
         with pytest.raises(ValueError, match="whole conversation"):
             model(**call, past_key_values=out.past_key_values)

@@ -241,6 +241,7 @@ def test_half_precision_is_the_short_prompt_in_half_precision(model, dtype, devi
     call = {name: tensor.to(device) for name, tensor in inputs(prompts("one")).items()}
     with torch.no_grad():
         out = model(**call).logits[0]
+        out = torch.cat([out[:4], out[4 + vtc.select(model, call["pixel_values"]).indices[0]], out[4 + TOKENS :]])
         features = model.get_image_features(call["pixel_values"]).pooler_output[0]
         embeds = model.get_input_embeddings()(call["input_ids"])[0]
         embeds = torch.cat([embeds[:4], features, embeds[4 + TOKENS :]])[None]
@@ -271,7 +272,7 @@ def test_part_of_an_image(model):
         model.generate(**models.batch([half, half]), pixel_values=models.images(1))
 
 
-def test_what_is_not_supported_says_so(model):
+def test_what_is_not_supported_says_so(model, stock):
     vtc.configure(model, keep=9)
     call = inputs(prompts("one"))
     embeds = model.get_input_embeddings()(call["input_ids"])
@@ -285,14 +286,14 @@ def test_what_is_not_supported_says_so(model):
             run(**call, vision_feature_layer=[-2, -1])
         with pytest.raises(ValueError, match=r"\[images, 3, height, width\]"):
             run(input_ids=call["input_ids"], pixel_values=pixels[0])
-    with pytest.raises(ValueError, match="mm_encoder_outputs"):
-        model.generate(**call, mm_encoder_outputs={"image": model.get_image_features(pixels)})
-    with pytest.raises(ValueError, match="both pixels and mm_encoder_outputs"):
-        model(**call, mm_encoder_outputs={"image": model.get_image_features(pixels)})
+    for run in (model.generate, model):
+        with pytest.raises(ValueError, match="both pixels and mm_encoder_outputs"):
+            run(**call, mm_encoder_outputs={"image": model.get_image_features(pixels)})
+    with pytest.raises(ValueError, match="VTC has to encode the images itself"):
+        features = stock.get_image_features(pixels)
+        model.generate(input_ids=call["input_ids"], mm_encoder_outputs={"image": features})
     with pytest.raises(ValueError, match="both inputs and input_ids"):
         model.generate(torch.tensor([[1, 5]]), input_ids=torch.tensor([[1, 6]]))
-    with pytest.raises(ValueError, match="logits_to_keep"):
-        model(**call, logits_to_keep=torch.tensor([1]))
     with pytest.raises(ValueError, match="attention_mask"):
         model(input_ids=call["input_ids"], pixel_values=pixels, attention_mask=torch.ones(1, 1, 4, 4))
     with pytest.raises(ValueError, match="image_sizes"):

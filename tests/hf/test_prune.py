@@ -363,11 +363,10 @@ def test_forward_by_hand(model, eager, name, kv, method):
         expected = path.logits(path.after(new[i].tolist()))[-3:]
         golden.close(at_once[i], expected)
         golden.close(one[i, 0], expected[0])
-    short = max(len(row) - count_images(row) * (TOKENS - KEEP) for row in rows)
-    assert outputs.logits.shape[1] == short
+        golden.close(outputs.logits[i, -len(rows[i]) :], spread(path, len(rows[i])))
     with pytest.raises(ValueError, match="attention_mask must be"):
         model(input_ids=first, attention_mask=longer, past_key_values=outputs.past_key_values)
-    with pytest.raises(ValueError, match="not in the cache"):
+    with pytest.raises(ValueError, match=r"got \d+ row"):
         model(input_ids=first.repeat(2, 1), past_key_values=outputs.past_key_values)
 
 
@@ -384,24 +383,35 @@ def test_forward_without_a_cache_and_right_padding(model, eager):
     }
     logits = model(**call, use_cache=False).logits
     for i, path in enumerate(goldens(eager, rows, call["pixel_values"], "fastv", 2, "full")):
-        expected = path.logits(path.embeds)
-        golden.close(logits[i, -len(expected) :], expected)
+        golden.close(logits[i, : len(rows[i])], spread(path, len(rows[i])))
 
 
 @some
-def test_hidden_states_shrink_where_the_prompt_does(model, method, layer, kv):
+@torch.no_grad()
+def test_hidden_states_have_the_columns_of_the_prompt(model, eager, method, layer, kv):
+    """Up to the layer that prunes all differ; after it, a column that was dropped has the state of the one before."""
     vtc.configure(model, keep=KEEP, method=method, prune_layer=layer, kv=kv)
-    call = inputs(prompts("one"))
-    full = call["input_ids"].shape[1]
+    rows = prompts("one")
+    call = inputs(rows)
     states = model(**call, output_hidden_states=True).hidden_states
-    short = full - TOKENS + KEEP
-    assert [each.shape[1] for each in states] == [full] * (layer + 1) + [short] * (LAYERS - layer)
+    (path,) = goldens(eager, rows, call["pixel_values"], method, layer, kv)
+    golden.close(model.lm_head(states[-1])[0], spread(path, len(rows[0])))
+    for number, each in enumerate(states):
+        assert each.shape[1] == len(rows[0])
+        equal = [torch.equal(each[0, j], each[0, j - 1]) for j in range(1, len(rows[0]))]
+        assert equal == [number > layer and j not in path.kept for j in range(1, len(rows[0]))]
 
 
 def test_gradients_reach_the_projector(model):
     vtc.configure(model, keep=KEEP, method="fastv", prune_layer=2)
     model(**inputs(prompts("left_padded"))).logits[:, -1].sum().backward()
     assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def spread(path, length):
+    """The logits `[L, V]` of a prompt's columns."""
+    return golden.spread(path.logits(path.embeds), path.kept, length)
 
 
 def record(monkeypatch, *names):
@@ -511,10 +521,7 @@ def test_what_cannot_be_done_says_so(model, stock):
     call = inputs(prompts("one"))
     length = call["input_ids"].shape[1]
     for change, message in [
-        ({"labels": call["input_ids"]}, "prune_layer=0"),
-        ({"logits_to_keep": torch.tensor([3])}, "prune_layer=0"),
         ({"attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool)}, "cannot be shortened"),
-        ({"attention_mask": torch.ones(1, length) - torch.eye(length)[10]}, "hides 1"),
         ({"input_ids": call["input_ids"][:, :-7], "attention_mask": None}, "each image takes 36"),
         ({"pixel_values": models.images(2)}, "image"),
         ({"past_key_values": model(**call).past_key_values}, "on top of a cache"),

@@ -38,6 +38,8 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
     settings, cache = Settings.of(model), call.get("cache")
     note, images = conversation.read(cache), bool(settings.family.inputs_of(call))
     if given := call.get("mm_encoder_outputs"):
+        if images:
+            raise ValueError("got both pixels and mm_encoder_outputs, which are the same images; pass pixel_values")
         if note or not all(isinstance(each, ImageOutputs) for each in given.values()):
             raise ValueError("got mm_encoder_outputs, but VTC has to encode the images itself; pass pixel_values")
         return stock(**call)  # this model is the assistant of one that compresses, whose prompt is short already
