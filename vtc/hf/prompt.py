@@ -145,7 +145,7 @@ class Prompt:
         stays = ~self.padding
         for token, own in counts.items():
             found, flat = self.is_image[token], kept[token]
-            if flat is None:
+            if flat is None or flat.is_meta:  # which patches are kept is unknown
                 self._require_whole_images(token, own)
                 flat = torch.cat([torch.arange(tokens) < count for tokens, count in own] or [torch.zeros(0).bool()])
             stays = stays & ~found | torch.zeros_like(found).masked_scatter(found, flat.to(found.device))
