@@ -36,6 +36,8 @@ PARTS = {  # of `python -m bench gpu`: what each measures
     "tests": f"the tests that run on the GPU, in {gpu.TESTS_AT_ONCE} processes",
 }
 
+WHOLE_MODELS = {"h100": "second/e2e.jsonl", "h200": "e2e.jsonl"}  # of each folder of results, what its tables show
+
 
 def documents(root: Path = ROOT) -> list[Path]:
     """Every document of the tree."""
@@ -228,8 +230,13 @@ def comparison(page: Path) -> str:
 
 
 def first_tokens(page: Path) -> str:
-    """Time to the first token of a whole model on an H100, against stock SDPA."""
-    return speedups.first_tokens(record.read(ROOT / "bench/results/h100/second/e2e.jsonl"))
+    """Time to the first token of a whole model, against stock SDPA, on the GPU that a page of results is about."""
+    return speedups.first_tokens(record.read(page.parent / WHOLE_MODELS[page.parent.name]))
+
+
+def new_lengths(page: Path) -> str:
+    """The same for a prompt of a new length, and generation, with and without cuDNN's SDPA."""
+    return speedups.new_lengths(record.read(page.parent / WHOLE_MODELS[page.parent.name]))
 
 
 def parts(page: Path) -> str:
@@ -245,6 +252,7 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "kernels": kernels,
     "methods": methods,
     "models": models,
+    "new_lengths": new_lengths,
     "options": options,
     "parameters": parameters,
     "parts": parts,

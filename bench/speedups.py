@@ -99,6 +99,18 @@ def first_tokens(records: list[Record]) -> str:
     return table.markdown(["tokens", "what is timed", *(f"B = {batch}" for batch in batches)], rows)
 
 
+def new_lengths(records: list[Record]) -> str:
+    """A table of prompts of a new length, and of generation: VTC against the stock model, with and without cuDNN."""
+    names = {"first token, new length": "model(...), a new length each time", "generate": "generate(...)"}
+    rows = []
+    for r in records:
+        if r.op in names and r.speedup_50:
+            cudnn = "no" if r.backend.endswith(", no cudnn") else "yes"
+            times = (r.speedup_50 * r.ms_50, r.ms_50)  # the stock model's, from the samples taken in turn
+            rows.append([names[r.op], cudnn, *(f"{ms:.0f}" for ms in times), f"{r.speedup_50:.2f}x"])
+    return table.markdown(["what is timed", "cuDNN", "stock, ms", "VTC, ms", "stock / VTC"], sorted(rows))
+
+
 def _as_graphs(found: dict[tuple[str, str, int], Record], variant: str, batch: int) -> float:
     """The device's milliseconds of the stages up to the first token; 0 if one of them has none."""
     stages = [found.get((stage, variant, batch)) for stage in ("vision", "projector", "prefill")]

@@ -18,14 +18,15 @@ def test_the_records_of_quality_are_of_the_bundled_model():
     assert made == [(name, options, keep) for name, options, keeps in settings for keep in keeps]
 
 
-H100 = checkout.ROOT / "bench/results/h100"
+RESULTS = checkout.ROOT / "bench/results"
 
 
-def test_what_is_said_of_the_h100_is_what_was_recorded():
-    page_text = (H100 / "README.md").read_text()
-    whole = record.read(H100 / "second/e2e.jsonl")
+@pytest.mark.parametrize(("gpu", "runs"), [("h100", ("first", "second")), ("h200", (".",))])
+def test_what_is_said_of_a_gpu_is_what_was_recorded(gpu, runs):
+    page_text = (RESULTS / gpu / "README.md").read_text()
+    whole = record.read(RESULTS / gpu / runs[-1] / "e2e.jsonl")
     assert speedups.first_tokens(whole) in page_text
-    single = [r for run in ("first", "second") for r in record.read(H100 / run / "micro.jsonl")]
+    single = [r for run in runs for r in record.read(RESULTS / gpu / run / "micro.jsonl")]
     rows = re.findall(r"^\| `(\w+)`.*?" + 4 * r"\| ([\d.() ]*) ?" + r"\|$", page_text, re.MULTILINE)
     assert {op for op, *_ in rows} == {r.op for r in single if r.suite == "micro"}
     for op, *cells in rows:
@@ -37,9 +38,24 @@ def test_what_is_said_of_the_h100_is_what_was_recorded():
             }
             ours = [times.pop(name) for name in ("triton", "triton-fused") if name in times]
             assert cell.strip() == (f"{ours[0]} ({min(times.values(), key=float)})" if ours else "")
-    tests = [line["outcome"] for line in record.lines(H100 / "second/tests.jsonl") if "outcome" in line]
+
+
+def test_what_is_said_of_tests_and_gate_is_what_was_recorded():
+    tests = [line["outcome"] for line in record.lines(RESULTS / "h100/second/tests.jsonl") if "outcome" in line]
+    page_text = (RESULTS / "h100/README.md").read_text()
     assert f"{tests.count('passed')} passed, none failed, {tests.count('skipped')} skipped" in page_text
     assert set(tests) == {"passed", "skipped"}
+    gate = RESULTS / "h200/gate.jsonl"
+    assert not record.failures(gate)
+    passed = len(record.lines(gate))
+    assert f"The gate passed: {passed} of {passed}" in (RESULTS / "h200/README.md").read_text()
+
+
+def test_new_lengths_and_generation_have_a_table():
+    table = speedups.new_lengths(record.read(RESULTS / "h200/e2e.jsonl"))
+    assert [line.split("|")[1:3] for line in table.replace(" ", "").splitlines()[2:]] == [
+        [what, cudnn] for what in ("generate(...)", "model(...),anewlengtheachtime") for cudnn in ("no", "yes")
+    ]
 
 
 def test_a_figure_of_the_card_needs_its_record():
