@@ -14,7 +14,7 @@ from vtc.methods import METHODS
 
 
 def test_defaults():
-    assert VTCConfig() == VTCConfig(method="vtc-cls", keep=128, backend="auto", options={})
+    assert VTCConfig() == VTCConfig(method="vtc-cls", keep=None, ratio=None, backend="auto", options={})
     assert VTCConfig().build_method() == METHODS["vtc-cls"](ensemble="sum", ensemble_layers=3, start_layer=None)
     assert VTCConfig(ratio=0.5).keep is None
     with pytest.raises(dataclasses.FrozenInstanceError):
