@@ -209,7 +209,7 @@ def kept_count(config: VTCConfig, num_tokens: int) -> int:
 @functools.cache
 def _say_default(num_tokens: int) -> None:
     _log.warning(
-        "neither keep nor ratio is given, and an image has only %d visual tokens: %g of them are kept; choose with "
+        "neither keep nor ratio is given, and an image has only %d visual tokens: ratio=%g holds for it; choose with "
         "vtc.configure(model, keep=...)",
         num_tokens,
         DEFAULT_RATIO,

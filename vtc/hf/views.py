@@ -7,6 +7,8 @@ placeholders of each image and how many of them stay, and encodes the views.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +22,7 @@ from vtc.hf.families import VisualInput
 from vtc.hf.settings import Settings
 from vtc.hf.tiles import Tiling, flat_tiles, tilings
 from vtc.hf.towers import tower_of
-from vtc.plan import Plan, share_out
+from vtc.plan import Plan, patch_grid, share_out
 
 
 @dataclasses.dataclass
@@ -41,11 +43,21 @@ class ImageOutputs(BaseModelOutputWithPooling):
     kept_indices: Tensor | None = None
 
 
-def plan_of(settings: Settings, layout: str | None = None, views: Tensor | None = None, **given: Any) -> Plan:
+# Arguments of a call that the stock model hands on to its vision tower, and that change what the tower computes.
+TOWER_ARGUMENTS = ("interpolate_pos_encoding", "bool_masked_pos")
+
+
+def plan_of(
+    settings: Settings,
+    layout: str | None = None,
+    views: Tensor | None = None,
+    tower_arguments: dict[str, Any] | None = None,
+    **given: Any,
+) -> Plan:
     """The settings applied to the model, and to `views` `[T, 3, height, width]` if they are known.
 
-    `layout` is a name in `LAYOUTS`, by default that of the model's images. `given` are the arguments of `Plan.of` that
-    a call may change.
+    `layout` is a name in `LAYOUTS`, by default that of the model's images. `tower_arguments` go to the vision tower.
+    `given` are the arguments of `Plan.of` that a call may change.
 
     Raises
     ------
@@ -59,8 +71,8 @@ def plan_of(settings: Settings, layout: str | None = None, views: Tensor | None 
     compatibility.require(base, config, settings.family, spec)
     if kind.needs_grid and num_registers:
         raise ValueError(f"{spec.name} puts register tokens among the patches, and {kind.layout} cannot have them")
-    if views is not None and views.ndim != 4:
-        raise ValueError(f"pixel_values must be [images, 3, height, width], got shape {tuple(views.shape)}")
+    if views is not None:
+        _require_size(base, views, tower_arguments or {})
     return Plan.of(
         config,
         base.config,
@@ -79,6 +91,34 @@ def require(base: Any, config: VTCConfig) -> None:
         plan_of(Settings.of(base)._replace(config=config))
 
 
+def require_pixels(settings: Settings, pixels: Any, name: str = "pixel_values", layout: str = "whole") -> None:
+    """Raise ValueError if `pixels`, the argument `name` of a call, is no tensor of a shape that `layout` takes."""
+    shapes = LAYOUTS[layout].shapes
+    expected = f"{name} must be a tensor {' or '.join(shapes)}"
+    if not isinstance(pixels, Tensor):
+        raise ValueError(
+            f"{expected}, got a {type(pixels).__name__}; pass what the processor returns with return_tensors='pt'"
+        )
+    channels = settings.base.config.vision_config.num_channels
+    if pixels.ndim not in [shape.count(",") + 1 for shape in shapes] or pixels.shape[-3] != channels:
+        raise ValueError(f"{expected}, got shape {tuple(pixels.shape)}")
+    if 0 in pixels.shape:
+        raise ValueError(f"{name} of shape {tuple(pixels.shape)} holds no image; leave it out, or pass an image")
+
+
+def _require_size(base: Any, views: Tensor, tower_arguments: dict[str, Any]) -> None:
+    """Raise ValueError if the vision tower has no position embeddings for views of this size."""
+    vision, option = base.config.vision_config, "interpolate_pos_encoding"
+    if math.prod(patch_grid(vision, views.shape[-2:])) == math.prod(patch_grid(vision)) or tower_arguments.get(option):
+        return
+    if option in inspect.signature(base.vision_tower.forward).parameters:  # the other towers always interpolate
+        height, width = views.shape[-2:]
+        raise ValueError(
+            f"images of {height} x {width} pixels do not fit the vision tower, which takes {vision.image_size}; resize "
+            f"them as the model's processor does, or pass {option}=True to forward() or get_image_features()"
+        )
+
+
 @dataclasses.dataclass
 class Views:
     """The images or videos of one call.
@@ -91,13 +131,17 @@ class Views:
     views : Tensor[T, 3, height, width]
     counts : list of (int, int)
         Of each image: N placeholders, and how many of them stay; an upper bound until an adaptive method has run.
+    tower_arguments : dict
+        Of the call, for the vision tower; see `TOWER_ARGUMENTS`.
     """
 
     settings: Settings
     plan: Plan
     views: Tensor
     counts: list[tuple[int, int]]
+    tower_arguments: dict[str, Any]
     layout: ClassVar[str]
+    shapes: ClassVar[tuple[str, ...]]  # of the pixels
     needs_grid: ClassVar[bool] = True  # tokens have to be patches in rows and columns, without registers
     shares_keep: ClassVar[bool] = False  # the views of an image share its K
 
@@ -130,7 +174,7 @@ class Views:
     def _project_all(self) -> tuple[Tensor, Tensor | None]:
         """For `prune_layer` > 0: projected features `[images, N, D]` of all patches, and the indices `[images, K]`."""
         plan = self.plan
-        vision, used = encode.run_tower(self.settings, self.views, plan)
+        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
         inside = plan.method.prunes_only_language()  # selected in the language model
         indices = None if inside else plan.method.select(vision, plan.num_kept)[0]
         encode.count(self.settings, plan, used, len(self.views), plan.num_tokens, plan.num_kept)
@@ -142,18 +186,18 @@ class Views:
 class Whole(Views):
     """An image is one view."""
 
-    layout, needs_grid = "whole", False
+    layout, needs_grid, shapes = "whole", False, ("[images, 3, height, width]",)
 
     @classmethod
     def of(cls, settings: Settings, visual: VisualInput, call: dict[str, Any]) -> Whole:
         if call.get("image_sizes") is not None:
             raise ValueError("image_sizes is for towers that take images of any size, which VTC does not support")
         pixels = call[visual.pixels]
-        plan = plan_of(settings, cls.layout, pixels, **_given(call))
-        return cls(settings, plan, pixels, [(plan.num_tokens, plan.num_outputs)] * len(pixels))
+        plan, extra = plan_of(settings, cls.layout, pixels, **_given(call)), _tower_arguments(call)
+        return cls(settings, plan, pixels, [(plan.num_tokens, plan.num_outputs)] * len(pixels), extra)
 
     def project(self) -> Tensor:
-        tokens, counts = encode.reduce(self.settings, self.views, self.plan)
+        tokens, counts = encode.reduce(self.settings, self.views, self.plan, self.tower_arguments)
         features = tokens.features
         if tokens.counts is not None:
             self.counts = [(self.plan.num_tokens, count) for count in counts]
@@ -165,7 +209,7 @@ class Whole(Views):
 class Frames(Views):
     """A video has several views, and the same number of tokens of each stays."""
 
-    layout = "frames"
+    layout, shapes = "frames", ("[videos, frames, 3, height, width]",)
 
     @classmethod
     def pool_of(cls, config: Any) -> int:
@@ -175,16 +219,15 @@ class Frames(Views):
     @classmethod
     def of(cls, settings: Settings, visual: VisualInput, call: dict[str, Any]) -> Frames:
         pixels = call[visual.pixels]
-        if pixels.ndim != 5:
-            raise ValueError(
-                f"{visual.pixels} must be [videos, frames, 3, height, width], got shape {tuple(pixels.shape)}"
-            )
+        rows, columns = patch_grid(settings.base.config.vision_config, pixels.shape[-2:])
+        if rows != columns:
+            raise ValueError(f"frames must be square, {visual.pixels} has {rows} rows and {columns} columns of patches")
         plan, frames = plan_of(settings, cls.layout, pixels[0], **_given(call)), pixels.shape[1]
         counts = [(frames * plan.num_tokens, frames * plan.num_outputs)] * len(pixels)
-        return cls(settings, plan, pixels.flatten(0, 1), counts)
+        return cls(settings, plan, pixels.flatten(0, 1), counts, _tower_arguments(call))
 
     def project(self) -> Tensor:
-        tokens, _ = encode.reduce(self.settings, self.views, self.plan)
+        tokens, _ = encode.reduce(self.settings, self.views, self.plan, self.tower_arguments)
         projected: Tensor = self.settings.base.multi_modal_projector(tokens.features)
         return projected.reshape(len(self.counts), -1, projected.shape[-1])
 
@@ -195,6 +238,7 @@ class Tiles(Views):
 
     tiles: list[Tiling]
     layout, shares_keep = "tiles", True
+    shapes = ("[images, tiles, 3, height, width]", "[tiles, 3, height, width]")
 
     @classmethod
     def of(cls, settings: Settings, visual: VisualInput, call: dict[str, Any]) -> Tiles:
@@ -203,13 +247,18 @@ class Tiles(Views):
             raise ValueError("image_sizes is needed to know an image's tiles; pass on what the processor returned")
         tiles = tilings(settings, sizes)
         views = flat_tiles(call[visual.pixels], tiles, visual.pixels)
-        plan = plan_of(settings, cls.layout, views, **_given(call))
+        plan, vision = plan_of(settings, cls.layout, views, **_given(call)), settings.base.config.vision_config
+        if plan.grid != patch_grid(vision):
+            raise ValueError(
+                f"tiles of {views.shape[-2]} x {views.shape[-1]} pixels do not fit {settings.family.name}, which puts "
+                f"tiles of {vision.image_size} together; use the model's processor"
+            )
         counts = [(len(tiling.layout), kept_count(plan.config, len(tiling.layout))) for tiling in tiles]
-        return cls(settings, plan, views, counts, tiles)
+        return cls(settings, plan, views, counts, _tower_arguments(call), tiles)
 
     def project(self) -> Tensor:
         base, plan, backend = self.settings.base, self.plan, self.plan.config.backend
-        vision, used = encode.run_tower(self.settings, self.views, plan)
+        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
         features, scores = vision.patches, plan.method.select(vision, 1)[1]  # [T, N, D], [T, N]
         selected, first = [], 0
         for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
@@ -235,9 +284,20 @@ LAYOUTS: dict[str, type[Views]] = {each.layout: each for each in (Whole, Tiles, 
 
 def views_of(settings: Settings, call: dict[str, Any]) -> dict[VisualInput, Views]:
     """The images and videos among the arguments of a call."""
-    return {each: LAYOUTS[each.layout].of(settings, each, call) for each in settings.family.inputs_of(call)}
+    return {each: read(settings, each, call) for each in settings.family.inputs_of(call)}
+
+
+def read(settings: Settings, visual: VisualInput, call: dict[str, Any]) -> Views:
+    """The images or videos among the arguments of a call, or ValueError."""
+    require_pixels(settings, call[visual.pixels], visual.pixels, visual.layout)
+    return LAYOUTS[visual.layout].of(settings, visual, call)
 
 
 def _given(call: dict[str, Any]) -> dict[str, Any]:
     layer = call.get("vision_feature_layer", call.get("vision_feature_layers"))
-    return {"feature_layer": layer, "strategy": call.get("vision_feature_select_strategy")}
+    strategy = call.get("vision_feature_select_strategy")
+    return {"feature_layer": layer, "strategy": strategy, "tower_arguments": _tower_arguments(call)}
+
+
+def _tower_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: call[name] for name in TOWER_ARGUMENTS if call.get(name) is not None}

@@ -1,5 +1,7 @@
-"""Option values: numbers of NumPy and torch, and checks. A check raises a ValueError with the name, what it accepts, and
-what it got."""
+"""Checks of option values. Each raises a ValueError with the name of the option, what it accepts, and what it got.
+
+`plain` comes before them: it turns numbers of NumPy and torch into Python's.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ def check_one_of(name: str, value: object, accepted: Sequence[str]) -> None:
 def check_integer(name: str, value: object, least: int, most: float = float("inf")) -> None:
     """Raise ValueError if `value` is not an integer from `least` to `most`. True and False do not count as integers."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        limit = "" if most == float("inf") else f" and at most {most}"
-        raise ValueError(f"{name} must be an integer of at least {least}{limit}, got {value!r}")
+        limit = "" if most == float("inf") else f" (and at most {most})"
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}{limit}")
 
 
 def check_bool(name: str, value: object) -> None:
