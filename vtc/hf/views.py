@@ -34,7 +34,7 @@ class ImageOutputs(BaseModelOutputWithPooling):
     last_hidden_state : Tensor[images, K, D]
         Projected features; rows beyond an image's own count are padding.
     pooler_output : list of Tensor[K, D]
-        Of each image; for a stacked family the tensor.
+        Of each image; for a stacked family and for videos the tensor.
     kept_indices : Tensor[images, K], int64, or None
         If the images have all N tokens: the patches that stay after `prune_layer`. None if the method selects them
         inside the language model.
@@ -167,7 +167,7 @@ class Views:
         else:
             features = self.project()
         each: Any = features
-        if not self.settings.family.stacked:
+        if not (self.settings.family.stacked or self.layout == "frames"):
             each = [own[:count] for own, (_, count) in zip(features, self.counts, strict=True)]
         return ImageOutputs(last_hidden_state=features, pooler_output=each, kept_indices=indices)
 
