@@ -425,7 +425,7 @@ def test_numbers_of_numpy_and_torch_reach_the_model(stock, call, expected, numbe
         (lambda pixels: {"pixel_values": pixels}, r"got a dict; pass the pixels in it"),
         (lambda pixels: pixels.numpy(), r"got a ndarray; .*return_tensors='pt'"),
         (lambda pixels: list(pixels), "got a list"),
-        (lambda pixels: Image.new("RGB", (84, 84)), "got a Image; pass what the processor returns"),
+        (lambda pixels: Image.new("RGB", (84, 84)), "got a Image; pass the tensor that the processor returns"),
         (lambda pixels: None, "got a NoneType"),
         (lambda pixels: pixels[0], r"\[images, 3, height, width\], got shape \(3, 84, 84\)"),
         (lambda pixels: pixels[None], r"got shape \(1, 2, 3, 84, 84\); .*pixel_values\.flatten\(0, 1\)"),

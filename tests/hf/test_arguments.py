@@ -167,7 +167,7 @@ def test_tiles_and_frames_of_another_size():
 @pytest.mark.parametrize(
     ("family", "make", "says"),
     [
-        ("llava", lambda p: list(p), r"pixel_values must be a tensor \[images, 3, height, width\], got a list"),
+        ("llava", lambda p: list(p), r"pixel_values must be \[images, 3, height, width\], got a list"),
         ("llava", lambda p: p.numpy(), "got a ndarray; .*return_tensors='pt'"),
         ("llava", lambda p: p.movedim(1, -1), r"got shape \(2, 84, 84, 3\)"),
         ("llava", lambda p: p[:, :1], r"got shape \(2, 1, 84, 84\)"),

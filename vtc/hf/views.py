@@ -94,10 +94,10 @@ def require(base: Any, config: VTCConfig) -> None:
 def require_pixels(settings: Settings, pixels: Any, name: str = "pixel_values", layout: str = "whole") -> None:
     """Raise ValueError if `pixels`, the argument `name` of a call, is no tensor of a shape that `layout` takes."""
     shapes = LAYOUTS[layout].shapes
-    expected = f"{name} must be a tensor {' or '.join(shapes)}"
+    expected = f"{name} must be {' or '.join(shapes)}"
     if not isinstance(pixels, Tensor):
         raise ValueError(
-            f"{expected}, got a {type(pixels).__name__}; pass what the processor returns with return_tensors='pt'"
+            f"{expected}, got a {type(pixels).__name__}; pass the tensor that the processor returns with return_tensors='pt'"
         )
     channels = settings.base.config.vision_config.num_channels
     if pixels.ndim not in [shape.count(",") + 1 for shape in shapes] or pixels.shape[-3] != channels:
