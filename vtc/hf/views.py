@@ -97,7 +97,8 @@ def require_pixels(settings: Settings, pixels: Any, name: str = "pixel_values", 
     expected = f"{name} must be {' or '.join(shapes)}"
     if not isinstance(pixels, Tensor):
         raise ValueError(
-            f"{expected}, got a {type(pixels).__name__}; pass the tensor that the processor returns with return_tensors='pt'"
+            f"{expected}, got a {type(pixels).__name__}; pass the tensor that the processor returns with "
+            "return_tensors='pt'"
         )
     channels = settings.base.config.vision_config.num_channels
     if pixels.ndim not in [shape.count(",") + 1 for shape in shapes] or pixels.shape[-3] != channels:
