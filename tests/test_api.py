@@ -6,14 +6,17 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import models
 from support.golden import llava as golden
 from support.models import TOKENS, ids
-from transformers import LlavaForConditionalGeneration, LlavaModel
+from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaModel
 
 import vtc
+from vtc import config
 
 STEPS = 5
 
@@ -108,10 +111,18 @@ def test_import_alone_registers_in_any_order(saved, imports):
     assert seen == [2, [9, 64], True, False]  # guarded, and only once
 
 
-def test_string_alone_compresses(saved, call, expected):
+def test_string_alone_compresses(saved, call, expected, caplog):
     model = LlavaForConditionalGeneration.from_pretrained(saved, attn_implementation="vtc")
-    with pytest.raises(ValueError, match="keep=128, but an image of this model has only 36"):
-        answer(model, call)  # the default, and this model has fewer
+    config._say_default.cache_clear()
+    for _ in range(2):
+        assert answer(model, call) == expected["short"]  # the default: a quarter of 36 patches
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "vtc"]
+    assert "an image has only 36 visual tokens: ratio=0.25" in said
+    assert vtc.configure(model).keep is None
+    assert answer(model, call) == expected["short"]
+    assert type(model.config.vtc) is dict
+    with pytest.raises(ValueError, match="keep=37, but an image of this model has only 36"):
+        vtc.configure(model, keep=37)
     vtc.configure(model, keep=9)
     assert answer(model, call) == expected["short"]
     model.set_attn_implementation("sdpa")
@@ -368,6 +379,63 @@ def test_other_models():
     model.set_attn_implementation("vtc")
     with pytest.raises(ValueError, match=says):
         model.get_image_features(models.images(1))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", r"got 'llava-hf/llava-1.5-7b-hf', which is no model; .*\.from_pretrained\("),
+        (None, "got NoneType, which is no model; pass the model itself"),
+        (object(), "got object, which is no model"),
+    ],
+)
+def test_what_is_no_model_is_refused_by_name(given, says):
+    for function in (vtc.enable, vtc.configure, vtc.disable, lambda model: vtc.select(model, models.images(1))):
+        with pytest.raises(ValueError, match=says):
+            function(given)
+    with pytest.raises(ValueError, match=says), vtc.compress(given):
+        pass
+
+
+def test_configuring_a_model_that_does_not_compress_is_said(stock, caplog):
+    says = "this model does not compress; vtc.enable(model) switches it on"
+    vtc.configure(stock, keep=9)
+    assert says in caplog.text
+    caplog.clear()
+    with vtc.compress(stock, keep=9):
+        vtc.configure(stock, keep=8)
+    vtc.enable(stock, keep=9)
+    vtc.configure(stock, keep=8)
+    vtc.select(stock, models.images(1), keep=7)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("number", [np.int64(9), np.uint8(9), np.array(9), torch.tensor(9)])
+def test_numbers_of_numpy_and_torch_reach_the_model(stock, call, expected, number):
+    vtc.enable(stock, keep=number)
+    assert type(stock.config.vtc["keep"]) is int
+    json.dumps(stock.config.vtc)
+    assert answer(stock, call) == expected["short"]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda pixels: BatchFeature({"pixel_values": pixels}), r"got a BatchFeature; .*inputs\['pixel_values'\]"),
+        (lambda pixels: {"pixel_values": pixels}, r"got a dict; pass the pixels in it"),
+        (lambda pixels: pixels.numpy(), r"got a ndarray; .*return_tensors='pt'"),
+        (lambda pixels: list(pixels), "got a list"),
+        (lambda pixels: Image.new("RGB", (84, 84)), "got a Image; pass the tensor that the processor returns"),
+        (lambda pixels: None, "got a NoneType"),
+        (lambda pixels: pixels[0], r"\[images, 3, height, width\], got shape \(3, 84, 84\)"),
+        (lambda pixels: pixels[None], r"got shape \(1, 2, 3, 84, 84\); .*pixel_values\.flatten\(0, 1\)"),
+        (lambda pixels: pixels[:0], r"\(0, 3, 84, 84\) holds no image"),
+        (lambda pixels: pixels.movedim(1, -1), r"got shape \(2, 84, 84, 3\)"),
+    ],
+)
+def test_select_says_what_it_takes(stock, make, says):
+    with pytest.raises(ValueError, match=says):
+        vtc.select(stock, make(models.images(2)), keep=9)
 
 
 def test_full_features_are_not_supported():

@@ -5,16 +5,19 @@ import dataclasses
 import json
 import pickle
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vtc import VTCConfig, kept_count
+from vtc import config as module
 from vtc.methods import METHODS
 
 
 def test_defaults():
-    assert VTCConfig() == VTCConfig(method="vtc-cls", keep=128, backend="auto", options={})
+    assert VTCConfig() == VTCConfig(method="vtc-cls", keep=None, ratio=None, backend="auto", options={})
     assert VTCConfig().build_method() == METHODS["vtc-cls"](ensemble="sum", ensemble_layers=3, start_layer=None)
     assert VTCConfig(ratio=0.5).keep is None
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -48,6 +51,54 @@ def test_bad_values(options, says):
         VTCConfig(**options)
     with pytest.raises(ValueError, match=says):
         VTCConfig().updated(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ({"keep": np.int64(6)}, {"keep": 6}),
+        ({"keep": torch.tensor(6)}, {"keep": 6}),
+        ({"keep": np.array(6)}, {"keep": 6}),
+        ({"ratio": np.float32(0.25)}, {"ratio": 0.25}),
+        ({"ratio": np.float64(0.1)}, {"ratio": 0.1}),
+        ({"ratio": torch.tensor(0.5, requires_grad=True)}, {"ratio": 0.5}),
+        ({"prune_layer": np.int32(2)}, {"prune_layer": 2}),
+        ({"fused": np.bool_(True)}, {"fused": True}),
+        ({"method": np.str_("random"), "seed": np.int64(1)}, {"method": "random", "seed": 1}),
+        ({"method": "prumerge", "neighbors": torch.tensor(4)}, {"method": "prumerge", "neighbors": 4}),
+        ({"ensemble": np.str_("max"), "start_layer": np.uint8(1)}, {"ensemble": "max", "start_layer": 1}),
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_stored_as_pythons(given, stored):
+    config = VTCConfig.of(**given)
+    assert config == VTCConfig.of(**stored)
+    assert [type(config.to_dict()[name]) for name in stored] == [type(value) for value in stored.values()]
+    assert VTCConfig.of(**json.loads(json.dumps(config.to_dict()))) == config
+    method = config.build_method()
+    assert METHODS[config.method](**{name: given[name] for name in config.options}) == method
+    assert {type(getattr(method, name)) for name in config.options} <= {int, str}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"keep": np.bool_(True)}, "keep must be an integer.*got True"),
+        ({"keep": np.float64(6.0)}, "keep must be an integer.*got 6.0"),
+        ({"keep": np.array([6])}, r"keep must be an integer.*got array\(\[6\]\)"),
+        ({"keep": torch.tensor([6])}, r"keep must be an integer.*got tensor\(\[6\]\)"),
+        ({"keep": torch.tensor(6, device="meta")}, "keep must be an integer.*got tensor"),
+        ({"ratio": np.float32("nan")}, "0 < ratio <= 1, got nan"),
+        ({"ratio": float("inf")}, "0 < ratio <= 1, got inf"),
+        ({"ratio": np.bool_(True)}, "0 < ratio <= 1, got True"),
+        ({"backend": np.array(["torch", "triton"])}, "backend must be one of 'auto'"),
+        ({"method": ["random"]}, r"method must be one of .*got \['random'\]"),
+        ({"method": "random", "seed": 2**32}, "seed must be an integer of at least 0.*at most 4294967295"),
+        ({"method": "random", "seed": torch.tensor([1, 2])}, "seed must be an integer"),
+    ],
+)
+def test_what_is_no_number_stays_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        VTCConfig.of(**options)
 
 
 def test_updated():
@@ -148,6 +199,24 @@ def test_ratio_keeps_at_least_one_and_at_most_all(ratio, tokens):
     kept = kept_count(VTCConfig(ratio=ratio), tokens)
     assert 1 <= kept <= tokens
     assert ratio * tokens - 1e-5 <= kept <= ratio * tokens + 1
+
+
+@pytest.mark.parametrize(("tokens", "kept"), [(576, 128), (129, 128), (128, 32), (25, 7), (3, 1), (1, 1)])
+def test_the_default_keep_is_128_or_a_quarter_of_few_tokens(tokens, kept):
+    assert kept_count(VTCConfig(), tokens) == kept
+    assert kept_count(VTCConfig(keep=9).updated(keep=None), tokens) == kept
+    assert kept_count(VTCConfig.of(**VTCConfig().to_dict()), tokens) == kept
+
+
+def test_the_default_keep_of_few_tokens_is_said_once(caplog):
+    module._say_default.cache_clear()
+    kept_count(VTCConfig(method="none"), 25)
+    kept_count(VTCConfig(), 576)
+    kept_count(VTCConfig(ratio=0.25), 25)
+    assert caplog.text == ""
+    for _ in range(2):
+        kept_count(VTCConfig(), 25)
+    assert caplog.text.count("neither keep nor ratio is given, and an image has only 25 visual tokens: ratio=0.25") == 1
 
 
 def test_keep_is_never_clamped():

@@ -1,8 +1,9 @@
 """The public functions for one model: switch compression on and off, change its settings, see what it keeps."""
 
 import contextlib
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,14 +13,17 @@ from vtc.hf import encode, names, patch, settings
 from vtc.hf.encode import Selection
 from vtc.hf.families import family_of, find_llava
 from vtc.hf.settings import Run, Settings
-from vtc.hf.views import plan_of, require
+from vtc.hf.views import plan_of, require, require_pixels
 from vtc.methods import METHODS
+
+_log = logging.getLogger("vtc")
 
 
 def configure(model: torch.nn.Module, **options: Any) -> VTCConfig:
     """Change the model's settings; does not switch it on. Returns the new settings.
 
-    Inside a `compress` block they end with the block. Another method starts with its own default options.
+    For a model that does not compress, they are stored, and a warning says so. Inside a `compress` block they end with
+    the block. Another method starts with its own default options.
 
     Parameters
     ----------
@@ -34,6 +38,8 @@ def configure(model: torch.nn.Module, **options: Any) -> VTCConfig:
     """
     base, config = _checked(model, options)
     settings.configure(base, config)
+    if not settings.is_on(base):
+        _log.warning("the settings are stored, but this model does not compress; vtc.enable(model) switches it on")
     return config
 
 
@@ -45,8 +51,9 @@ def enable(model: torch.nn.Module, **options: Any) -> VTCConfig:
     ValueError
         As `configure`.
     """
-    config = configure(model, **options)
-    settings.switch_on(find_llava(model))
+    base, config = _checked(model, options)
+    settings.configure(base, config)
+    settings.switch_on(base)
     return config
 
 
@@ -96,10 +103,25 @@ def select(model: torch.nn.Module, pixel_values: torch.Tensor, **options: Any) -
     with compress(model, **options):
         current = Settings.of(find_llava(model))
         require_selection(current.config.method)
+        _require_pixels(current, pixel_values)
         selection = encode.select(current, pixel_values, plan_of(current, "whole", pixel_values))
     if selection is None:
         raise ValueError(f"method {current.config.method!r} selects patches, but gave no indices or no scores")
     return selection
+
+
+def _require_pixels(current: Settings, given: Any) -> None:
+    """Raise ValueError if `given` is not what `select` takes, with a way to get there from what people have at hand."""
+    if isinstance(given, Mapping):
+        raise ValueError(
+            f"got a {type(given).__name__}; pass the pixels in it: vtc.select(model, inputs['pixel_values'])"
+        )
+    if isinstance(given, torch.Tensor) and given.ndim == 5:
+        raise ValueError(
+            f"pixel_values must be [images, 3, height, width], got shape {tuple(given.shape)}; every tile and frame "
+            "counts as an image: pass pixel_values.flatten(0, 1)"
+        )
+    require_pixels(current, given)
 
 
 def require_selection(method: str) -> None:

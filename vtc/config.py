@@ -1,18 +1,25 @@
 """The settings: `VTCConfig`, and `kept_count`, the only place where a number of kept tokens is rounded."""
 
 import dataclasses
+import functools
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from vtc import methods, ops
 from vtc.methods import METHODS, Method
-from vtc.methods.checks import check_integer, check_one_of
+from vtc.methods.checks import check_integer, check_one_of, plain
 
 KV = ("compact", "full")
 TILES = ("mass", "equal")
 DEFAULT_KEEP = 128
+DEFAULT_RATIO = 0.25  # of images with at most DEFAULT_KEEP tokens
 DEFAULT_PRUNE_LAYER = 2  # of methods that prune inside the language model only, as in FastV's paper
+
+_log = logging.getLogger("vtc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +37,9 @@ class VTCConfig:
         A name in `vtc.methods.METHODS`. "vtc-cls" is the attention of the vision tower's [CLS] token (arXiv
         2412.05819). "random", "pool" and "none" are controls, and the others are published methods.
     keep : int, optional
-        Visual tokens kept per image, 1 <= keep <= N. Default 128 if `ratio` is not given either. Some methods do not
-        keep exactly `keep`: "pool" makes a square, "prumerge+" keeps about as many, "prumerge" and "none" ignore it.
+        Visual tokens kept per image, 1 <= keep <= N. If neither `keep` nor `ratio` is given: 128, or a quarter of an
+        image of at most 128 visual tokens. Some methods do not keep exactly `keep`: "pool" makes a square, "prumerge+"
+        keeps about as many, "prumerge" and "none" ignore it.
     ratio : float, optional
         Share of the visual tokens kept, 0 < ratio <= 1; see `kept_count`. Give `keep` or `ratio`, not both.
     prune_layer : int, optional
@@ -51,6 +59,8 @@ class VTCConfig:
     options : mapping of str
         The options of `method` that are given; the others have the defaults of its class. Kept as a dict.
 
+    Numbers of NumPy and 0-d tensors are accepted, too, and stored as Python's.
+
     Raises
     ------
     ValueError
@@ -69,6 +79,8 @@ class VTCConfig:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        for name in SHARED:
+            object.__setattr__(self, name, plain(getattr(self, name)))
         check_one_of("method", self.method, tuple(METHODS))
         check_one_of("tiles", self.tiles, TILES)
         check_one_of("backend", self.backend, ops.BACKENDS)
@@ -76,8 +88,6 @@ class VTCConfig:
         self._check_prune_layer()
         if self.keep is not None and self.ratio is not None:
             raise ValueError(f"got both keep={self.keep!r} and ratio={self.ratio!r}; give one of them")
-        if self.keep is None and self.ratio is None:
-            object.__setattr__(self, "keep", DEFAULT_KEEP)
         if self.keep is not None:
             check_integer("keep", self.keep, 1)
         if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
@@ -86,7 +96,8 @@ class VTCConfig:
             raise ValueError(f"fused must be True, False or None (the faster one), got {self.fused!r}")
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options must be a mapping of the method's options, such as {{}}, got {self.options!r}")
-        object.__setattr__(self, "options", dict(self.options))  # a copy, which the caller cannot change
+        options = {name: plain(value) for name, value in self.options.items()}  # a copy that the caller cannot change
+        object.__setattr__(self, "options", options)
         methods.check_options(self.method, self.options)
         self.build_method()  # checks the values
 
@@ -172,21 +183,37 @@ SHARED = tuple(field.name for field in dataclasses.fields(VTCConfig) if field.na
 def kept_count(config: VTCConfig, num_tokens: int) -> int:
     """Number of visual tokens kept of an image's `num_tokens`: `keep`, or ceil(ratio * num_tokens).
 
+    If neither is given: 128, or a quarter of at most 128 tokens, which is logged once.
+
     Raises
     ------
     ValueError
         If `config.keep` is larger than `num_tokens`.
     """
-    if config.ratio is not None:
+    keep, ratio = config.keep, config.ratio
+    if keep is None and ratio is None:
+        keep, ratio = (DEFAULT_KEEP, None) if num_tokens > DEFAULT_KEEP else (None, DEFAULT_RATIO)
+        if ratio and config.compresses and not torch.compiler.is_compiling():
+            _say_default(num_tokens)
+    if keep is None:
         # Rounded first: else 0.07 * 100 = 7.000000000000001 would keep 8. Never 0, and num_tokens for ratio 1.
-        return math.ceil(round(config.ratio * num_tokens, 6)) or 1
-    keep = config.keep or DEFAULT_KEEP
+        return math.ceil(round((ratio or 1) * num_tokens, 6)) or 1
     if keep > num_tokens:
         raise ValueError(
             f"keep={keep}, but an image of this model has only {num_tokens} visual tokens; "
             f"set keep to at most {num_tokens}, e.g. vtc.configure(model, keep={max(num_tokens // 4, 1)}), or use ratio"
         )
     return keep
+
+
+@functools.cache
+def _say_default(num_tokens: int) -> None:
+    _log.warning(
+        "neither keep nor ratio is given, and an image has only %d visual tokens: ratio=%g holds for it; choose with "
+        "vtc.configure(model, keep=...)",
+        num_tokens,
+        DEFAULT_RATIO,
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vtc.config import VTCConfig, kept_count
 from vtc.methods import Method
+from vtc.methods.checks import plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,8 +96,13 @@ class Plan(NamedTuple):
         num_layers = max(feature_layers)
         if method.needs.keys == "last":  # that layer does not run, but those before it do
             num_layers = max(num_layers, depth - 1)
-        sides, patch = _pair(vision.image_size) if size is None else size, _pair(vision.patch_size)
-        grid = (sides[0] // patch[0] // pool, sides[1] // patch[1] // pool)
+        rows, columns = patch_grid(vision, size)
+        grid = (rows // pool, columns // pool)
+        if not grid[0] * grid[1]:
+            raise ValueError(
+                f"images of {rows} x {columns} patches hold no visual token, which takes {pool} x {pool} patches of "
+                f"{vision.patch_size} pixels; pass larger images"
+            )
         num_tokens = grid[0] * grid[1] + num_registers
         kept = 0 if shares_keep else kept_count(config, num_tokens)
         outputs = 0 if shares_keep else method.num_outputs(num_tokens, kept)
@@ -139,6 +145,12 @@ def share_out(scores: Tensor, layout: Tensor, how: str) -> Tensor:
     return torch.where(layout < 0, -1.0, mass[tile] / (rank + 0.5))
 
 
+def patch_grid(vision: Any, size: Sequence[int] | None = None) -> tuple[int, int]:
+    """Rows and columns of patches of a view of `size` (height, width), by default that of the vision config."""
+    sides, patch = _pair(vision.image_size) if size is None else size, _pair(vision.patch_size)
+    return sides[0] // patch[0], sides[1] // patch[1]
+
+
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
@@ -147,8 +159,10 @@ def _feature_layers(config: Any, depth: int, given: Any) -> tuple[int, ...]:
     """How many layers of the tower come before each feature layer; several are concatenated, as VipLLaVA does."""
     own: Any = getattr(config, "vision_feature_layer", None)
     own = getattr(config, "vision_feature_layers", None) if own is None else own  # the name in VipLLaVA's old configs
-    given = own if given is None else given
-    layers = [given] if isinstance(given, int) else list(given)
+    given = plain(own if given is None else given)
+    layers = [plain(layer) for layer in given] if isinstance(given, (list, tuple)) else [given]
+    if not all(isinstance(layer, int) for layer in layers):
+        raise ValueError(f"vision_feature_layer must be an integer or a list of integers, got {given!r}")
     if len(layers) != (1 if isinstance(own, int) else len(own)):
         raise ValueError(
             f"vision_feature_layer={given!r}, but the model's projector was made for {own!r}; do not pass it"

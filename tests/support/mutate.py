@@ -380,6 +380,68 @@ MUTANTS = [
         },
     ),
     *_of(
+        "vtc/methods/checks.py",
+        "test_config",
+        {
+            "numbers stay NumPy's": ("else value.item()", "else value"),
+            "a meta tensor is read": ('return value if getattr(value, "is_meta", False) else value.item()', "return value.item()"),
+            "any seed": ("least <= value <= most", "least <= value"),
+        },
+    ),
+    *_of(
+        "vtc/config.py",
+        "test_config",
+        {
+            "options stay NumPy's": ("{name: plain(value) for name, value in self.options.items()}", "dict(self.options)"),
+            "128 of any image": ("(DEFAULT_KEEP, None) if num_tokens > DEFAULT_KEEP else", "(DEFAULT_KEEP, None) if True else"),
+            "the default keep of few tokens is silent": ("if ratio and config.compresses and", "if False and"),
+        },
+    ),
+    *_of(
+        "vtc/api.py",
+        "test_api",
+        {
+            "configure is silent": ("if not settings.is_on(base):", "if False:"),
+            "a mapping is not named": ("if isinstance(given, Mapping):", "if False:"),
+        },
+    ),
+    *_of(
+        "vtc/hf/families.py",
+        "test_api",
+        {"an id is searched for modules": ('if not callable(getattr(model, "modules", None)):', "if False:")},
+    ),
+    *_of(
+        "vtc/hf/tiles.py",
+        "hf/test_arguments",
+        {
+            "image_sizes is a tensor": ("sizes = torch.stack([torch.as_tensor(size, device=\"cpu\") for size in each])", "sizes = each.clone()"),
+            "sizes of any shape": ("sizes.ndim != 2 or sizes.shape[1] != 2 or not (sizes > 0).all()", "False"),
+        },
+    ),
+    *_of(
+        "vtc/hf/views.py",
+        "hf/test_arguments",
+        {
+            "positions are not interpolated": ("{name: call[name] for name in TOWER_ARGUMENTS if call.get(name) is not None}", "{}"),
+            "sizes are left to the tower": ("if option in inspect.signature(base.vision_tower.forward).parameters:", "if False:"),
+            "larger tiles accepted": ("if plan.grid != patch_grid(vision):", "if False:"),
+            "frames of any shape": ("if rows != columns:", "if False:"),
+            "no image is an image": ("if 0 in pixels.shape:", "if False:"),
+            "channels anywhere": ("or pixels.shape[-3] != channels:", "or False:"),
+            "a video's features are a list": ('(self.settings.family.stacked or self.layout == "frames")', "self.settings.family.stacked"),
+        },
+    ),
+    *_of(
+        "vtc/hf/generate.py",
+        "hf/test_arguments",
+        {"max_length of the short prompt": ("if limit and limit <= full.shape[1] and", "if False and")},
+    ),
+    *_of(
+        "vtc/plan.py",
+        "hf/test_arguments",
+        {"the layer is Python's": ("given = plain(own if given is None else given)", "given = own if given is None else given")},
+    ),
+    *_of(
         "vtc/plan.py",
         "hf/test_families hf/test_encode",
         {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from vtc.hf.settings import Settings
 from vtc.hf.towers import tower_of
 from vtc.methods import Tokens, VisionOutputs
 from vtc.plan import Plan
+
+_NOTHING: Mapping[str, Any] = {}
 
 
 class Selection(NamedTuple):
@@ -37,8 +40,10 @@ class Selection(NamedTuple):
     counts: Tensor | None = None
 
 
-def run_tower(settings: Settings, views: Tensor, plan: Plan) -> tuple[VisionOutputs, list[str]]:
-    """Run the vision tower on views `[T, 3, height, width]`.
+def run_tower(
+    settings: Settings, views: Tensor, plan: Plan, tower_arguments: Mapping[str, Any] = _NOTHING
+) -> tuple[VisionOutputs, list[str]]:
+    """Run the vision tower on views `[T, 3, height, width]`, with more arguments of its `forward`.
 
     Returns the outputs that the method needs, and the operations that computed the scores. If the open block was opened
     with such outputs, they are returned and the tower does not run.
@@ -50,7 +55,7 @@ def run_tower(settings: Settings, views: Tensor, plan: Plan) -> tuple[VisionOutp
     layers = spec.layers_of(tower)
     scores = attention.ClsScores(plan.config, keeps_keys=needs.keys == "feature")
     kept = {*plan.feature_layers, len(layers) - 1} if needs.keys == "last" else set(plan.feature_layers)
-    hidden = spec.embed(tower, views)  # [T, 1 + N, D], without the 1 if there is no [CLS]
+    hidden = spec.embed(tower, views, tower_arguments)  # [T, 1 + N, D], without the 1 if there is no [CLS]
     states = {0: hidden} if 0 in kept else {}  # by the number of layers before them
     for number, layer in zip(range(plan.num_layers), layers, strict=False):
         hidden = spec.run_layer(layer, hidden, scores if number in plan.scored else None)
@@ -74,13 +79,15 @@ def run_tower(settings: Settings, views: Tensor, plan: Plan) -> tuple[VisionOutp
     return VisionOutputs(features, plan.grid, cls_probs, keys, query, pixels, has_cls), scores.ops
 
 
-def reduce(settings: Settings, views: Tensor, plan: Plan) -> tuple[Tokens, list[int]]:
+def reduce(
+    settings: Settings, views: Tensor, plan: Plan, tower_arguments: Mapping[str, Any] = _NOTHING
+) -> tuple[Tokens, list[int]]:
     """Encode views `[T, 3, height, width]`: the reduced tokens before the projector, and how many each view has.
 
     An adaptive method synchronises with the device once here, to read the counts: the host needs them to shorten the
     prompt.
     """
-    vision, used = run_tower(settings, views, plan)
+    vision, used = run_tower(settings, views, plan, tower_arguments)
     tokens = plan.method.reduce(vision, plan.num_kept)
     counts, after = [plan.num_outputs] * len(views), plan.num_outputs
     if tokens.counts is not None:

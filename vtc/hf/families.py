@@ -84,6 +84,12 @@ def family_of(base: object) -> Family:
 
 def find_llava(model: Any) -> Any:
     """Return the LLaVA inside `model`, which may be wrapped (an adapter, for instance), or raise ValueError."""
+    if not callable(getattr(model, "modules", None)):
+        got = repr(model) if isinstance(model, str) else type(model).__name__
+        raise ValueError(
+            f"got {got}, which is no model; pass the model itself, for instance "
+            f"{FAMILIES['llava'].classes[1]}.from_pretrained(...)"
+        )
     for module in model.modules():
         if find_family(module):
             return module.base_model if hasattr(module, "base_model") else module

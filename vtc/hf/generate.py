@@ -21,7 +21,7 @@ from vtc.hf.conversation import PrunedConversation, ShortConversation
 from vtc.hf.families import VisualInput
 from vtc.hf.prompt import FullPrompt, Prompt, Shortening, require_ids
 from vtc.hf.settings import Settings, is_on
-from vtc.hf.views import LAYOUTS, ImageOutputs, views_of
+from vtc.hf.views import ImageOutputs, read, views_of
 
 Call = dict[str, Any]  # the arguments of a call by name; the KV cache is "cache"
 Stock = Callable[..., Any]  # the method of transformers, of the same model
@@ -57,6 +57,9 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
     call, note, _ = _shortened(settings, call, note)
     prompt = FullPrompt(full, call["input_ids"].shape[1])
     prompt.wrap(call)
+    limit = _option(model, call, "max_length")
+    if limit and limit <= full.shape[1] and _option(model, call, "max_new_tokens") is None:
+        raise ValueError(f"max_length={limit}, but the prompt has {full.shape[1]} tokens already; use max_new_tokens")
     for name in ("max_length", "min_length"):  # these count the caller's prompt
         if limit := _option(model, call, name):
             call[name] = max(limit - full.shape[1] + prompt.short_length, 0)
@@ -132,7 +135,7 @@ def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> A
     """Replaces `get_image_features` and `get_video_features`."""
     settings = Settings.of(model)
     if settings.config.compresses:
-        outputs: Any = LAYOUTS[visual.layout].of(settings, visual, call).encode()
+        outputs: Any = read(settings, visual, call).encode()
         return outputs.to_tuple()[:2] if call.get("return_dict") is False else outputs
     outputs = stock(**call)
     if settings.run is not None and not torch.compiler.is_compiling():

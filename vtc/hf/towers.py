@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 
@@ -27,9 +30,15 @@ class TowerSpec(NamedTuple):
         """Its layers, in order."""
         return operator.attrgetter(self.layers)(tower)
 
-    def embed(self, tower: Any, pixel_values: Tensor) -> Tensor:
-        """The input of the first layer, `[B, cls + N, D]`, from pixels `[B, 3, height, width]`."""
-        hidden = tower.embeddings(pixel_values.to(tower.dtype))
+    def embed(self, tower: Any, pixel_values: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """The input of the first layer, `[B, cls + N, D]`, from pixels `[B, 3, height, width]`.
+
+        The tower ignores those of the `arguments` of its `forward` that its embeddings do not know.
+        """
+        if arguments:
+            known = inspect.signature(tower.embeddings.forward).parameters
+            arguments = {name: value for name, value in arguments.items() if name in known}
+        hidden = tower.embeddings(pixel_values.to(tower.dtype), **arguments)
         return getattr(tower, self.norm)(hidden) if self.norm else hidden
 
     def run_layer(self, layer: Any, hidden: Tensor, scores: Any = None) -> Tensor:

@@ -7,6 +7,8 @@ placeholders of each image and how many of them stay, and encodes the views.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +23,7 @@ from vtc.hf.settings import Settings
 from vtc.hf.tiles import Tiling, flat_tiles, tilings
 from vtc.hf.towers import tower_of
 from vtc.methods import Tokens
-from vtc.plan import Plan, share_out
+from vtc.plan import Plan, patch_grid, share_out
 
 
 @dataclasses.dataclass
@@ -33,7 +35,7 @@ class ImageOutputs(BaseModelOutputWithPooling):
     last_hidden_state : Tensor[images, K, D]
         Projected features; rows beyond an image's own count are padding.
     pooler_output : list of Tensor[K, D]
-        Of each image; for a stacked family the tensor.
+        Of each image; for a stacked family and for videos the tensor.
     kept_indices : Tensor[images, K], int64, or None
         If the images have all N tokens: the patches that stay after `prune_layer`. None if the method selects them
         inside the language model.
@@ -42,11 +44,21 @@ class ImageOutputs(BaseModelOutputWithPooling):
     kept_indices: Tensor | None = None
 
 
-def plan_of(settings: Settings, layout: str | None = None, views: Tensor | None = None, **given: Any) -> Plan:
+# Arguments of a call that the stock model hands on to its vision tower, and that change what the tower computes.
+TOWER_ARGUMENTS = ("interpolate_pos_encoding", "bool_masked_pos")
+
+
+def plan_of(
+    settings: Settings,
+    layout: str | None = None,
+    views: Tensor | None = None,
+    tower_arguments: dict[str, Any] | None = None,
+    **given: Any,
+) -> Plan:
     """The settings applied to the model, and to `views` `[T, 3, height, width]` if they are known.
 
-    `layout` is a name in `LAYOUTS`, by default that of the model's images. `given` are the arguments of `Plan.of` that
-    a call may change.
+    `layout` is a name in `LAYOUTS`, by default that of the model's images. `tower_arguments` go to the vision tower.
+    `given` are the arguments of `Plan.of` that a call may change.
 
     Raises
     ------
@@ -60,8 +72,8 @@ def plan_of(settings: Settings, layout: str | None = None, views: Tensor | None 
     compatibility.require(base, config, settings.family, spec)
     if kind.needs_grid and num_registers:
         raise ValueError(f"{spec.name} puts register tokens among the patches, and {kind.layout} cannot have them")
-    if views is not None and views.ndim != 4:
-        raise ValueError(f"pixel_values must be [images, 3, height, width], got shape {tuple(views.shape)}")
+    if views is not None:
+        _require_size(base, views, tower_arguments or {})
     return Plan.of(
         config,
         base.config,
@@ -80,6 +92,35 @@ def require(base: Any, config: VTCConfig) -> None:
         plan_of(Settings.of(base)._replace(config=config))
 
 
+def require_pixels(settings: Settings, pixels: Any, name: str = "pixel_values", layout: str = "whole") -> None:
+    """Raise ValueError if `pixels`, the argument `name` of a call, is no tensor of a shape that `layout` takes."""
+    shapes = LAYOUTS[layout].shapes
+    expected = f"{name} must be {' or '.join(shapes)}"
+    if not isinstance(pixels, Tensor):
+        raise ValueError(
+            f"{expected}, got a {type(pixels).__name__}; pass the tensor that the processor returns with "
+            "return_tensors='pt'"
+        )
+    channels = settings.base.config.vision_config.num_channels
+    if pixels.ndim not in [shape.count(",") + 1 for shape in shapes] or pixels.shape[-3] != channels:
+        raise ValueError(f"{expected}, got shape {tuple(pixels.shape)}")
+    if 0 in pixels.shape:
+        raise ValueError(f"{name} of shape {tuple(pixels.shape)} holds no image; leave it out, or pass an image")
+
+
+def _require_size(base: Any, views: Tensor, tower_arguments: dict[str, Any]) -> None:
+    """Raise ValueError if the vision tower has no position embeddings for views of this size."""
+    vision, option = base.config.vision_config, "interpolate_pos_encoding"
+    if math.prod(patch_grid(vision, views.shape[-2:])) == math.prod(patch_grid(vision)) or tower_arguments.get(option):
+        return
+    if option in inspect.signature(base.vision_tower.forward).parameters:  # the other towers always interpolate
+        height, width = views.shape[-2:]
+        raise ValueError(
+            f"images of {height} x {width} pixels do not fit the vision tower, which takes {vision.image_size}; resize "
+            f"them as the model's processor does, or pass {option}=True to forward() or get_image_features()"
+        )
+
+
 @dataclasses.dataclass
 class Views:
     """The images or videos of one call.
@@ -92,6 +133,8 @@ class Views:
     views : Tensor[T, 3, height, width]
     counts : list of (int, int)
         Of each image: N placeholders, and how many of them stay; an upper bound until an adaptive method has run.
+    tower_arguments : dict
+        Of the call, for the vision tower; see `TOWER_ARGUMENTS`.
     kept : Tensor, bool, or None
         Of each placeholder, image after image, whether its patch stays. None before `encode`, and if tokens are no
         patches.
@@ -101,8 +144,10 @@ class Views:
     plan: Plan
     views: Tensor
     counts: list[tuple[int, int]]
+    tower_arguments: dict[str, Any]
     kept: Tensor | None = dataclasses.field(default=None, init=False)
     layout: ClassVar[str]
+    shapes: ClassVar[tuple[str, ...]]  # of the pixels
     needs_grid: ClassVar[bool] = True  # tokens have to be patches in rows and columns, without registers
     shares_keep: ClassVar[bool] = False  # the views of an image share its K
 
@@ -122,7 +167,7 @@ class Views:
 
     def _reduce(self) -> tuple[Tokens, list[int]]:
         """The reduced tokens of each view, and how many each has. Sets `kept`."""
-        tokens, counts = encode.reduce(self.settings, self.views, self.plan)
+        tokens, counts = encode.reduce(self.settings, self.views, self.plan, self.tower_arguments)
         if self.plan.method.keeps_patches() and tokens.indices is not None:
             self.kept = _as_mask(tokens.indices, self.plan.num_tokens)
         return tokens, counts
@@ -135,14 +180,14 @@ class Views:
         else:
             features = self.project()
         each: Any = features
-        if not self.settings.family.stacked:
+        if not (self.settings.family.stacked or self.layout == "frames"):
             each = [own[:count] for own, (_, count) in zip(features, self.counts, strict=True)]
         return ImageOutputs(last_hidden_state=features, pooler_output=each, kept_indices=indices)
 
     def _project_all(self) -> tuple[Tensor, Tensor | None]:
         """For `prune_layer` > 0: projected features `[images, N, D]` of all patches, and the indices `[images, K]`."""
         plan = self.plan
-        vision, used = encode.run_tower(self.settings, self.views, plan)
+        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
         inside = plan.method.prunes_only_language()  # selected in the language model
         indices = None if inside else plan.method.select(vision, plan.num_kept)[0]
         encode.count(self.settings, plan, used, len(self.views), plan.num_tokens, plan.num_kept)
@@ -154,15 +199,15 @@ class Views:
 class Whole(Views):
     """An image is one view."""
 
-    layout, needs_grid = "whole", False
+    layout, needs_grid, shapes = "whole", False, ("[images, 3, height, width]",)
 
     @classmethod
     def of(cls, settings: Settings, visual: VisualInput, call: dict[str, Any]) -> Whole:
         if call.get("image_sizes") is not None:
             raise ValueError("image_sizes is for towers that take images of any size, which VTC does not support")
         pixels = call[visual.pixels]
-        plan = plan_of(settings, cls.layout, pixels, **_given(call))
-        return cls(settings, plan, pixels, [(plan.num_tokens, plan.num_outputs)] * len(pixels))
+        plan, extra = plan_of(settings, cls.layout, pixels, **_given(call)), _tower_arguments(call)
+        return cls(settings, plan, pixels, [(plan.num_tokens, plan.num_outputs)] * len(pixels), extra)
 
     def project(self) -> Tensor:
         tokens, counts = self._reduce()
@@ -177,7 +222,7 @@ class Whole(Views):
 class Frames(Views):
     """A video has several views, and the same number of tokens of each stays."""
 
-    layout = "frames"
+    layout, shapes = "frames", ("[videos, frames, 3, height, width]",)
 
     @classmethod
     def pool_of(cls, config: Any) -> int:
@@ -187,13 +232,12 @@ class Frames(Views):
     @classmethod
     def of(cls, settings: Settings, visual: VisualInput, call: dict[str, Any]) -> Frames:
         pixels = call[visual.pixels]
-        if pixels.ndim != 5:
-            raise ValueError(
-                f"{visual.pixels} must be [videos, frames, 3, height, width], got shape {tuple(pixels.shape)}"
-            )
+        rows, columns = patch_grid(settings.base.config.vision_config, pixels.shape[-2:])
+        if rows != columns:
+            raise ValueError(f"frames must be square, {visual.pixels} has {rows} rows and {columns} columns of patches")
         plan, frames = plan_of(settings, cls.layout, pixels[0], **_given(call)), pixels.shape[1]
         counts = [(frames * plan.num_tokens, frames * plan.num_outputs)] * len(pixels)
-        return cls(settings, plan, pixels.flatten(0, 1), counts)
+        return cls(settings, plan, pixels.flatten(0, 1), counts, _tower_arguments(call))
 
     def project(self) -> Tensor:
         tokens, _ = self._reduce()
@@ -207,6 +251,7 @@ class Tiles(Views):
 
     tiles: list[Tiling]
     layout, shares_keep = "tiles", True
+    shapes = ("[images, tiles, 3, height, width]", "[tiles, 3, height, width]")
 
     @classmethod
     def of(cls, settings: Settings, visual: VisualInput, call: dict[str, Any]) -> Tiles:
@@ -215,13 +260,18 @@ class Tiles(Views):
             raise ValueError("image_sizes is needed to know an image's tiles; pass on what the processor returned")
         tiles = tilings(settings, sizes)
         views = flat_tiles(call[visual.pixels], tiles, visual.pixels)
-        plan = plan_of(settings, cls.layout, views, **_given(call))
+        plan, vision = plan_of(settings, cls.layout, views, **_given(call)), settings.base.config.vision_config
+        if plan.grid != patch_grid(vision):
+            raise ValueError(
+                f"tiles of {views.shape[-2]} x {views.shape[-1]} pixels do not fit {settings.family.name}, which puts "
+                f"tiles of {vision.image_size} together; use the model's processor"
+            )
         counts = [(len(tiling.layout), kept_count(plan.config, len(tiling.layout))) for tiling in tiles]
-        return cls(settings, plan, views, counts, tiles)
+        return cls(settings, plan, views, counts, _tower_arguments(call), tiles)
 
     def project(self) -> Tensor:
         base, plan, backend = self.settings.base, self.plan, self.plan.config.backend
-        vision, used = encode.run_tower(self.settings, self.views, plan)
+        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
         features, scores = vision.patches, plan.method.select(vision, 1)[1]  # [T, N, D], [T, N]
         selected, kept_of_images, first = [], [], 0
         for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
@@ -249,7 +299,13 @@ LAYOUTS: dict[str, type[Views]] = {each.layout: each for each in (Whole, Tiles, 
 
 def views_of(settings: Settings, call: dict[str, Any]) -> dict[VisualInput, Views]:
     """The images and videos among the arguments of a call."""
-    return {each: LAYOUTS[each.layout].of(settings, each, call) for each in settings.family.inputs_of(call)}
+    return {each: read(settings, each, call) for each in settings.family.inputs_of(call)}
+
+
+def read(settings: Settings, visual: VisualInput, call: dict[str, Any]) -> Views:
+    """The images or videos among the arguments of a call, or ValueError."""
+    require_pixels(settings, call[visual.pixels], visual.pixels, visual.layout)
+    return LAYOUTS[visual.layout].of(settings, visual, call)
 
 
 def _as_mask(indices: Tensor, num_tokens: int) -> Tensor:
@@ -260,4 +316,9 @@ def _as_mask(indices: Tensor, num_tokens: int) -> Tensor:
 
 def _given(call: dict[str, Any]) -> dict[str, Any]:
     layer = call.get("vision_feature_layer", call.get("vision_feature_layers"))
-    return {"feature_layer": layer, "strategy": call.get("vision_feature_select_strategy")}
+    strategy = call.get("vision_feature_select_strategy")
+    return {"feature_layer": layer, "strategy": strategy, "tower_arguments": _tower_arguments(call)}
+
+
+def _tower_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: call[name] for name in TOWER_ARGUMENTS if call.get(name) is not None}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc import ops
+from vtc.methods.checks import plain
 
 
 class Needs(NamedTuple):
@@ -97,8 +98,8 @@ class Tokens(NamedTuple):
 class Method:
     """One method with its options. A subclass defines `select`, or `reduce` if its tokens are not copies of patches.
 
-    Every field but `backend` is an option of the method. A subclass with options checks their values in
-    `__post_init__` and explains them in its docstring.
+    Every field but `backend` is an option of the method. A subclass with options checks their values in `check` and
+    explains them in its docstring. Numbers of NumPy and 0-d tensors become Python's.
 
     Class attributes
     ----------------
@@ -130,6 +131,20 @@ class Method:
     selects: ClassVar[bool] = True
 
     backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in self.options():
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        self.check()
+
+    def check(self) -> None:
+        """Check the values of the options.
+
+        Raises
+        ------
+        ValueError
+            If a value is not accepted.
+        """
 
     @classmethod
     def options(cls) -> tuple[str, ...]:

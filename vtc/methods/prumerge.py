@@ -48,7 +48,7 @@ class PruMerge(Method):
     adaptive_count: bool = True
     neighbors: int = 32
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_bool("adaptive_count", self.adaptive_count)
         check_integer("neighbors", self.neighbors, 1)
 

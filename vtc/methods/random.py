@@ -22,7 +22,7 @@ class Random(Method):
     Parameters
     ----------
     seed : int
-        The random seed. Default 0.
+        The random seed, from 0 to 2**32 - 1. Default 0.
     """
 
     name: ClassVar[str] = "random"
@@ -32,8 +32,8 @@ class Random(Method):
 
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_integer("seed", self.seed, 0)
+    def check(self) -> None:
+        check_integer("seed", self.seed, 0, 2**32 - 1)
 
     def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
         scores = random_scores(self.require(outputs, "pixel_values"), outputs.patches.shape[1], self.seed)

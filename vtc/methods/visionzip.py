@@ -42,7 +42,7 @@ class VisionZip(Method):
 
     contextual: int | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.contextual is not None:
             check_integer("contextual", self.contextual, 0)
 

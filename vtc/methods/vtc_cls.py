@@ -44,7 +44,7 @@ class VTCCLS(Method):
     ensemble_layers: int = 3
     start_layer: int | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_one_of("ensemble", self.ensemble, ops.ENSEMBLES)
         check_integer("ensemble_layers", self.ensemble_layers, 1)
         if self.start_layer is not None:
