@@ -56,6 +56,7 @@ class Plan(NamedTuple):
         config: VTCConfig,
         model_config: Any,
         *,
+        vision: Any = None,
         has_cls: bool = True,
         num_registers: int = 0,
         size: Sequence[int] | None = None,
@@ -70,6 +71,8 @@ class Plan(NamedTuple):
         ----------
         model_config
             With `vision_config`, `vision_feature_layer`, `vision_feature_select_strategy` and so on.
+        vision : optional
+            The vision tower's config, if it is not `model_config.vision_config`.
         has_cls, num_registers
             Whether the vision tower has a [CLS] token, and how many register tokens follow it.
         size : sequence of int, optional
@@ -86,7 +89,7 @@ class Plan(NamedTuple):
         ValueError
             If a model of these configs does not support the settings.
         """
-        vision = model_config.vision_config
+        vision = model_config.vision_config if vision is None else vision
         depth = vision.num_hidden_layers
         method = config.build_method()
         feature_layers = _feature_layers(model_config, depth, feature_layer)

@@ -29,6 +29,11 @@ def read(cache: Any, new: int | None = None) -> ShortConversation | PrunedConver
     return None
 
 
+def has_note(cache: Any) -> bool:
+    """Whether `cache` holds, or held before a reset, a compressed conversation."""
+    return getattr(cache, _NOTE, None) is not None
+
+
 def leave(cache: Any, note: ShortConversation | PrunedConversation | None) -> None:
     """Put `note` on `cache` in place of an older one; None removes it."""
     if note is not None:
