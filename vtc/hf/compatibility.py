@@ -67,7 +67,7 @@ def require_stock_methods(base: Any, family: Family) -> None:
 
     A `forward` of its own may call the one of transformers, so it is accepted.
     """
-    cls = next(
+    cls: Any = next(
         cls for cls in type(base).__mro__ if (cls.__module__, cls.__name__) == (family.module, family.classes[0])
     )
     if not hasattr(cls.forward, "_vtc_guard"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vtc import ops
+from vtc.hf import names
 from vtc.hf.attention import ClsScores
 from vtc.hf.settings import NAME, Settings
 from vtc.hf.towers import tower_of
@@ -76,6 +77,8 @@ def _scores(attentions: list[Any], plan: Plan) -> ClsScores:
 
 def _hidden_states(tower: Any, views: Tensor, plan: Plan, scores: ClsScores) -> list[Tensor]:
     """Call the tower, which fills `scores`: the outputs of the feature layers, each [T, 1 + N, D]."""
+    if not torch.compiler.is_compiling():
+        names.let_record(tower)
     arguments = {"output_hidden_states": list(plan.feature_layers), "return_dict": True}
     if tower.config._attn_implementation == NAME:
         outputs = tower(views, vtc_scores=scores, **arguments) if scores.modules else tower(views, **arguments)
