@@ -31,8 +31,6 @@ class Plan(NamedTuple):
         Output tokens per view; an upper bound if the method is adaptive; 0 for tiles.
     feature_layers : tuple of int
         The number of vision layers before each feature layer.
-    num_layers : int
-        The number of vision layers that run.
     scored : range
         The vision layers whose [CLS] probabilities are scored, counted from 0.
     pool : int
@@ -46,7 +44,6 @@ class Plan(NamedTuple):
     num_kept: int
     num_outputs: int
     feature_layers: tuple[int, ...]
-    num_layers: int
     scored: range
     pool: int
 
@@ -95,16 +92,13 @@ class Plan(NamedTuple):
         feature_layers = _feature_layers(model_config, depth, feature_layer)
         _require_strategy(strategy or getattr(model_config, "vision_feature_select_strategy", None), has_cls)
         end = min(max(feature_layers), depth - 1)  # the last layer is never scored
-        num_layers = max(feature_layers)
-        if method.needs.keys == "last":  # that layer does not run, but those before it do
-            num_layers = max(num_layers, depth - 1)
         sides, patch = _pair(vision.image_size) if size is None else size, _pair(vision.patch_size)
         grid = (sides[0] // patch[0] // pool, sides[1] // patch[1] // pool)
         num_tokens = grid[0] * grid[1] + num_registers
         kept = 0 if shares_keep else kept_count(config, num_tokens)
         outputs = 0 if shares_keep else method.num_outputs(num_tokens, kept)
         scored = method.scored_layers(end)
-        return cls(config, method, grid, num_tokens, kept, outputs, feature_layers, num_layers, scored, pool)
+        return cls(config, method, grid, num_tokens, kept, outputs, feature_layers, scored, pool)
 
 
 def share_out(scores: Tensor, layout: Tensor, how: str) -> Tensor:

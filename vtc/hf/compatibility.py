@@ -47,6 +47,7 @@ def require(base: Any, config: Any, family: Family, tower: TowerSpec) -> None:
     """Raise ValueError if the model `base` does not support the settings `config`."""
     if not torch.compiler.is_compiling():
         require_stock_methods(base, family)
+        tower.attentions_of(base.vision_tower)
     if refusal := tower_refusal(tower, config.method) or family_refusal(family, config.method):
         work = methods_of(family, tower)
         raise ValueError(
