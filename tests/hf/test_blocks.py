@@ -124,7 +124,7 @@ def test_a_call_that_has_begun_goes_on_when_its_block_is_closed(stock, call, ans
     block = vtc.compress(stock, keep=9, prune_layer=1)
     block.__enter__()
     expected = answer(stock, call)
-    hook = stock.model.vision_tower.register_forward_hook(lambda *_: block.__exit__(None, None, None) and None)
+    hook = stock.model.vision_tower.register_forward_hook(lambda *_: block.__exit__(None, None, None) or None)
     out = answer(stock, call)
     hook.remove()
     assert not OPEN

@@ -186,9 +186,8 @@ def test_a_compiled_tower_needs_enable(stock, call, expected, how):
     else:
         stock.model.vision_tower = torch.compile(tower, backend="eager")
     assert answer(stock, call) == expected["full"]
-    with vtc.compress(stock, keep=KEEP):
-        with pytest.raises(ValueError, match=r"tower is compiled.*use vtc\.enable"):
-            answer(stock, call)
+    with vtc.compress(stock, keep=KEEP), pytest.raises(ValueError, match=r"tower is compiled.*use vtc\.enable"):
+        answer(stock, call)
     vtc.enable(stock, keep=KEEP)
     assert answer(stock, call) == expected["short"]
     torch._dynamo.reset()

@@ -98,8 +98,8 @@ def _hidden_states(tower: Any, views: Tensor, plan: Plan, scores: ClsScores) -> 
         )
     if not scores.is_complete:
         raise ValueError(
-            f"the vision tower, a {type(tower).__name__}, did not run the attention of its own layers, which VTC scores; "
-            "use a tower of transformers, or vtc.disable(model)"
+            f"the vision tower, a {type(tower).__name__}, did not run the attention of its own layers, which VTC "
+            "scores; use a tower of transformers, or vtc.disable(model)"
         )
     return found
 
@@ -109,8 +109,8 @@ def _with_hooks(tower: Any, views: Tensor, scores: ClsScores, arguments: dict[st
     """Call a tower with any attention implementation; hooks read the queries and keys. They act on this call only."""
     if any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in tower.modules()):
         raise ValueError(
-            "the vision tower is compiled, so VTC cannot put hooks on it; use vtc.enable(model), which needs none, or a "
-            "tower that is not compiled"
+            "the vision tower is compiled, so VTC cannot put hooks on it; use vtc.enable(model), which needs none, or "
+            "a tower that is not compiled"
         )
     heads = tower.config.num_attention_heads
     seen: dict[Any, dict[str, Tensor]] = {}

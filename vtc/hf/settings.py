@@ -268,4 +268,4 @@ def warn_outside(base: Any, call: dict[str, Any]) -> None:
 
 
 def _close(opening: Opening) -> None:
-    _BLOCKS.set(tuple(block for block in CONTEXT.blocks if block.opening is not opening))
+    _BLOCKS.set(tuple(each for each in CONTEXT.blocks if each.opening is not opening and each.opening.base is not None))
