@@ -163,7 +163,7 @@ class Stages:
         seen = tower(pixels[:1], output_hidden_states=True, output_attentions=True)
         expected = sum(seen.attentions[number][:, :, 0, 1:].float().mean(dim=1) for number in self.plan.scored)
         _close("scores", scores[:1], expected.to(kept.dtype).float(), kept.dtype)
-        patches = seen.hidden_states[self.plan.num_layers][:, 1:]
+        patches = seen.hidden_states[max(self.plan.feature_layers)][:, 1:]
         _close("kept features", kept[:1], reference.compact(patches, indices[:1]))
 
     def _selected(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from vtc.overlay import overlay
 
 if TYPE_CHECKING:
     from vtc import ops, tiny
-    from vtc.api import compress, configure, disable, enable, select
+    from vtc.api import compress, configure, disable, enable, is_enabled, select
     from vtc.config import VTCConfig, kept_count
     from vtc.hf.encode import Selection
     from vtc.hf.settings import Run
@@ -33,6 +33,7 @@ __all__ = [
     "configure",
     "disable",
     "enable",
+    "is_enabled",
     "kept_count",
     "load_image",
     "ops",
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("compress", "configure", "disable", "enable", "select"),
+    "api": ("compress", "configure", "disable", "enable", "is_enabled", "select"),
     "config": ("VTCConfig", "kept_count"),
     "hf.encode": ("Selection",),
     "hf.settings": ("Run",),

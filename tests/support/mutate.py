@@ -442,6 +442,39 @@ MUTANTS = [
         {"the layer is Python's": ("given = plain(own if given is None else given)", "given = own if given is None else given")},
     ),
     *_of(
+        "vtc/hf/settings.py",
+        "hf/test_blocks",
+        {
+            "a block for every model": ("if block.opening.base is base), None)", "if block.opening.base is not None), None)"),
+            "a closed block still holds": ("        opening.base = None\n", ""),
+            "the outermost block counts": ("for block in reversed(CONTEXT.blocks)", "for block in CONTEXT.blocks"),
+            "a call loses its block": ("own = block._replace(opening=Opening(base))", "own = block"),
+            "no warning outside": ("if opening.model() is not base or opening.is_reported:", "if True:"),
+        },
+    ),
+    *_of(
+        "vtc/hf/encode.py",
+        "hf/test_towers",
+        {
+            "hooks act on every pass": ("if _PASS.get() is not scores:", "if False:"),
+            "a compiled tower accepted": ("if any(module._compiled_call_impl is not None or", "if False and any(module._compiled_call_impl is not None or"),
+        },
+    ),
+    *_of(
+        "vtc/hf/compatibility.py",
+        "hf/test_towers",
+        {
+            "bypassed methods accepted": ("        require_stock_methods(base, family)\n", ""),
+        },
+    ),
+    *_of(
+        "vtc/plan.py",
+        "hf/test_towers",
+        {
+            "sizes of another tower": ("model_config.vision_config if vision is None else vision", "model_config.vision_config"),
+        },
+    ),
+    *_of(
         "vtc/plan.py",
         "hf/test_families hf/test_encode",
         {

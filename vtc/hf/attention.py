@@ -1,8 +1,8 @@
 """The attention implementation "vtc": fast attention, and in scored vision layers the [CLS] token's probabilities.
 
-An attention function knows its arguments only. So the integration passes a scored vision layer one more argument,
-`vtc_scores`. Every other layer, also of the language model, runs plain attention: flash-attn where it can run, else
-SDPA.
+An attention function knows its module and arguments only. So the integration passes the vision tower one more argument,
+`vtc_scores`, which knows the scored layers. Every other layer, also of the language model, runs plain attention:
+flash-attn where it can run, else SDPA. Where a tower has another attention implementation, hooks read its scores.
 """
 
 import functools
@@ -31,21 +31,59 @@ class ClsScores:
 
     with j over all 1+N keys. One object belongs to one pass through the vision tower.
 
+    Parameters
+    ----------
+    config : VTCConfig
+    scored : list of Module
+        The attention modules of the scored layers.
+    compared : Module or None
+        The attention module whose keys, and whose query of the first token, the method compares.
+
     Attributes
     ----------
     layers : list of Tensor [B, H, N] or [B, 1, N], float32
         Of each scored layer, the probabilities of every head or their mean.
     keys : Tensor [B, H, 1 + N, D] or None
-        The latest scored layer's, if `keeps_keys`.
+        Of `compared`.
+    query : Tensor [B, H, D] or None
+        Of `compared`.
     ops : list of str
-        The operations that computed them.
+        The operations that computed `layers`.
     """
 
-    def __init__(self, config: VTCConfig, keeps_keys: bool = False) -> None:
-        self.config, self.keeps_keys = config, keeps_keys
+    def __init__(
+        self, config: VTCConfig, scored: list[torch.nn.Module], compared: torch.nn.Module | None = None
+    ) -> None:
+        self.config, self.scored, self.compared = config, scored, compared
         self.layers: list[torch.Tensor] = []
         self.keys: torch.Tensor | None = None
+        self.query: torch.Tensor | None = None
         self.ops: list[str] = []
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The attention modules whose query and key are needed."""
+        others = [] if self.compared is None or self.is_scored(self.compared) else [self.compared]
+        return [*self.scored, *others]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every layer that is needed has run."""
+        return len(self.layers) >= len(self.scored) and (self.compared is None or self.keys is not None)
+
+    def is_scored(self, module: torch.nn.Module) -> bool:
+        """Return whether an attention module belongs to a scored layer."""
+        return any(module is each for each in self.scored)
+
+    def read(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Note the query `[B, H, 1 + N, D]` and key of an attention module if the method compares them."""
+        if module is self.compared:
+            self.query, self.keys = query[:, :, 0], key
+
+    def score(self, query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> None:
+        """Score a layer by its query and key `[B, H, 1 + N, D]`."""
+        mean = ops.row_scores(query[:, :, 0], key, scale=scale, skip=1, backend=self.config.backend)
+        self.add("row_scores", mean.unsqueeze(1))
 
     def add(self, op: str, cls_probs: torch.Tensor) -> None:
         """Add one layer `[B, H, N]` or `[B, 1, N]` float32, computed by `op`."""
@@ -68,8 +106,6 @@ class ClsScores:
 
     def cls_probs(self) -> torch.Tensor:
         """Return the probabilities of all layers, `[L, B, H, N]` or `[L, B, 1, N]` float32."""
-        if not self.layers:
-            raise RuntimeError('no scored layer ran: is the vision tower\'s attention implementation still "vtc"?')
         return torch.stack(self.layers)
 
 
@@ -160,19 +196,18 @@ def vtc_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of query `[B, H, N, D]` over key and value `[B, H_kv, M, D]`, any strides: `([B, N, H, D], None)`.
 
-    With `vtc_scores` the first query's probabilities are added to it: O(N) more memory, never an N x N matrix.
+    In a layer that `vtc_scores` knows, the first query's probabilities are added to it: O(N) more memory, never an
+    N x N matrix.
     """
     if vtc_scores is None:
         return _attend(module, query, key, value, attention_mask, scaling, **kwargs)
-    backend = vtc_scores.config.backend
-    if vtc_scores.keeps_keys:
-        vtc_scores.keys = key
-    if vtc_scores.fuses(query, kwargs.get("dropout", 0.0)):
-        out, cls_probs = ops.cls_attention(query, key, value, scale=scaling, backend=backend)
-        vtc_scores.add("cls_attention", cls_probs[:, :, 1:])
-        return out, None
-    mean = ops.row_scores(query[:, :, 0], key, scale=scaling, skip=1, backend=backend)
-    vtc_scores.add("row_scores", mean.unsqueeze(1))
+    vtc_scores.read(module, query, key)
+    if vtc_scores.is_scored(module):
+        if vtc_scores.fuses(query, kwargs.get("dropout", 0.0)):
+            out, cls_probs = ops.cls_attention(query, key, value, scale=scaling, backend=vtc_scores.config.backend)
+            vtc_scores.add("cls_attention", cls_probs[:, :, 1:])
+            return out, None
+        vtc_scores.score(query, key, scaling)
     return _attend(module, query, key, value, attention_mask, scaling, **kwargs)
 
 

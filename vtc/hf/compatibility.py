@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from vtc.hf import prune_limits
 from vtc.hf.families import Family
 from vtc.hf.towers import TowerSpec
@@ -43,6 +45,9 @@ def methods_of(family: Family | None = None, tower: TowerSpec | None = None) -> 
 
 def require(base: Any, config: Any, family: Family, tower: TowerSpec) -> None:
     """Raise ValueError if the model `base` does not support the settings `config`."""
+    if not torch.compiler.is_compiling():
+        require_stock_methods(base, family)
+        tower.attentions_of(base.vision_tower)
     if refusal := tower_refusal(tower, config.method) or family_refusal(family, config.method):
         work = methods_of(family, tower)
         raise ValueError(
@@ -56,3 +61,25 @@ def require(base: Any, config: Any, family: Family, tower: TowerSpec) -> None:
                 "several; use prune_layer=0"
             )
         prune_limits.require(base.language_model, config)
+
+
+def require_stock_methods(base: Any, family: Family) -> None:
+    """Raise ValueError if the model `base` has methods of its own where VTC replaces those of transformers.
+
+    A `forward` of its own may call the one of transformers, so it is accepted.
+    """
+    cls: Any = next(
+        cls for cls in type(base).__mro__ if (cls.__module__, cls.__name__) == (family.module, family.classes[0])
+    )
+    if not hasattr(cls.forward, "_vtc_guard"):
+        raise ValueError(
+            f"{cls.__name__} was defined before VTC could guard it; import vtc before the model is built, or call "
+            "vtc.enable(model)"
+        )
+    for name in (*(visual.get for visual in family.inputs), "get_placeholder_mask", "pack_image_features"):
+        own, stock = getattr(base, name, None), getattr(cls, name, None)
+        if getattr(own, "__func__", own) is not stock and not hasattr(own, "_vtc_guard"):
+            raise ValueError(
+                f"{type(base).__name__} has a {name}() of its own, which VTC would not call; use the one of "
+                f"{cls.__name__}, or vtc.disable(model)"
+            )

@@ -1,22 +1,28 @@
-"""Pixels to visual tokens: run the vision tower as far as the method needs, and reduce its features."""
+"""Pixels to visual tokens: run the vision tower, score its layers, and reduce its features."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.hf import attention
-from vtc.hf.settings import Settings
+from vtc.hf import names
+from vtc.hf.attention import ClsScores
+from vtc.hf.settings import NAME, Settings
 from vtc.hf.towers import tower_of
 from vtc.methods import Tokens, VisionOutputs
 from vtc.plan import Plan
 
 _NOTHING: Mapping[str, Any] = {}
+# The scores of the pass that runs in this context; hooks of a pass in another thread leave them alone.
+_PASS: ContextVar[ClsScores | None] = ContextVar("vtc_pass", default=None)
 
 
 class Selection(NamedTuple):
@@ -52,31 +58,87 @@ def run_tower(
         return settings.vision  # type: ignore[no-any-return]
     base, tower, needs = settings.base, settings.base.vision_tower, plan.method.needs
     spec = tower_of(tower.config)
-    layers = spec.layers_of(tower)
-    scores = attention.ClsScores(plan.config, keeps_keys=needs.keys == "feature")
-    kept = {*plan.feature_layers, len(layers) - 1} if needs.keys == "last" else set(plan.feature_layers)
-    hidden = spec.embed(tower, views, tower_arguments)  # [T, 1 + N, D], without the 1 if there is no [CLS]
-    states = {0: hidden} if 0 in kept else {}  # by the number of layers before them
-    for number, layer in zip(range(plan.num_layers), layers, strict=False):
-        hidden = spec.run_layer(layer, hidden, scores if number in plan.scored else None)
-        if number + 1 in kept:
-            states[number + 1] = hidden
-    if len(plan.feature_layers) > 1:
-        features = torch.cat([states[number] for number in plan.feature_layers], -1)
-    else:
-        features = states[plan.feature_layers[0]]
-    has_cls, query, keys = spec.cls, None, scores.keys
-    if needs.keys == "last":
-        flat_query, flat_keys = spec.projections(layers[-1], states[len(layers) - 1])
-        heads = tower.config.num_attention_heads
-        query, keys = flat_query.unflatten(1, (heads, -1)), flat_keys.unflatten(2, (heads, -1)).transpose(1, 2)
+    scores = _scores(spec.attentions_of(tower), plan)
+    states = _hidden_states(tower, views, plan, scores, tower_arguments)
+    features = states[0] if len(states) == 1 else torch.cat(states, -1)
+    has_cls = spec.cls
     if plan.pool > 1:
         features, has_cls = features[:, int(has_cls) :], False
         scores.pool(math.isqrt(features.shape[1]), plan.pool)
         features = base.vision_resampler(features)  # expects square frames, too
     cls_probs = scores.cls_probs() if needs.cls_probs else None
+    query = scores.query if needs.query else None
     pixels = views if needs.pixels else None
-    return VisionOutputs(features, plan.grid, cls_probs, keys, query, pixels, has_cls), scores.ops
+    return VisionOutputs(features, plan.grid, cls_probs, scores.keys, query, pixels, has_cls), scores.ops
+
+
+def _scores(attentions: list[Any], plan: Plan) -> ClsScores:
+    """What the method needs of the tower's attention modules."""
+    scored = [attentions[number] for number in plan.scored]
+    compared = {"last": attentions[-1], "feature": scored[-1] if scored else None, None: None}[plan.method.needs.keys]
+    return ClsScores(plan.config, scored if plan.method.needs.cls_probs else [], compared)
+
+
+def _hidden_states(
+    tower: Any, views: Tensor, plan: Plan, scores: ClsScores, tower_arguments: Mapping[str, Any]
+) -> list[Tensor]:
+    """Call the tower, which fills `scores`: the outputs of the feature layers, each [T, 1 + N, D]."""
+    if not torch.compiler.is_compiling():
+        names.let_record(tower)
+    arguments = {**tower_arguments, "output_hidden_states": list(plan.feature_layers), "return_dict": True}
+    if tower.config._attn_implementation == NAME:
+        outputs = tower(views, vtc_scores=scores, **arguments) if scores.modules else tower(views, **arguments)
+    elif plan.config.fused:
+        raise ValueError(
+            "fused=True needs a vision tower with the attention 'vtc', and this one has "
+            f"{tower.config._attn_implementation!r}; use vtc.enable(model), or leave fused out"
+        )
+    else:
+        outputs = _with_hooks(tower, views, scores, arguments) if scores.modules else tower(views, **arguments)
+    states = getattr(outputs, "hidden_states", None) or ()
+    found = [states[number] for number in plan.feature_layers if number < len(states) and states[number] is not None]
+    if len(found) < len(plan.feature_layers):
+        raise ValueError(
+            f"the vision tower, a {type(tower).__name__}, did not return hidden_states[{max(plan.feature_layers)}] for "
+            "output_hidden_states; use a tower of transformers that does, or vtc.disable(model)"
+        )
+    if not scores.is_complete:
+        raise ValueError(
+            f"the vision tower, a {type(tower).__name__}, did not run the attention of its own layers, which VTC "
+            "scores; use a tower of transformers, or vtc.disable(model)"
+        )
+    return found
+
+
+@functools.partial(torch.compiler.disable, reason='hooks; use vtc.enable(model), or attn_implementation="vtc"')
+def _with_hooks(tower: Any, views: Tensor, scores: ClsScores, arguments: dict[str, Any]) -> Any:
+    """Call a tower with any attention implementation; hooks read the queries and keys. They act on this call only."""
+    if any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in tower.modules()):
+        raise ValueError(
+            "the vision tower is compiled, so VTC cannot put hooks on it; use vtc.enable(model), which needs none, or "
+            "a tower that is not compiled"
+        )
+    heads = tower.config.num_attention_heads
+    seen: dict[Any, dict[str, Tensor]] = {}
+
+    def hook(attention: Any, name: str, _module: Any, _args: Any, output: Tensor) -> None:
+        if _PASS.get() is not scores:
+            return
+        own = seen.setdefault(attention, {})
+        own[name] = output.unflatten(-1, (heads, -1)).transpose(1, 2)
+        if len(own) == 2:
+            del seen[attention]
+            scores.read(attention, own["query"], own["key"])
+            if scores.is_scored(attention):
+                scores.score(own["query"], own["key"])
+
+    modules: list[Any] = scores.modules
+    with contextlib.ExitStack() as stack:
+        for attention in modules:
+            for projection, name in ((attention.q_proj, "query"), (attention.k_proj, "key")):
+                stack.callback(projection.register_forward_hook(functools.partial(hook, attention, name)).remove)
+        stack.callback(_PASS.reset, _PASS.set(scores))
+        return tower(views, **arguments)
 
 
 def reduce(

@@ -50,6 +50,19 @@ def cache_of(outputs: Any) -> Any:
     return getattr(outputs, CACHE, None)
 
 
+def let_record(model: Any) -> None:
+    """Let `model` return hidden states in a process that unpickled it.
+
+    transformers remembers what a class can return when an instance is built, and unpickling builds none.
+    """
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as known
+
+    if not known.get(model):
+        for module in model.modules():
+            if hasattr(module, "_can_record_outputs"):
+                known[module] = module._can_record_outputs
+
+
 def is_supported() -> bool:
     """Whether the installed transformers is new enough for models; the rest of VTC works with older ones, too."""
     return Version(transformers.__version__).release[:2] >= Version(OLDEST).release

@@ -1,7 +1,8 @@
 """What VTC replaces in transformers: `generate`, `forward` and `get_image_features` of the LLaVA classes. Nothing else.
 
-Each is guarded: the guard hands the call to the stock method at once unless the model's vision tower has the attention
-"vtc". README.md beside this file says why the classes are guarded and not the instances.
+Each is guarded: the guard hands the call to the stock method at once unless a `vtc.compress` block is open, the vision
+tower has the attention "vtc", or the KV cache holds a compressed conversation. README.md beside this file says why the
+classes are guarded and not the instances.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from vtc.hf import attention, conversation, generate, names
+import torch
+
+from vtc.hf import attention, conversation, generate, names, settings
 from vtc.hf.families import FAMILIES
 from vtc.hf.settings import is_on
 
@@ -28,27 +31,38 @@ def install(module: ModuleType) -> None:
         _guard(base, visual.get, functools.partial(generate.get_features, visual))
     _guard(base, "forward", generate.forward)
     _guard(head, "forward", generate.forward)
-    _guard(head, "generate", generate.generate)
+    _guard(head, "generate", _generate)
+
+
+def _generate(stock: generate.Stock, model: Any, call: generate.Call) -> Any:
+    with settings.held(model.base_model):
+        return generate.generate(stock, model, call)
 
 
 def _guard(owner: type, name: str, ours: Callable[..., Any]) -> None:
     """For models that compress, replace a method by `ours(stock, self, call)`; call holds the arguments by name."""
     stock = getattr(owner, name)
     parameters = inspect.signature(stock).parameters.values()
+    new_word, old_word = names.CACHE_WORDS
     positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
 
     @functools.wraps(stock)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(positional, args, strict=False))
         wrong = len(args) > len(positional) or given.keys() & kwargs.keys()  # the stock method raises the error
-        caches = (given.get(word, kwargs.get(word)) for word in names.CACHE_WORDS)
-        if wrong or not (is_on(self) or any(map(conversation.has_note, caches))):
+        if wrong:
+            return stock(self, *args, **kwargs)
+        call = given | kwargs
+        cache = call.get(new_word) if call.get(old_word) is None else call[old_word]
+        if not is_on(self) and (cache is None or not conversation.has_note(cache)):
+            if not torch.compiler.is_compiling() and (settings.OPEN or settings.CONTEXT.blocks):
+                settings.warn_outside(self.base_model, call)
             return stock(self, *args, **kwargs)
 
         def stock_method(**call: Any) -> Any:
             return stock(self, **names.stock_call(call))
 
-        return ours(stock_method, self, names.read_call(given | kwargs))
+        return ours(stock_method, self, names.read_call(call))
 
     guarded._vtc_guard = True  # type: ignore[attr-defined]
     setattr(owner, name, guarded)

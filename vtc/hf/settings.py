@@ -1,23 +1,25 @@
 """The settings of a model: those of the innermost open `vtc.compress` block, else those stored in its config.
 
 The stored ones are a plain dict in `model.config.vtc`, so that they follow the model through deepcopy and
-save_pretrained; stock transformers loads and ignores it.
+save_pretrained; stock transformers loads and ignores it. Blocks belong to a context (`contextvars`), not to the model:
+opening or closing one changes nothing on it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
+import logging
+import weakref
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from vtc.config import VTCConfig
 from vtc.hf.families import Family, family_of
 
 NAME = "vtc"  # the value of attn_implementation
-CONFIGS = ("", "vision_config", "text_config")  # the keys of transformers' attn_implementation dict; "" is the model
-_LOCK = threading.Lock()  # two threads may open or close blocks of one model
+_log = logging.getLogger("vtc")
 
 
 @dataclasses.dataclass
@@ -65,14 +67,45 @@ class Run:
         self.kv_bytes_after = sum(per_token[:full]) * before + sum(per_token[full:]) * after
 
 
-@dataclasses.dataclass
-class Block:
-    """One open block: its settings, what happened in it, the tower's outputs if they are known, and its thread."""
+class Opening:
+    """The part of a block that all contexts share: they see at once that it is closed.
 
+    Attributes
+    ----------
+    base : LlavaModel or None
+        None once the block is closed, so that a context that outlives it does not hold the model.
+    model : weakref.ref to LlavaModel
+    is_reported : bool
+        Whether the warning about calls outside of it has been logged.
+    """
+
+    def __init__(self, base: Any) -> None:
+        self.base, self.model, self.is_reported = base, weakref.ref(base), False
+
+
+class Block(NamedTuple):
+    """One block as a context sees it: its settings, what happened in it, and the tower's outputs if they are known."""
+
+    opening: Opening
     config: VTCConfig
     run: Run
     vision: Any = None
-    thread: int = dataclasses.field(default_factory=threading.get_ident)
+
+
+_BLOCKS: ContextVar[tuple[Block, ...]] = ContextVar("vtc_blocks")  # of this context, the innermost last
+
+
+class _Context(tuple[Block, ...]):
+    """`blocks` are this context's. The getter is `ContextVar.get` itself; its default, the instance, is an empty tuple.
+
+    torch.compile cannot trace a call of it, but it reads a property with a getter in C, and guards on what it read.
+    """
+
+    blocks: Any = property(_BLOCKS.get)
+
+
+CONTEXT = _Context()
+OPEN: list[Opening] = []  # in all contexts; read to warn, never to decide whether a call compresses
 
 
 class Settings(NamedTuple):
@@ -112,12 +145,8 @@ class Settings(NamedTuple):
 
 
 def block_of(base: Any) -> Block | None:
-    """The innermost open block of this thread; a thread that opened none is in the one opened last."""
-    blocks: tuple[Block, ...] = base.__dict__.get("_vtc_blocks", ())
-    if len(blocks) < 2:
-        return blocks[0] if blocks else None
-    thread = threading.get_ident()
-    return next((block for block in reversed(blocks) if block.thread == thread), blocks[-1])
+    """The innermost block of this context that is open for `base`."""
+    return next((block for block in reversed(CONTEXT.blocks) if block.opening.base is base), None)
 
 
 def stored(base: Any) -> VTCConfig:
@@ -131,75 +160,112 @@ def stored(base: Any) -> VTCConfig:
 
 
 def configure(base: Any, config: VTCConfig) -> None:
-    """Make `config` the settings: of the open block until it ends, or of the model."""
-    if block := block_of(base):
-        block.config = config
+    """Make `config` the settings: of the open block in this context until it ends, or of the model."""
+    block = block_of(base)
+    if block is None:
+        store(base, config)
     else:
-        base.config.vtc = config.to_dict()
+        _BLOCKS.set(tuple(each._replace(config=config) if each is block else each for each in CONTEXT.blocks))
+
+
+def store(base: Any, config: VTCConfig) -> None:
+    """Make `config` the settings of the model."""
+    base.config.vtc = config.to_dict()
 
 
 def is_on(model: Any) -> bool:
-    """Whether `model`, one of the guarded classes, compresses: whether its vision tower's attention is "vtc"."""
-    on: bool = model.base_model.vision_tower.config._attn_implementation == NAME
+    """Whether `model`, one of the guarded classes, compresses: in a block, or as its vision tower's attention is "vtc".
+
+    This is all that a stock model pays, so no other function is called for it.
+    """
+    base = model.base_model
+    if CONTEXT.blocks and block_of(base) is not None:
+        return True
+    on: bool = base.vision_tower.config._attn_implementation == NAME
     return on
 
 
+class Before:
+    """What `switch_on` replaced. Unpickling a model that holds it imports VTC, without which it could not run."""
+
+    def __init__(self, attention: str) -> None:
+        self.attention = attention
+
+
 def switch_on(base: Any) -> None:
-    """Give the vision tower the attention "vtc", and remember what the model had."""
-    if not is_on(base):
-        base.__dict__["_vtc_before"] = _implementations(base)
-        base.set_attn_implementation({"vision_config": NAME})
+    """Give the vision tower the attention "vtc", and remember what it had ("sdpa" if it was loaded as "vtc")."""
+    tower = base.vision_tower
+    if (attention := tower.config._attn_implementation) != NAME:
+        tower.set_attn_implementation(NAME)
+        base.__dict__["_vtc_before"] = Before(attention)
+    base.__dict__.setdefault("_vtc_before", Before("sdpa"))
 
 
 def switch_off(base: Any) -> None:
-    """Restore the attention from before `switch_on` ("sdpa" if the model was loaded as "vtc"); remove the settings."""
-    before = base.__dict__.pop("_vtc_before", {})
-    now = _implementations(base)
-    base.set_attn_implementation({key: before.get(key, "sdpa") if name == NAME else name for key, name in now.items()})
+    """Restore the attention from before `switch_on`; a model that was loaded as "vtc" gets "sdpa". Drop the settings.
+
+    What is not "vtc" any more was changed by others, and stays.
+    """
+    before = base.__dict__.pop("_vtc_before", Before("sdpa"))
+    if base.vision_tower.config._attn_implementation == NAME:
+        base.vision_tower.set_attn_implementation(before.attention)
+    configs = {"": base.config, "vision_config": base.config.vision_config, "text_config": base.language_model.config}
+    now = {key: config._attn_implementation for key, config in configs.items()}
+    if NAME in now.values():
+        base.set_attn_implementation({key: "sdpa" if name == NAME else name for key, name in now.items()})
     base.config.__dict__.pop("vtc", None)
 
 
 @contextlib.contextmanager
 def open_block(base: Any, config: VTCConfig, vision: Any = None) -> Iterator[Run]:
-    """Compress with `config` while the block is open; when the last one closes, the model is what it was before.
+    """Compress with `config` in this context, and in those copied from it, while the block is open.
 
     `vision` is what `vtc.hf.encode.run_tower` returned for the images of every call in the block. With it, the tower
     runs only once for several settings that differ in `keep`.
     """
-    own = base.__dict__  # plain attributes: modules and parameters are elsewhere
-    opened = Block(config, Run(), vision)
-    with _LOCK:
-        if not own.get("_vtc_blocks"):
-            own["_vtc_outside"] = {
-                "implementations": _implementations(base),
-                "config": getattr(base.config, "vtc", None),
-                "before": own.get("_vtc_before"),
-            }
-        own["_vtc_blocks"] = (*own.get("_vtc_blocks", ()), opened)
-        if not is_on(base):
-            base.set_attn_implementation({"vision_config": NAME})
-        inside = _implementations(base)
+    opening, run = Opening(base), Run()
+    OPEN.append(opening)
+    _BLOCKS.set((*CONTEXT.blocks, Block(opening, config, run, vision)))
     try:
-        yield opened.run
+        yield run
     finally:
-        with _LOCK:
-            own["_vtc_blocks"] = tuple(each for each in own["_vtc_blocks"] if each is not opened)
-            if not own["_vtc_blocks"]:
-                outside = own.pop("_vtc_outside")
-                _restore(own, {"_vtc_blocks": None, "_vtc_before": outside["before"]})
-                _restore(base.config.__dict__, {"vtc": outside["config"]})
-                base.set_attn_implementation(outside["implementations"])
-            elif _implementations(base) != inside:
-                base.set_attn_implementation(inside)  # a block is open around this one, or in another thread
+        opening.base = None
+        OPEN.remove(opening)
+        _close(opening)
 
 
-def _implementations(base: Any) -> dict[str, str]:
-    configs = (base.config, base.vision_tower.config, base.language_model.config)
-    return {key: config._attn_implementation for key, config in zip(CONFIGS, configs, strict=True)}
+@contextlib.contextmanager
+def held(base: Any) -> Iterator[None]:
+    """Let a call that has begun in a block go on as it began, even if the block is closed meanwhile."""
+    block = block_of(base)
+    if block is None:
+        yield
+        return
+    own = block._replace(opening=Opening(base))
+    _BLOCKS.set((*CONTEXT.blocks, own))
+    try:
+        yield
+    finally:
+        _close(own.opening)
 
 
-def _restore(attributes: dict[str, Any], before: dict[str, Any]) -> None:
-    for name, value in before.items():
-        attributes.pop(name, None)
-        if value is not None:
-            attributes[name] = value
+def warn_outside(base: Any, call: dict[str, Any]) -> None:
+    """Log once for each block of `base` that it is open, but not for this call, whose images are not compressed."""
+    if not family_of(base).inputs_of(call):
+        return
+    for opening in [*OPEN, *(block.opening for block in CONTEXT.blocks)]:
+        if opening.model() is not base or opening.is_reported:
+            continue
+        opening.is_reported = True
+        if opening.base is None:
+            _log.warning("the vtc.compress block of this call is closed, so its images are not compressed")
+        else:
+            _log.warning(
+                "a vtc.compress block is open for this model in another thread or task, but not in this one, so these "
+                "images are not compressed; to run a call of another thread in the block, use threading.Thread("
+                "target=contextvars.copy_context().run, args=(model.generate,), kwargs=...) or asyncio.to_thread"
+            )
+
+
+def _close(opening: Opening) -> None:
+    _BLOCKS.set(tuple(each for each in CONTEXT.blocks if each.opening is not opening and each.opening.base is not None))

@@ -37,7 +37,7 @@ def tilings(settings: Settings, sizes: Any) -> list[Tiling]:
         If `sizes` has another shape.
     """
     base = settings.base
-    vision, module = base.config.vision_config, sys.modules[settings.family.module]
+    vision, module = base.vision_tower.config, sys.modules[settings.family.module]
     tokens = (vision.image_size // vision.patch_size) ** 2
     found = []
     for size in _read_sizes(sizes):

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
+from typing import Any, NamedTuple
 
 
 class TowerSpec(NamedTuple):
@@ -17,8 +11,6 @@ class TowerSpec(NamedTuple):
 
     name: str
     layers: str  # path to its list of layers
-    layer_norm: str  # of a layer: the norm before its attention
-    norm: str = ""  # the norm between embeddings and layers
     cls: bool = True  # whether a [CLS] token comes first
     registers: str = ""  # the config's name for the number of register tokens that follow it
 
@@ -26,41 +18,35 @@ class TowerSpec(NamedTuple):
         """The number of register tokens; the model has placeholders for them, as for patches."""
         return getattr(config, self.registers) if self.registers else 0
 
-    def layers_of(self, tower: Any) -> Any:
-        """Its layers, in order."""
-        return operator.attrgetter(self.layers)(tower)
+    def attentions_of(self, tower: Any) -> list[Any]:
+        """Its attention modules, layer by layer: those that have a `q_proj` and a `k_proj`.
 
-    def embed(self, tower: Any, pixel_values: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """The input of the first layer, `[B, cls + N, D]`, from pixels `[B, 3, height, width]`.
-
-        The tower ignores those of the `arguments` of its `forward` that its embeddings do not know.
+        Raises
+        ------
+        ValueError
+            If the tower is not built like that.
         """
-        if arguments:
-            known = inspect.signature(tower.embeddings.forward).parameters
-            arguments = {name: value for name, value in arguments.items() if name in known}
-        hidden = tower.embeddings(pixel_values.to(tower.dtype), **arguments)
-        return getattr(tower, self.norm)(hidden) if self.norm else hidden
+        try:
+            layers = operator.attrgetter(self.layers)(tower)
+            return [next(part for part in layer.modules() if _is_attention(part)) for layer in layers]
+        except (AttributeError, StopIteration) as error:
+            raise ValueError(
+                f"the vision tower is a {type(tower).__name__}, whose layers VTC does not find; it needs a {self.name} "
+                f"with {self.layers}, each with q_proj and k_proj; use the tower of transformers, or vtc.disable(model)"
+            ) from error
 
-    def run_layer(self, layer: Any, hidden: Tensor, scores: Any = None) -> Tensor:
-        """One layer on `[B, cls + N, D]`; `scores`, if given, reaches the attention function as `vtc_scores`."""
-        output: Tensor = layer(hidden, None, **({} if scores is None else {"vtc_scores": scores}))
-        return output
 
-    def projections(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's query of the first token `[B, C]` and keys `[B, cls + N, C]`, from its input. It does not run."""
-        normed = getattr(layer, self.layer_norm)(hidden)
-        parts = {name.rpartition(".")[2]: part for name, part in layer.named_modules()}
-        return parts["q_proj"](normed[:, 0]), parts["k_proj"](normed)
+def _is_attention(module: Any) -> bool:
+    children = module._modules
+    return "q_proj" in children and "k_proj" in children
 
 
 TOWERS = {
-    "clip_vision_model": TowerSpec("CLIP", "encoder.layers", "layer_norm1", norm="pre_layrnorm"),
-    "dinov2": TowerSpec("DINOv2", "encoder.layer", "norm1"),
-    "dinov2_with_registers": TowerSpec(
-        "DINOv2 with registers", "encoder.layer", "norm1", registers="num_register_tokens"
-    ),
-    "vit": TowerSpec("ViT", "layers", "layernorm_before"),
-    "siglip_vision_model": TowerSpec("SigLIP", "encoder.layers", "layer_norm1", cls=False),
+    "clip_vision_model": TowerSpec("CLIP", "encoder.layers"),
+    "dinov2": TowerSpec("DINOv2", "encoder.layer"),
+    "dinov2_with_registers": TowerSpec("DINOv2 with registers", "encoder.layer", registers="num_register_tokens"),
+    "vit": TowerSpec("ViT", "layers"),
+    "siglip_vision_model": TowerSpec("SigLIP", "encoder.layers", cls=False),
 }
 
 

@@ -77,6 +77,7 @@ def plan_of(
     return Plan.of(
         config,
         base.config,
+        vision=base.vision_tower.config,
         has_cls=spec.cls,
         num_registers=num_registers,
         size=None if views is None else views.shape[-2:],

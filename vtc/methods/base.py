@@ -20,8 +20,7 @@ class Needs(NamedTuple):
     cls_probs : bool
         The [CLS] token's attention probabilities in the layers that `Method.scored_layers` names.
     keys : {"feature", "last", None}
-        The vision layer whose keys it compares. "last" is the last layer of the tower. That layer does not run, because
-        its keys are projections of its input.
+        The vision layer whose keys it compares. "last" is the last layer of the tower.
     query : bool
         The [CLS] token's query in the layer of `keys`.
     pixels : bool
