@@ -1,4 +1,4 @@
-"""`forward()` against the golden path: logits, loss, gradients, decoding by hand."""
+"""`forward()` against the golden path: rows without a mask, gradients, decoding by hand, positions."""
 
 import copy
 
@@ -6,24 +6,10 @@ import pytest
 import torch
 from support.golden import llava as golden
 from support.models import IMAGE, TOKENS
-from support.prompts import LAYERS, PROMPTS, check_generated, count_images, detailed, inputs, prompts, spliced
+from support.prompts import LAYERS, check_generated, count_images, detailed, inputs, prompts, spliced
+from test_forward_columns import row_places
 
 import vtc
-
-
-@pytest.mark.parametrize("name", PROMPTS)
-def test_forward_logits(model, eager, name):
-    vtc.configure(model, keep=9)
-    rows = prompts(name)
-    call = inputs(rows)
-    with torch.no_grad():
-        out = model(**call)
-        last = model(**call, logits_to_keep=1)
-    for i, (embeds, _) in enumerate(spliced(eager, rows, call["pixel_values"], 9)):
-        expected = golden.logits(eager, embeds).detach()
-        golden.close(out.logits[i, -embeds.shape[1] :], expected)
-        golden.close(last.logits[i], expected[-1:])
-    assert out.logits.shape[1] == max(len(row) - (TOKENS - 9) * count_images(row) for row in rows)
 
 
 def test_rows_that_become_unequal_need_no_mask(model, eager):
@@ -34,8 +20,9 @@ def test_rows_that_become_unequal_need_no_mask(model, eager):
     check_generated(model.generate(**call, **detailed()), call, eager, rows, 9)
     with torch.no_grad():
         logits = model(**call).logits
-    for i, (embeds, _) in enumerate(spliced(eager, rows, call["pixel_values"], 9)):
-        golden.close(logits[i, -embeds.shape[1] :], golden.logits(eager, embeds).detach())
+    assert logits.shape[:2] == call["input_ids"].shape
+    for i, (where, embeds) in enumerate(row_places(eager, rows, call["pixel_values"])):
+        golden.close(logits[i], golden.logits(eager, embeds).detach()[where])
 
 
 @pytest.mark.parametrize("ragged", ["left", "right"])
@@ -78,24 +65,19 @@ def test_labels_and_gradients(model, stock, name, ragged):
     assert compared >= {"vision_tower", "multi_modal_projector", "language_model"}
 
 
-@pytest.mark.parametrize("name", ["one", "left_padded"])
-def test_manual_decoding_loop(model, eager, name):
-    """forward() with the cache it returned, and no mask: right without padding; with a full mask: an error."""
+def test_new_tokens_need_no_mask_where_nothing_is_padded(model, eager):
+    """forward() with the cache it returned; images on top of that cache are refused."""
     vtc.configure(model, keep=9)
-    rows = prompts(name)
+    rows = prompts("one")
     call = inputs(rows)
     with torch.no_grad():
         out = model(**call)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
-        if name == "one":
-            step = model(input_ids=token, past_key_values=copy.deepcopy(out.past_key_values))
-            embeds, _ = spliced(eager, rows, call["pixel_values"], 9)[0]
-            new, logits = golden.decode(eager, embeds, 2)
-            assert token.tolist() == [[new[0]]]
-            golden.close(step.logits[0, -1], logits[1])
-        mask = torch.cat([call["attention_mask"], torch.ones(len(rows), 1, dtype=torch.long)], 1)
-        with pytest.raises(ValueError, match=r"columns.*use generate\(\)"):
-            model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values)
+        step = model(input_ids=token, past_key_values=copy.deepcopy(out.past_key_values))
+        embeds, _ = spliced(eager, rows, call["pixel_values"], 9)[0]
+        new, logits = golden.decode(eager, embeds, 2)
+        assert token.tolist() == [[new[0]]]
+        golden.close(step.logits[0, -1], logits[1])
         with pytest.raises(ValueError, match="whole conversation"):
             model(**call, past_key_values=out.past_key_values)
 
