@@ -12,6 +12,7 @@ from test_forward_columns import row_places
 import vtc
 
 
+@pytest.mark.supported("Prompts", "no mask, also where rows become unequally short")
 def test_rows_that_become_unequal_need_no_mask(model, eager):
     vtc.configure(model, keep=9)
     rows = prompts("unequal_same_length")
@@ -82,6 +83,7 @@ def test_new_tokens_need_no_mask_where_nothing_is_padded(model, eager):
             model(**call, past_key_values=out.past_key_values)
 
 
+@pytest.mark.supported("generate()", "`position_ids` of the full prompt")
 def test_given_positions_close_up(model, eager):
     vtc.configure(model, keep=9)
     rows = prompts("several_images")

@@ -417,7 +417,7 @@ def trainer(model, folder, **options):
 @pytest.mark.supported("Training", "`Trainer.evaluate` with `compute_metrics`")
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_trainers_predictions_stand_beside_its_labels(model, eager, size):
-    """A Trainer cannot gather the cache and the encoded images of a stock LLaVA, either, so it is told to leave them."""
+    """A Trainer cannot gather a stock LLaVA's cache and encoded images, either, so it is told to leave them."""
     vtc.configure(model, keep=KEEP)
     seen = {}
     with tempfile.TemporaryDirectory() as folder:

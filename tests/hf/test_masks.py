@@ -1,5 +1,7 @@
 """Masks over image tokens, and samples packed in one row, as the stock model treats them."""
 
+import itertools
+
 import pytest
 import torch
 from support import models
@@ -111,7 +113,7 @@ def test_packed_samples_do_not_see_each_other(model, eager, keep, count):
     samples[1].append(ids(sum(map(len, samples[0])) - len(samples[1][0]) - 1, seed=3))
     rows, pixels = samples[:count], models.images(3)[: 1 + count]
     call = {
-        "input_ids": torch.tensor([sum(row, []) for row in rows]),
+        "input_ids": torch.tensor([[*itertools.chain(*row)] for row in rows]),
         "position_ids": torch.tensor([[i for sample in row for i in range(len(sample))] for row in rows]),
         "pixel_values": pixels,
         "use_cache": False,
@@ -134,9 +136,9 @@ def test_the_loss_of_packed_samples_is_that_of_each_alone(model, eager):
     samples, pixels = [ids(2, "image", 3), ids(4, "image", 2, seed=1)], models.images(2)
     labels = [[-100, *(-100 if token == IMAGE else token for token in sample[1:])] for sample in samples]
     call = {
-        "input_ids": torch.tensor([sum(samples, [])]),
+        "input_ids": torch.tensor([[*itertools.chain(*samples)]]),
         "position_ids": torch.tensor([[i for sample in samples for i in range(len(sample))]]),
-        "labels": torch.tensor([sum(labels, [])]),
+        "labels": torch.tensor([[*itertools.chain(*labels)]]),
     }
     total, count = 0, 0
     for sample, own, image in zip(samples, labels, pixels, strict=True):

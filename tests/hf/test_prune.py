@@ -193,6 +193,7 @@ def test_the_prompt_needs_no_cls_token():
     check_generated(model.generate(**call, **detailed()), call, [path])
 
 
+@pytest.mark.refused("`prune_layer` > 0 with tiles or videos", instead="`prune_layer=0`")
 @pytest.mark.parametrize("family", ["llava_next", "llava_next_video"])
 def test_tiles_and_frames_are_refused(family):
     model = models.build(family=family)
@@ -214,6 +215,7 @@ def test_keeping_all_is_the_stock_model(model, stock, name, method, layer, kv):
     assert conversation.read(out.past_key_values) is None
 
 
+@pytest.mark.supported("generate()", "beams with `prune_layer` > 0")
 @some
 @pytest.mark.parametrize("name", ["one", "unequal_images"])
 def test_beams(model, eager, name, method, layer, kv):
@@ -226,6 +228,7 @@ def test_beams(model, eager, name, method, layer, kv):
         assert own.tolist() == path.beams(3, 3)
 
 
+@pytest.mark.supported("Caches", "a static cache with `prune_layer` > 0")
 @pytest.mark.parametrize("method", ["vtc-cls", "fastv"])
 @pytest.mark.parametrize("name", PROMPTS)
 def test_static_cache(model, eager, name, method):
@@ -315,6 +318,7 @@ def test_no_cache(model, eager):
             model.generate(**call, **detailed(use_cache=False))
 
 
+@pytest.mark.supported("Caches", 'a further turn with `prune_layer` > 0, `kv="full"` and no new image')
 @pytest.mark.parametrize("method", ["vtc-cls", "fastv"])
 def test_a_further_turn(model, eager, method):
     vtc.configure(model, keep=KEEP, method=method, prune_layer=2, kv="full")
@@ -506,6 +510,10 @@ def test_run_counts(model, kv):
     assert run.kv_bytes_before == 2 * LAYERS * length * cache.layers[0].keys[:, :, 0].nbytes
 
 
+@pytest.mark.refused(
+    "`prune_layer` > 0 with chunked prefill, assisted or prompt-lookup decoding, gradient checkpointing",
+    instead="`prune_layer=0`, or unset the option",
+)
 def test_what_cannot_be_done_says_so(model, stock):
     vtc.configure(model, keep=KEEP, prune_layer=2)
     call = inputs(prompts("one"))
@@ -567,6 +575,10 @@ def test_a_layer_that_does_not_exist(model, layer):
         vtc.configure(model, prune_layer=layer)
 
 
+@pytest.mark.refused(
+    "`prune_layer` > 0 with a language model other than Llama, Mistral or Qwen2, or with a sliding window",
+    instead="`prune_layer=0`",
+)
 def test_a_language_model_of_another_kind(model):
     model.model.language_model.config.model_type = "gemma"
     with pytest.raises(ValueError, match="llama, mistral, qwen2"):

@@ -1,6 +1,6 @@
 """TRL's trainers on the bundled model: one step each, and every log-probability as if its row came alone.
 
-Oracle: the golden path of each row alone and unpadded. The stock model, with all patches, shows that the oracle is right.
+Oracle: the golden path of each row alone and unpadded. The stock model, with all patches, shows that it is right.
 """
 
 import functools
