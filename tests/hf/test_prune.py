@@ -151,6 +151,7 @@ def test_any_attention_of_the_language_model(stock, eager, language, method, lay
     check_generated(model.generate(**call, **detailed()), call, paths)
 
 
+@pytest.mark.refused("`prune_layer` > 0 with a sliding window", instead="`prune_layer=0`")
 @pytest.mark.parametrize("text", [t.MistralConfig, t.Qwen2Config])
 def test_other_language_models(text):
     stock = models.build(text=text, text_layers=3)
@@ -533,6 +534,7 @@ def test_what_cannot_be_done_says_so(model, stock):
     for change, message in [
         ({"prefill_chunk_size": 8}, "prefill_chunk_size"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup"),
+        ({"assistant_model": stock}, "assistant_model"),
         ({"past_key_values": model(**call).past_key_values}, "further turn"),
         ({"past_key_values": stock(**call).past_key_values}, "further turn"),
         ({"inputs_embeds": torch.zeros(1, length, 64)}, "no inputs_embeds"),
@@ -576,7 +578,7 @@ def test_a_layer_that_does_not_exist(model, layer):
 
 
 @pytest.mark.refused(
-    "`prune_layer` > 0 with a language model other than Llama, Mistral or Qwen2, or with a sliding window",
+    "`prune_layer` > 0 with a language model other than Llama, Mistral or Qwen2",
     instead="`prune_layer=0`",
 )
 def test_a_language_model_of_another_kind(model):
