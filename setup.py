@@ -31,6 +31,7 @@ setup(
     extras_require={
         "bench": ["matplotlib"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "accelerate", "peft", "setuptools>=77"],
+        "trl": ["trl", "datasets"],
         "dev": ["ruff", "mypy"],
         "flash": ["flash-attn"],
     },

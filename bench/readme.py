@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import card, pages, quality, quality_tables, record, speedups
+from bench import calls, card, pages, quality, quality_tables, record, speedups
 from bench import parts as gpu
 from bench.checkout import ROOT
 from bench.workloads import WORKLOADS
@@ -245,6 +245,27 @@ def parts(page: Path) -> str:
     return plain(["part", "seconds at most", "what it measures"], rows)
 
 
+def supported(page: Path) -> str:
+    """The ways of calling a model that tests prove to work, by area."""
+    return plain(
+        ["", "supported", "proof"],
+        [[area, way, proof(page, files)] for (area, way), files in calls.ways("supported").items()],
+    )
+
+
+def refused(page: Path) -> str:
+    """The ways of calling a model that tests prove to raise an error that says what to do."""
+    return plain(
+        ["not supported (raises an error)", "instead", "proof"],
+        [[way, instead, proof(page, files)] for (way, instead), files in calls.ways("refused").items()],
+    )
+
+
+def proof(page: Path, files: list[str]) -> str:
+    """Links to test files."""
+    return ", ".join(link(page, file, Path(file).stem.removeprefix("test_")) for file in files)
+
+
 MAKERS: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
     "files": files,
@@ -258,6 +279,8 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "parts": parts,
     "quality": comparison,
     "recipe": recipe,
+    "refused": refused,
     "results": results,
+    "supported": supported,
     "towers": towers,
 }

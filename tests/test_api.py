@@ -111,6 +111,7 @@ def test_import_alone_registers_in_any_order(saved, imports):
     assert seen == [2, [9, 64], True, False]  # guarded, and only once
 
 
+@pytest.mark.supported("Switching and blocks", '`attn_implementation="vtc"`')
 def test_string_alone_compresses(saved, call, expected, caplog):
     model = LlavaForConditionalGeneration.from_pretrained(saved, attn_implementation="vtc")
     config._say_default.cache_clear()
@@ -131,6 +132,7 @@ def test_string_alone_compresses(saved, call, expected, caplog):
     assert answer(model, call) == expected["short"]
 
 
+@pytest.mark.supported("Switching and blocks", 'a dict of `attn_implementation` with "vtc" for the vision tower')
 def test_vision_tower_alone(saved, call, expected):
     model = LlavaForConditionalGeneration.from_pretrained(
         saved, attn_implementation={"vision_config": "vtc", "text_config": "sdpa"}
@@ -184,6 +186,7 @@ def test_enabling_one_model_leaves_another_alone(call, expected):
     assert state(other) == before
 
 
+@pytest.mark.supported("Switching and blocks", "`vtc.enable` and `vtc.disable`")
 def test_enable_is_idempotent_and_disable_restores(stock, call, expected):
     answer(stock, call)
     before = state(stock)
@@ -217,6 +220,7 @@ def test_disable_after_loading_as_vtc(saved, call, expected):
     assert answer(model, call) == expected["full"]
 
 
+@pytest.mark.supported("Switching and blocks", "`vtc.compress` blocks, also nested")
 def test_compress_is_scoped(stock, call, expected):
     answer(stock, call)
     before = state(stock)
@@ -310,6 +314,7 @@ def test_wrapped_model(stock, call, expected):
         assert answer(stock, call) == expected["short"]
 
 
+@pytest.mark.supported("Loading", "`copy.deepcopy`")
 def test_deepcopy(stock, call, expected):
     vtc.enable(stock, keep=9)
     other = copy.deepcopy(stock)
@@ -321,6 +326,7 @@ def test_deepcopy(stock, call, expected):
     assert answer(other, call) == expected["full"]
 
 
+@pytest.mark.supported("Loading", "`save_pretrained` and `from_pretrained`")
 def test_saved_model_is_stock_without_vtc_and_remembers_its_settings_with_it(stock, call, expected, tmp_path):
     vtc.enable(stock, keep=9)
     stock.save_pretrained(tmp_path)

@@ -24,7 +24,7 @@ from PIL import Image
 from support import mutate
 
 from bench import __main__ as bench_command
-from bench import parts, readme, record, speedups
+from bench import calls, parts, readme, record, speedups
 from vtc import config, tiny
 from vtc.tiny.scenes import Scene
 
@@ -192,6 +192,34 @@ def test_a_block_that_nothing_makes_is_explained(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("<!-- other -->\n<!-- /other -->\n")
     with pytest.raises(ValueError, match=r"has the block other; bench/readme\.py makes accuracy, "):
         readme.rewrite(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mark", "says"),
+    [
+        ('supported("Elsewhere", "way")', "test_it names 'Elsewhere'; areas are Prompts, "),
+        ('supported("Prompts")', "supported of test_it takes two strings, got pytest"),
+        ('refused(WAY, instead="other")', "refused of test_it takes two strings, got pytest"),
+    ],
+)
+def test_a_mark_of_the_table_of_ways_that_is_wrong_is_explained(tmp_path: Path, mark: str, says: str) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_it.py").write_text(f"@pytest.mark.{mark}\ndef test_it(): ...\n")
+    with pytest.raises(ValueError, match=re.escape(says)):
+        list(calls.marks(tmp_path))
+
+
+def test_the_table_of_ways_names_each_once_with_all_its_tests(tmp_path: Path) -> None:
+    (tmp_path / "tests/hf").mkdir(parents=True)
+    mark = '@pytest.mark.supported("Loading", "a way")\n'
+    for name in ("a", "b"):
+        (tmp_path / f"tests/hf/test_{name}.py").write_text(f"{mark}def test_it(): ...\n{mark}def test_too(): ...\n")
+    (tmp_path / "tests/test_c.py").write_text('@pytest.mark.supported("Prompts", "first")\ndef test_it(): ...\n')
+    found = calls.ways("supported", tmp_path)
+    assert list(found.items()) == [
+        (("Prompts", "first"), ["tests/test_c.py"]),
+        (("Loading", "a way"), ["tests/hf/test_a.py", "tests/hf/test_b.py"]),
+    ]
 
 
 def test_every_operation_of_the_table_must_be_complete(monkeypatch: pytest.MonkeyPatch) -> None:

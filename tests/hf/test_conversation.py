@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 import vtc
 
 
+@pytest.mark.supported("Caches", "a further turn on a returned cache")
 @pytest.mark.parametrize("name", ["one", "left_padded", "unequal_images", "text_only_row"])
 def test_second_turn(model, eager, name):
     vtc.configure(model, keep=9)
@@ -32,6 +33,7 @@ def test_second_turn(model, eager, name):
         golden.close(torch.stack(second.logits)[:, i], logits)
 
 
+@pytest.mark.supported("Caches", "further turns with new images")
 @pytest.mark.parametrize("first_turn", ["one", "text"])
 def test_further_turns_with_new_images(model, eager, first_turn):
     """With the caller's own cache, which `generate()` does not return."""
@@ -50,6 +52,9 @@ def test_further_turns_with_new_images(model, eager, first_turn):
         row = out[0].tolist() + ids(2, "image", 3, seed=9 + turn)
 
 
+@pytest.mark.refused(
+    "a further turn without the whole conversation", instead="pass what `generate()` returned, then the new question"
+)
 def test_second_turn_that_cannot_be_right(model, stock):
     vtc.configure(model, keep=9)
     rows = prompts("one")
@@ -104,6 +109,7 @@ def test_uncompressed_cache_is_continued_as_stock(model, stock):
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.supported("Caches", "a cache that was reset")
 @pytest.mark.parametrize("first", ["generate", "forward"])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @torch.no_grad()

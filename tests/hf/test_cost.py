@@ -51,6 +51,7 @@ def no_recompiles():
     torch._dynamo.reset()
 
 
+@pytest.mark.supported("Compiling", "image encoding in one graph")
 @pytest.mark.parametrize("scoped", [False, True])
 def test_image_encoding_compiles_into_one_graph(stock, no_recompiles, scoped):
     vtc.enable(stock, keep=KEEP)
@@ -62,6 +63,7 @@ def test_image_encoding_compiles_into_one_graph(stock, no_recompiles, scoped):
             assert torch.equal(torch.stack(compiled(pixels).pooler_output), torch.stack(expected))
 
 
+@pytest.mark.supported("Compiling", "decoding with a static cache, compiled once")
 def test_generate_with_a_static_cache_compiles_decoding_once(stock, no_recompiles, call):
     """transformers compiles the decoding step by itself where there is a GPU; here it is told to."""
     vtc.enable(stock, keep=KEEP)
@@ -77,6 +79,7 @@ def test_generate_with_a_static_cache_compiles_decoding_once(stock, no_recompile
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.supported("Compiling", "a compiled `forward()` that decodes")
 def test_compiled_forward_decodes_without_recompiling(stock, no_recompiles, eager):
     vtc.enable(stock, keep=KEEP)
     stock.set_attn_implementation("vtc")

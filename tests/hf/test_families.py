@@ -120,6 +120,21 @@ class Prompts:
         return torch.cat([project(features[golden.top(values, keep)]) for features, values in seen])
 
     @torch.no_grad()
+    def kept(self, eager, visual, keep):
+        """Which of a visual's placeholders stay, ascending; `features` has their features."""
+        kind, pictures, size = visual
+        values = [golden.view(eager, pixels, LAYERS)[1] for pixels in pictures]
+        if kind == "tiles":
+            tokens = golden.tile_tokens(GRID, *SIZES[size], size)
+            own = [0 if token is None else values[token[0]][token[1]] for token in tokens]
+            return golden.share_out(own, tokens, keep, False)
+        if kind == "video":
+            side = GRID // 2
+            corners = [2 * y * GRID + 2 * x for y in range(side) for x in range(side)]
+            values = [[sum(own[at + i] for i in (0, 1, GRID, GRID + 1)) / 4 for at in corners] for own in values]
+        return [view * len(own) + patch for view, own in enumerate(values) for patch in golden.top(own, keep)]
+
+    @torch.no_grad()
     def spliced(self, eager, keep, equal=False):
         for row, own in zip(self.ids, self.visuals, strict=True):
             given = [(self.tokens(v), self.features(eager, v, keep, equal)) for v in own]

@@ -1,4 +1,4 @@
-"""`forward()` against the golden path: logits, loss, gradients, decoding by hand."""
+"""`forward()` against the golden path: rows without a mask, gradients, decoding by hand, positions."""
 
 import copy
 
@@ -6,37 +6,13 @@ import pytest
 import torch
 from support.golden import llava as golden
 from support.models import IMAGE, TOKENS
-from support.prompts import LAYERS, PROMPTS, check_generated, count_images, detailed, inputs, prompts, spliced
+from support.prompts import LAYERS, check_generated, count_images, detailed, inputs, prompts, spliced
+from test_forward_columns import row_places
 
 import vtc
 
 
-def full_logits(eager, rows, pixels, keep=9):
-    """Of each row alone, the logits `[L, V]` of its columns."""
-    pixels, result = list(pixels), []
-    for row in rows:
-        own, pixels = pixels[: count_images(row)], pixels[count_images(row) :]
-        with torch.no_grad():
-            short = golden.logits(eager, golden.splice(eager, row, own, keep, LAYERS, TOKENS)[0])
-            columns = golden.kept_columns(eager, row, own, keep, LAYERS, TOKENS)
-        result.append(golden.spread(short, columns, len(row)))
-    return result
-
-
-@pytest.mark.parametrize("name", PROMPTS)
-def test_forward_logits(model, eager, name):
-    vtc.configure(model, keep=9)
-    rows = prompts(name)
-    call = inputs(rows)
-    with torch.no_grad():
-        out = model(**call)
-        last = model(**call, logits_to_keep=1)
-    for i, expected in enumerate(full_logits(eager, rows, call["pixel_values"])):
-        golden.close(out.logits[i, -len(rows[i]) :], expected)
-        golden.close(last.logits[i], expected[-1:])
-    assert out.logits.shape[:2] == call["input_ids"].shape
-
-
+@pytest.mark.supported("Prompts", "no mask, also where rows become unequally short")
 def test_rows_that_become_unequal_need_no_mask(model, eager):
     vtc.configure(model, keep=9)
     rows = prompts("unequal_same_length")
@@ -45,8 +21,9 @@ def test_rows_that_become_unequal_need_no_mask(model, eager):
     check_generated(model.generate(**call, **detailed()), call, eager, rows, 9)
     with torch.no_grad():
         logits = model(**call).logits
-    for i, expected in enumerate(full_logits(eager, rows, call["pixel_values"])):
-        golden.close(logits[i], expected)
+    assert logits.shape[:2] == call["input_ids"].shape
+    for i, (where, embeds) in enumerate(row_places(eager, rows, call["pixel_values"])):
+        golden.close(logits[i], golden.logits(eager, embeds).detach()[where])
 
 
 @pytest.mark.parametrize("ragged", ["left", "right"])
@@ -89,40 +66,24 @@ def test_labels_and_gradients(model, stock, name, ragged):
     assert compared >= {"vision_tower", "multi_modal_projector", "language_model"}
 
 
-@pytest.mark.parametrize("name", ["one", "left_padded"])
-def test_manual_decoding_loop(model, eager, name):
-    """forward() with the cache it returned: the mask has the caller's columns, or there is none without padding."""
+def test_new_tokens_need_no_mask_where_nothing_is_padded(model, eager):
+    """forward() with the cache it returned; images on top of that cache are refused."""
     vtc.configure(model, keep=9)
-    rows = prompts(name)
+    rows = prompts("one")
     call = inputs(rows)
     with torch.no_grad():
         out = model(**call)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
-        if name == "one":
-            step = model(input_ids=token, past_key_values=copy.deepcopy(out.past_key_values))
-            embeds, _ = spliced(eager, rows, call["pixel_values"], 9)[0]
-            new, logits = golden.decode(eager, embeds, 2)
-            assert token.tolist() == [[new[0]]]
-            golden.close(step.logits[0, -1], logits[1])
-        mask = call["attention_mask"]
-        for positions in (True, False):
-            cache, tokens, seen = copy.deepcopy(out.past_key_values), [token], []
-            for step in range(1, 4):
-                longer = torch.cat([mask, torch.ones(len(rows), step, dtype=torch.long)], 1)
-                more = {"position_ids": (longer.cumsum(1) - 1)[:, -1:]} if positions else {}
-                last = model(tokens[-1], attention_mask=longer, past_key_values=cache, **more).logits[:, -1]
-                seen.append(last)
-                tokens.append(last.argmax(-1, keepdim=True))
-            for i, (embeds, _) in enumerate(spliced(eager, rows, call["pixel_values"], 9)):
-                new, logits = golden.decode(eager, embeds, 4)
-                assert torch.cat(tokens, 1)[i].tolist() == new
-                golden.close(torch.stack(seen)[:, i], logits[1:])
-        with pytest.raises(ValueError, match="which have"):
-            model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values)
+        step = model(input_ids=token, past_key_values=copy.deepcopy(out.past_key_values))
+        embeds, _ = spliced(eager, rows, call["pixel_values"], 9)[0]
+        new, logits = golden.decode(eager, embeds, 2)
+        assert token.tolist() == [[new[0]]]
+        golden.close(step.logits[0, -1], logits[1])
         with pytest.raises(ValueError, match="whole conversation"):
             model(**call, past_key_values=out.past_key_values)
 
 
+@pytest.mark.supported("generate()", "`position_ids` of the full prompt")
 def test_given_positions_close_up(model, eager):
     vtc.configure(model, keep=9)
     rows = prompts("several_images")

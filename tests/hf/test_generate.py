@@ -18,6 +18,8 @@ from vtc.hf.attention import vtc_attention
 KEEPS = (1, 9, TOKENS - 1, TOKENS)
 
 
+@pytest.mark.supported("Prompts", "one or several images in a row, left-padded batches, rows without an image")
+@pytest.mark.supported("generate()", "greedy")
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("name", PROMPTS)
 def test_greedy(model, eager, name, keep):
@@ -63,6 +65,7 @@ def test_unpadded_prompt_decodes_at_the_compressed_position(model, eager, mask):
     assert seen == [[list(range(length))]] + [[[length + i]] for i in range(STEPS - 1)]
 
 
+@pytest.mark.supported("Caches", "dynamic, static, or none (`use_cache=False`)")
 @pytest.mark.parametrize("name", ["one", "unequal_images", "text_only_row"])
 @pytest.mark.parametrize("cache", [{"cache_implementation": "static"}, {"use_cache": False}])
 def test_other_caches(model, eager, name, cache):
@@ -90,6 +93,7 @@ def test_text_only_batch_is_stock(model, stock):
     assert all(map(torch.equal, ours.logits, theirs.logits))
 
 
+@pytest.mark.supported("generate()", "sampling")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sampling(model, eager, seed):
     vtc.configure(model, keep=9)
@@ -102,6 +106,7 @@ def test_sampling(model, eager, seed):
     assert out[0, len(rows[0]) :].tolist() == new
 
 
+@pytest.mark.supported("generate()", "beams and `num_return_sequences`")
 @pytest.mark.parametrize("copies", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
 @pytest.mark.parametrize("name", ["left_padded", "text_only_row", "unequal_images"])
 def test_beams(model, eager, name, copies):
@@ -153,6 +158,7 @@ class Streamer:
         self.ended = True
 
 
+@pytest.mark.supported("generate()", "logits processors and stopping criteria, which see the full prompt")
 def test_the_callers_callables_see_the_full_prompt(model):
     vtc.configure(model, keep=9)
     call = inputs(prompts("left_padded"))
@@ -169,6 +175,7 @@ def test_the_callers_callables_see_the_full_prompt(model):
         assert torch.equal(seen, out[:, : length + i + 1])
 
 
+@pytest.mark.supported("generate()", "streamers and `prefix_allowed_tokens_fn`")
 def test_streamer_and_prefix_function(model):
     vtc.configure(model, keep=9)
     call = inputs(prompts("one"))
@@ -187,6 +194,7 @@ def test_streamer_and_prefix_function(model):
     assert set(out[0, call["input_ids"].shape[1] :].tolist()) <= {7, 8}
 
 
+@pytest.mark.supported("generate()", "`max_length` and `min_length`, which count the full prompt")
 @pytest.mark.parametrize("how", ["argument", "config", "model"])
 def test_max_length_counts_the_full_prompt(model, how):
     vtc.configure(model, keep=9)
@@ -221,6 +229,7 @@ def test_output_hidden_states_are_those_of_the_short_prompt(model):
     assert out.past_key_values.get_seq_length() == call["input_ids"].shape[1] - TOKENS + 9 + STEPS - 1
 
 
+@pytest.mark.supported("generate()", "`prefill_chunk_size`")
 def test_chunked_prefill(model, eager):
     vtc.configure(model, keep=9)
     rows = prompts("several_images")
@@ -250,6 +259,7 @@ def test_half_precision_is_the_short_prompt_in_half_precision(model, dtype, devi
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.refused("more or fewer images than the prompts have", instead="pass as many as the prompts have")
 @pytest.mark.parametrize("pixels", [1, 3])
 def test_wrong_number_of_images(model, pixels):
     vtc.configure(model, keep=TOKENS // 2)  # 2 images then have as many kept tokens as 1 has placeholders
@@ -265,6 +275,7 @@ def test_wrong_number_of_images(model, pixels):
             run(**call)
 
 
+@pytest.mark.refused("an image in two rows", instead="pass `input_ids` as the processor makes them")
 def test_part_of_an_image(model):
     vtc.configure(model, keep=9)
     half = [1, 5, *[IMAGE] * (TOKENS // 2)]
@@ -272,6 +283,12 @@ def test_part_of_an_image(model):
         model.generate(**models.batch([half, half]), pixel_values=models.images(1))
 
 
+@pytest.mark.refused("`inputs_embeds` together with an image", instead="pass `input_ids`")
+@pytest.mark.refused(
+    'a vision tower with a [CLS] token and `vision_feature_select_strategy="full"`', instead='`"default"`'
+)
+@pytest.mark.refused("`mm_encoder_outputs` from the caller", instead="pass `pixel_values`")
+@pytest.mark.refused("`vision_feature_layer` other than the model's", instead="do not pass it")
 def test_what_is_not_supported_says_so(model, stock):
     vtc.configure(model, keep=9)
     call = inputs(prompts("one"))

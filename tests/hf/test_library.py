@@ -55,12 +55,14 @@ def check(model, eager, call, keep=KEEP):
         golden.close(torch.stack(out.logits)[:, i], logits)
 
 
+@pytest.mark.supported("Loading", "`AutoModelForImageTextToText`")
 def test_auto_model(saved, eager, call):
     model = AutoModelForImageTextToText.from_pretrained(saved, attn_implementation="vtc")
     vtc.configure(model, keep=KEEP)
     check(model, eager, call)
 
 
+@pytest.mark.supported("Switching and blocks", "`set_attn_implementation`")
 def test_set_attn_implementation_back_and_forth(stock, eager, call):
     expected = stock.generate(**call, **detailed())
     vtc.configure(stock, keep=KEEP)
@@ -93,6 +95,7 @@ def question():
     return model, processor, messages, call
 
 
+@pytest.mark.supported("Prompts", "chat templates")
 def test_chat_template(question):
     """What the template makes is what VTC takes: the short prompt by hand gives the same answer."""
     model, _, _, call = question
@@ -109,6 +112,7 @@ def test_chat_template(question):
     assert len(answer) == 3 or answer[-1] == model.generation_config.eos_token_id
 
 
+@pytest.mark.supported("Loading", '`pipeline("image-text-to-text")`')
 def test_pipeline(question):
     model, processor, messages, call = question
     pipe = pipeline("image-text-to-text", model=str(tiny.CHECKPOINT), model_kwargs={"attn_implementation": "vtc"})
@@ -122,6 +126,7 @@ def test_pipeline(question):
     assert run.report().startswith("576 -> 64 visual tokens")
 
 
+@pytest.mark.supported("Prompts", "`inputs_embeds` without an image")
 def test_inputs_embeds_without_an_image(stock):
     """Nothing to shorten, so exactly the stock model."""
     embeds = stock.get_input_embeddings()(models.batch([ids(9)])["input_ids"]).detach()
@@ -143,6 +148,7 @@ def test_moved(stock, call):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.supported("Loading", "`device_map`, also with offloading to disk")
 @pytest.mark.parametrize("where", ["disk", "cuda"])
 def test_device_map(saved, eager, call, tmp_path, where):
     """Parts of the model elsewhere: accelerate's hooks bring them, or move what passes between them."""
@@ -164,6 +170,7 @@ def test_device_map(saved, eager, call, tmp_path, where):
     check(model, eager, call)
 
 
+@pytest.mark.supported("Loading", "LoRA from peft")
 def test_lora(stock, call):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -198,6 +205,7 @@ class Int8Linear(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight * self.scale, self.bias)
 
 
+@pytest.mark.supported("Loading", "quantised linear layers")
 def test_quantised_linear_layers(stock, call):
     for module in [*stock.model.modules()]:
         for name, child in [*module.named_children()]:
@@ -231,11 +239,13 @@ def test_a_keep_that_is_no_count(stock, keep):
             function(stock, keep=keep)
 
 
+@pytest.mark.refused("`keep` together with `ratio`", instead="one of them")
 def test_keep_and_ratio(stock):
     with pytest.raises(ValueError, match=r"got both keep=9 and ratio=0\.5; give one of them"):
         vtc.enable(stock, keep=9, ratio=0.5)
 
 
+@pytest.mark.refused('`backend="triton"` without a GPU', instead='`"auto"` or `"torch"`')
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_triton_without_a_gpu(stock, call, monkeypatch):
     from vtc_kernels import tuning

@@ -240,6 +240,9 @@ def test_a_second_turn(model, eager, call, seen, case):
     check_generated(second, {"input_ids": whole}, eager, spliced(eager, seen, CASES[case][1], rows))
 
 
+@pytest.mark.refused(
+    "a new image in a compressed conversation, with other settings", instead="the settings that the cache began with"
+)
 def test_a_further_image_wants_the_cache_s_method(model, call):
     vtc.enable(model, keep=KEEP, method="prumerge")
     one = {**models.batch([ids(2, "image", 3)]), "pixel_values": call["pixel_values"][:1]}
@@ -306,6 +309,7 @@ def test_none_is_the_stock_model(model, call):
             assert torch.equal(model(**call, logits_to_keep=torch.tensor([3, 5])).logits, full)
 
 
+@pytest.mark.supported("Caches", 'a compressed conversation after the settings changed to `method="none"`')
 def test_none_continues_a_compressed_cache(model, call):
     """Its columns are what they are, whatever the settings have become."""
     vtc.enable(model, keep=KEEP)
@@ -393,6 +397,7 @@ def test_none_is_the_stock_model_with_tiles_and_frames(built, family):
     assert run.images == 1
 
 
+@pytest.mark.refused("a method that needs [CLS] on a tower without it", instead='`"random"`, `"pool"` or `"fastv"`')
 @pytest.mark.parametrize("method", ["vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+"])
 def test_a_tower_without_cls_is_explained(built, method):
     model, _ = built(tower="siglip_vision_model", vision_feature_select_strategy="full")
@@ -404,6 +409,7 @@ def test_a_tower_without_cls_is_explained(built, method):
         vtc.configure(model, keep=KEEP, method=method)
 
 
+@pytest.mark.refused("merging methods on tiles and frames", instead='`"vtc-cls"`, `"fastervlm"`, `"random"`')
 @pytest.mark.parametrize("method", ["visionzip", "prumerge", "prumerge+", "pool"])
 @pytest.mark.parametrize("family", ["llava_next", "llava_next_video"])
 def test_merging_across_tiles_and_frames_is_explained(built, family, method):
@@ -444,6 +450,10 @@ def test_configure_refuses(built, build, settings, says):
     assert not hasattr(model.config, "vtc")
 
 
+@pytest.mark.refused(
+    '`"prumerge+"` that keeps all patches of an image, because the extra token then has no placeholder',
+    instead="a smaller `keep`",
+)
 def test_more_tokens_than_places_are_explained(model, call):
     """PruMerge+ may keep every patch of an image, and then there is the extra token."""
     vtc.enable(model, keep=KEEP, method="prumerge+", adaptive_count=True)
@@ -488,6 +498,7 @@ def test_a_method_that_says_it_selects_and_does_not(model, call, monkeypatch):
         vtc.select(model, call["pixel_values"], keep=KEEP, method="pool")
 
 
+@pytest.mark.supported("Compiling", "image encoding in one graph")
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ADAPTIVE and case != "prumerge neighbors"])
 def test_image_encoding_compiles_into_one_graph(call, case):
     model = models.build(DEPTH)  # a new one: transformers leaves hooks on a tower that has run as the stock one

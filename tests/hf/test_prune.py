@@ -151,6 +151,7 @@ def test_any_attention_of_the_language_model(stock, eager, language, method, lay
     check_generated(model.generate(**call, **detailed()), call, paths)
 
 
+@pytest.mark.refused("`prune_layer` > 0 with a sliding window", instead="`prune_layer=0`")
 @pytest.mark.parametrize("text", [t.MistralConfig, t.Qwen2Config])
 def test_other_language_models(text):
     stock = models.build(text=text, text_layers=3)
@@ -193,6 +194,7 @@ def test_the_prompt_needs_no_cls_token():
     check_generated(model.generate(**call, **detailed()), call, [path])
 
 
+@pytest.mark.refused("`prune_layer` > 0 with tiles or videos", instead="`prune_layer=0`")
 @pytest.mark.parametrize("family", ["llava_next", "llava_next_video"])
 def test_tiles_and_frames_are_refused(family):
     model = models.build(family=family)
@@ -214,6 +216,7 @@ def test_keeping_all_is_the_stock_model(model, stock, name, method, layer, kv):
     assert conversation.read(out.past_key_values) is None
 
 
+@pytest.mark.supported("generate()", "beams with `prune_layer` > 0")
 @some
 @pytest.mark.parametrize("name", ["one", "unequal_images"])
 def test_beams(model, eager, name, method, layer, kv):
@@ -226,6 +229,7 @@ def test_beams(model, eager, name, method, layer, kv):
         assert own.tolist() == path.beams(3, 3)
 
 
+@pytest.mark.supported("Caches", "a static cache with `prune_layer` > 0")
 @pytest.mark.parametrize("method", ["vtc-cls", "fastv"])
 @pytest.mark.parametrize("name", PROMPTS)
 def test_static_cache(model, eager, name, method):
@@ -315,6 +319,7 @@ def test_no_cache(model, eager):
             model.generate(**call, **detailed(use_cache=False))
 
 
+@pytest.mark.supported("Caches", 'a further turn with `prune_layer` > 0, `kv="full"` and no new image')
 @pytest.mark.parametrize("method", ["vtc-cls", "fastv"])
 def test_a_further_turn(model, eager, method):
     vtc.configure(model, keep=KEEP, method=method, prune_layer=2, kv="full")
@@ -516,6 +521,10 @@ def test_run_counts(model, kv):
     assert run.kv_bytes_before == 2 * LAYERS * length * cache.layers[0].keys[:, :, 0].nbytes
 
 
+@pytest.mark.refused(
+    "`prune_layer` > 0 with chunked prefill, assisted or prompt-lookup decoding, gradient checkpointing",
+    instead="`prune_layer=0`, or unset the option",
+)
 def test_what_cannot_be_done_says_so(model, stock):
     vtc.configure(model, keep=KEEP, prune_layer=2)
     call = inputs(prompts("one"))
@@ -532,6 +541,7 @@ def test_what_cannot_be_done_says_so(model, stock):
     for change, message in [
         ({"prefill_chunk_size": 8}, "prefill_chunk_size"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup"),
+        ({"assistant_model": stock}, "assistant_model"),
         ({"past_key_values": model(**call).past_key_values}, "further turn"),
         ({"past_key_values": stock(**call).past_key_values}, "further turn"),
         ({"inputs_embeds": torch.zeros(1, length, 64)}, "no inputs_embeds"),
@@ -574,6 +584,10 @@ def test_a_layer_that_does_not_exist(model, layer):
         vtc.configure(model, prune_layer=layer)
 
 
+@pytest.mark.refused(
+    "`prune_layer` > 0 with a language model other than Llama, Mistral or Qwen2",
+    instead="`prune_layer=0`",
+)
 def test_a_language_model_of_another_kind(model):
     model.model.language_model.config.model_type = "gemma"
     with pytest.raises(ValueError, match="llama, mistral, qwen2"):

@@ -24,6 +24,7 @@ def call():
     return inputs(prompts("left_padded"))
 
 
+@pytest.mark.supported("Training", "gradient checkpointing")
 def test_gradient_checkpointing(stock, call):
     """The same loss and gradients as without; those are compared with the golden ones in test_generate."""
     vtc.enable(stock, keep=KEEP)
@@ -53,6 +54,7 @@ def test_gradient_checkpointing(stock, call):
     }
 
 
+@pytest.mark.supported("Training", "frozen parts")
 def test_frozen_parts_get_no_gradient(stock, call):
     vtc.enable(stock, keep=KEEP)
     stock.model.vision_tower.requires_grad_(False)
@@ -100,6 +102,7 @@ def test_two_models_in_two_threads(call):
         assert all(map(torch.equal, out, expected))
 
 
+@pytest.mark.supported("Switching and blocks", "a block per thread on one model")
 def test_one_model_in_two_threads(stock, call):
     """Each thread has its own scope open while the other's is; the model is stock again when the last one closes."""
     expected = {keep: alone(stock, call, keep) for keep in (3, 20)}

@@ -39,6 +39,7 @@ def second_turn(first, call):
     return {"input_ids": torch.cat([first.sequences, question], 1), "attention_mask": mask}
 
 
+@pytest.mark.supported("Arguments", "`past_key_values` and `cache`, the older and the newer word")
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("name", ["one", "left_padded", "unequal_images"])
 def test_a_second_turn_with_either_word(model, stock, word, name):
@@ -70,6 +71,7 @@ def test_a_second_turn_after_pruning_with_either_word(model, stock, word, method
         golden.close(torch.stack(second.logits)[:, i], logits)
 
 
+@pytest.mark.refused("both `cache` and `past_key_values`", instead="one of them")
 @pytest.mark.parametrize("prune_layer", [0, 2])
 def test_both_words_at_once_are_refused(model, prune_layer):
     vtc.configure(model, prune_layer=prune_layer)
@@ -145,6 +147,7 @@ def test_the_tested_versions_do_not_warn(caplog):
     assert not caplog.records
 
 
+@pytest.mark.refused("transformers older than 5.23", instead="a newer one")
 def test_an_older_transformers_is_refused(stock, monkeypatch):
     monkeypatch.setattr(names.transformers, "__version__", "5.22.2")
     for function in (vtc.enable, vtc.configure, lambda model: vtc.compress(model).__enter__()):

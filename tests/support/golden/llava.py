@@ -121,19 +121,6 @@ def splice_features(model, row, visuals):
     return torch.cat(parts)[None]
 
 
-def kept_columns(model, row, images, keep, layers, tokens):
-    """The columns of one unpadded prompt (list of ids) that stay: text, and the kept patches, each at its own place."""
-    images, columns, at = list(images), [], 0
-    while at < len(row):
-        if row[at] == model.config.image_token_id:
-            columns += [at + patch for patch in top(scores(model, images.pop(0), layers), keep)]
-            at += tokens
-        else:
-            columns.append(at)
-            at += 1
-    return columns
-
-
 def spread(short, columns, length):
     """`short` `[L', ...]` of the `columns` (list) that stay, for all `length` columns: of the last one that stays."""
     return torch.stack([short[max(sum(at <= j for at in columns) - 1, 0)] for j in range(length)])
