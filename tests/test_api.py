@@ -301,7 +301,7 @@ def test_inner_model(stock, call):
     with torch.no_grad():
         hidden = inner(**call).last_hidden_state
         golden.close(stock.lm_head(hidden), stock(**call).logits)
-    assert hidden.shape[1] == call["input_ids"].shape[1] - 2 * (TOKENS - 9)
+    assert hidden.shape[:2] == call["input_ids"].shape
 
 
 def test_wrapped_model(stock, call, expected):

@@ -115,10 +115,10 @@ def test_flash_attn_is_called_as_it_documents(installed, monkeypatch):
     assert torch.equal(out.sequences, expected.sequences)
     golden.close(torch.stack(out.logits), torch.stack(expected.logits))
     prompt = len(call["input_ids"][0]) - models.TOKENS + 9
-    assert shapes[:5] == [((1, 1 + models.TOKENS, 4, 16), (1, 1 + models.TOKENS, 4, 16), False)] * 5
-    assert shapes[5:7] == [((1, prompt, 4, 16), (1, prompt, 2, 16), True)] * 2
-    assert shapes[7:9] == [((1, 1, 4, 16), (1, prompt + 1, 2, 16), False)] * 2
-    assert len(shapes) == 5 + 5 * 2
+    assert shapes[:6] == [((1, 1 + models.TOKENS, 4, 16), (1, 1 + models.TOKENS, 4, 16), False)] * 6
+    assert shapes[6:8] == [((1, prompt, 4, 16), (1, prompt, 2, 16), True)] * 2
+    assert shapes[8:10] == [((1, 1, 4, 16), (1, prompt + 1, 2, 16), False)] * 2
+    assert len(shapes) == 6 + 5 * 2
 
 
 def test_env_shows_the_choice():

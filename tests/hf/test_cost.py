@@ -135,7 +135,7 @@ def test_real_configuration_on_the_meta_device(size):
     with torch.no_grad(), vtc.compress(model) as run:
         out = model(input_ids=prompt, pixel_values=torch.empty(1, 3, 336, 336, device="meta"))
     width, layers, heads = (VICUNA[size][k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    assert out.logits.shape == (1, 1 + 64 + 40, 32064)
+    assert out.logits.shape == (1, 1 + 576 + 40, 32064)
     assert models.image_features(out).shape == (64, width)
     cached = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
     assert [t.shape for t in cached] == [(1, heads, 105, width // heads)] * 2 * layers

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtc.hf.prompt import FullPrompt, Prompt, right_aligned
+from vtc.hf.prompt import FullPrompt, Prompt, Shortening
 
 IMAGE, VIDEO, PAD = 90, 91, 0
 TEXT = st.lists(st.integers(1, 80), max_size=4)
@@ -58,28 +58,59 @@ def sizes(counts):
     return {token: [size for size, _ in own] for token, own in counts.items()}
 
 
-@given(batches())
-def test_shortened_is_what_stays_of_each_row(batch):
+def choose(rows, counts, draw):
+    """`kept` for `Prompt.shortening`: of each image which placeholders stay, drawn; and the same row by row."""
+    kept, stays, left = {token: [] for token in counts}, [], {token: list(own) for token, own in counts.items()}
+    for row in rows:
+        own, at = [], 0
+        while at < len(row):
+            if row[at] in left:
+                size, keep = left[row[at]].pop(0)
+                numbers = sorted(draw(st.permutations(range(size)))[:keep])
+                kept[row[at]] += [number in numbers for number in range(size)]
+                own += [at + number for number in numbers]
+                at += size
+            else:
+                own.append(at)
+                at += 1
+        stays.append(own)
+    return {token: torch.tensor(each, dtype=torch.bool) for token, each in kept.items()}, stays
+
+
+def shorten(prompt, counts, kept, mask=None, positions=None, **more):
+    shortening = prompt.shortening(counts, kept)
+    return shortening, prompt.shortened(shortening, mask, positions, pad=PAD, **more)
+
+
+@given(batches(), st.data())
+def test_shortened_is_what_stays_of_each_row(batch, data):
     rows, counts, left, length = batch
     ids, mask = tensors(rows, left, length)
-    positions, labels = (mask.cumsum(1) - 1).clamp(min=0), torch.arange(ids.numel()).view_as(ids)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     prompt = Prompt.read(ids, mask, sizes(counts))
-    stays = shorten_slowly(rows, counts)
+    kept, stays = choose(rows, counts, data.draw)
+    if data.draw(st.booleans()):  # a method whose tokens are no patches: the first K
+        kept, stays = dict.fromkeys(counts), shorten_slowly(rows, counts)
     assert prompt.num_tokens == [len(row) for row in rows]
-    assert prompt.lengths(counts) == [len(kept) for kept in stays]
-    short = prompt.shortened(counts, mask, positions, labels, PAD)
+    assert prompt.lengths(counts) == [len(own) for own in stays]
+    shortening, short = shorten(prompt, counts, kept, mask, positions)
     if all(size == keep for own in counts.values() for size, keep in own):
+        assert shortening is None
         assert short["input_ids"] is ids
         assert short["attention_mask"] is mask
         return
     width = max(map(len, stays))
-    for i, (row, kept) in enumerate(zip(rows, stays, strict=True)):
-        pad = width - len(kept)
-        assert short["input_ids"][i].tolist() == [PAD] * pad + [row[at] for at in kept]
-        assert short["attention_mask"][i].tolist() == [0] * pad + [1] * len(kept)
-        assert short["position_ids"][i].tolist() == [0] * pad + list(range(len(kept)))
-        expected = [labels[i, left[i] + at].item() for at in kept]
-        assert short["labels"][i].tolist() == [-100] * (pad + 1) + expected[1:]
+    counted = shorten(prompt, counts, kept, mask, counted=True)[1]["position_ids"]
+    full = shortening.spread(counted[..., None])[..., 0]
+    for i, (row, own) in enumerate(zip(rows, stays, strict=True)):
+        pad = width - len(own)
+        assert short["input_ids"][i].tolist() == [PAD] * pad + [row[at] for at in own]
+        assert short["attention_mask"][i].tolist() == [0] * pad + [1] * len(own)
+        dropped = [sum(before not in own for before in range(at + 1)) for at in own]
+        assert short["position_ids"][i].tolist() == [0] * pad + [at - n for at, n in zip(own, dropped, strict=True)]
+        assert counted[i].tolist() == [0] * pad + list(range(len(own)))
+        places = [max(sum(at <= j - left[i] for at in own) - 1, 0) for j in range(length)]
+        assert full[i].tolist() == places
 
 
 @given(batches())
@@ -88,7 +119,7 @@ def test_without_a_mask_every_column_is_a_token(batch):
     length = max(map(len, rows))
     rows = [row + [7] * (length - len(row)) for row in rows]
     ids, _ = tensors(rows, [0] * len(rows), length)
-    short = Prompt.read(ids, None, sizes(counts)).shortened(counts, None, pad=PAD)
+    _, short = shorten(Prompt.read(ids, None, sizes(counts)), counts, dict.fromkeys(counts))
     stays = shorten_slowly(rows, counts)
     lengths = {len(kept) for kept in stays}
     assert ("attention_mask" in short) == (len(lengths) > 1)
@@ -102,8 +133,8 @@ def test_the_prompt_is_read_back_once(monkeypatch):
     ids = torch.tensor([[1, IMAGE, IMAGE, 2, VIDEO, VIDEO, VIDEO]])
     counts = {IMAGE: [(2, 1)], VIDEO: [(3, 2)]}
     prompt = Prompt.read(ids, None, sizes(counts))
-    assert reads == [(5, 1)]
-    prompt.shortened(counts, None)
+    assert reads == [(4, 1)]
+    shorten(prompt, counts, dict.fromkeys(counts))
     assert len(reads) == 1
 
 
@@ -137,22 +168,48 @@ def test_an_image_in_two_rows_is_refused():
         Prompt.read(torch.tensor([[1, IMAGE], [IMAGE, 2]]), None, {IMAGE: [2]})
 
 
-@pytest.mark.parametrize("hidden", [[2], [2, 3]])
-def test_masked_placeholders_are_refused(hidden):
+def test_a_mask_may_hide_kept_patches_and_text_in_the_middle():
+    ids, mask = torch.tensor([[PAD, 1, 5, IMAGE, IMAGE, IMAGE, 6]]), torch.tensor([[0, 1, 0, 1, 0, 0, 1]])
+    prompt = Prompt.read(ids, mask, {IMAGE: [3]})
+    kept = {IMAGE: torch.tensor([True, False, True])}
+    shortening, short = shorten(prompt, {IMAGE: [(3, 2)]}, kept, mask, counted=True)
+    assert prompt.hides_images
+    assert shortening.stays.tolist() == [[False, True, True, True, False, True, True]]
+    assert short["input_ids"].tolist() == [[1, 5, IMAGE, IMAGE, 6]]
+    assert short["attention_mask"].tolist() == [[1, 0, 1, 0, 1]]
+    assert short["position_ids"].tolist() == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("hidden", [[2], [3], [2, 3]])
+def test_merged_tokens_are_hidden_all_or_not_at_all(hidden):
     ids, mask = torch.tensor([[1, 5, IMAGE, IMAGE, 6]]), torch.ones(1, 5, dtype=torch.long)
     mask[0, hidden] = 0
     prompt = Prompt.read(ids, mask, {IMAGE: [2]})
-    with pytest.raises(ValueError, match=rf"attention_mask hides {len(hidden)} image placeholders"):
-        prompt.shortened({IMAGE: [(2, 1)]}, mask)
-    assert prompt.shortened({IMAGE: [(2, 2)]}, mask)["attention_mask"] is mask  # nothing is dropped
+    if len(hidden) == 2:
+        _, short = shorten(prompt, {IMAGE: [(2, 1)]}, {IMAGE: None}, mask)
+        assert short["attention_mask"].tolist() == [[1, 1, 0, 1]]
+    else:
+        with pytest.raises(ValueError, match="hides 1 of the 2 placeholders of image 0"):
+            prompt.shortening({IMAGE: [(2, 1)]}, {IMAGE: None})
+    _, short = shorten(prompt, {IMAGE: [(2, 2)]}, {IMAGE: None}, mask)
+    assert short["attention_mask"] is mask  # nothing is dropped
 
 
-@pytest.mark.parametrize("name", ["mask", "position_ids", "labels"])
+def test_packed_rows_get_no_mask_and_padding_is_a_sample():
+    ids = torch.tensor([[1, IMAGE, IMAGE, 2, 1, 3], [1, 4, 5, 6, 1, 7]])
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 0, 1]])
+    prompt = Prompt.read(ids, None, {IMAGE: [2]})
+    _, short = shorten(prompt, {IMAGE: [(2, 1)]}, {IMAGE: None}, None, positions, packed=True)
+    assert "attention_mask" not in short
+    assert short["position_ids"].tolist() == [[0, 0, 1, 2, 0, 1], [0, 1, 2, 3, 0, 1]]
+
+
+@pytest.mark.parametrize("name", ["mask", "position_ids"])
 def test_whatever_goes_with_the_ids_has_their_columns(name):
     prompt = Prompt.read(torch.tensor([[1, IMAGE, IMAGE]]), None, {IMAGE: [2]})
     given = {"mask": None, name: torch.ones(1, 2)}
     with pytest.raises(ValueError, match=r"must have the 3 columns of input_ids, got shape \[1, 2\]"):
-        prompt.shortened({IMAGE: [(2, 1)]}, **given)
+        prompt.shortened(None, **given)
 
 
 def test_a_mask_of_one_row_is_for_all():
@@ -160,12 +217,13 @@ def test_a_mask_of_one_row_is_for_all():
     assert Prompt.read(ids, mask, {IMAGE: [2, 2]}).num_tokens == [3, 3]
 
 
-def test_right_aligned():
+def test_a_shortening_is_right_aligned():
     stays = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 0]]).bool()
-    columns, real = right_aligned(stays, 3)
-    assert columns[0].tolist() == [0, 2, 3]
-    assert columns[1, -1] == 2
-    assert real.tolist() == [[True] * 3, [False, False, True]]
+    shortening = Shortening.of(stays, 3, 1)
+    assert shortening.columns[0].tolist() == [0, 2, 3]
+    assert shortening.columns[1, -1] == 2
+    assert shortening.filled.tolist() == [[True] * 3, [False, False, True]]
+    assert shortening.take(torch.arange(10).view(2, 5), -1).tolist() == [[0, 2, 3], [-1, -1, 7]]
 
 
 def test_the_full_prompt_comes_back_for_every_copy():

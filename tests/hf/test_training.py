@@ -123,11 +123,3 @@ def test_one_model_in_two_threads(stock, call):
     assert torch.equal(stock.generate(**call, max_new_tokens=STEPS, do_sample=False), full)
     assert not [name for name in stock.model.__dict__ if name.startswith("_vtc")]
     assert not hasattr(stock.config, "vtc")
-
-
-def test_a_thread_without_a_scope_is_in_the_latest(stock, call):
-    """As for a streamer, where generate() runs in a thread of its own."""
-    expected = alone(stock, call, 3)
-    with vtc.compress(stock, keep=20), vtc.compress(stock, keep=3):
-        (out,) = together(lambda: stock.generate(**call, max_new_tokens=STEPS, do_sample=False))
-    assert torch.equal(out, expected)

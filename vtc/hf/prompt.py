@@ -192,21 +192,26 @@ class Prompt:
         elif not (shortening.is_even or packed):
             short["attention_mask"] = shortening.filled.long()
         if position_ids is not None or (counted and "attention_mask" in short):
-            short["position_ids"] = self.positions(shortening, position_ids)
+            short["position_ids"] = self.positions(shortening, position_ids, packed)
         if packed:  # padding becomes a sample of its own, which starts at 0, too
             columns = torch.arange(shortening.columns.shape[1], device=self.input_ids.device)
             short["position_ids"] = torch.where(shortening.filled, short["position_ids"], columns)
         return short
 
-    def positions(self, shortening: Shortening, given: Tensor | None) -> Tensor:
+    def positions(self, shortening: Shortening, given: Tensor | None, packed: bool = False) -> Tensor:
         """The positions `[B, L']` of the short prompt: 0, 1, 2, ... in each row, or the `given` ones `[B or 1, L]`.
 
-        The given ones are closed up: less the number of placeholders dropped before each. Padding has the position 0.
+        The given ones are closed up: less the number of placeholders dropped before each, of samples that are `packed`
+        in a row those of its own sample. Padding has the position 0.
         """
         if given is None:
             return shortening.take((shortening.stays.cumsum(1) - 1).clamp(min=0), 0)
         dropped = ~shortening.stays & ~self.padding
-        return shortening.take(given.expand(dropped.shape) - dropped.cumsum(1), 0)
+        before, given = dropped.cumsum(1), given.expand(dropped.shape)
+        if packed:
+            starts = given.diff(dim=1, prepend=given[:, :1]) != 1
+            before = before - torch.where(starts, before - dropped.long(), 0).cummax(1).values
+        return shortening.take(given - before, 0)
 
     def _require_whole_images(self, token: int, counts: Counts) -> None:
         if not self.hides_images:
