@@ -1,13 +1,14 @@
 """Further turns: a cache that holds a compressed conversation, and the caller's whole one."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from support import models
 from support.golden import llava as golden
-from support.models import VOCAB, ids
-from support.prompts import STEPS, count_images, detailed, inputs, prompts, spliced
+from support.models import TOKENS, VOCAB, ids
+from support.prompts import LAYERS, STEPS, count_images, detailed, inputs, prompts, spliced
 from transformers import DynamicCache, StaticCache
 
 import vtc
@@ -160,4 +161,188 @@ def test_a_mask_of_one_row_in_a_further_turn(model):
         model.generate(whole, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False)
         for mask, cache in zip(masks, caches, strict=True)
     )
+    assert torch.equal(one, two)
+
+
+def two_turns(model, rows, order=None, question=4, **more):
+    """The first turn of `rows`, and what a further turn on its cache needs, with its rows in another order."""
+    call = inputs(rows)
+    first = model.generate(**call, **detailed(**more))
+    asked = torch.randint(4, VOCAB, (len(rows), question), generator=torch.Generator().manual_seed(5))
+    ids_ = torch.cat([first.sequences, asked], 1)
+    mask = torch.cat([call["attention_mask"], torch.ones(len(rows), STEPS + question, dtype=torch.long)], 1)
+    order = list(range(len(rows))) if order is None else order
+    return first.past_key_values, {"input_ids": ids_[order], "attention_mask": mask[order]}, call
+
+
+def check_turn(out, turn, eager, pixels, keep=9):
+    """`out`: generate()'s dict. The golden tokens of each conversation, whose padding is left out."""
+    pixels = list(pixels)
+    for i, (row, mask) in enumerate(zip(turn["input_ids"], turn["attention_mask"], strict=True)):
+        row = row[mask.bool()].tolist()
+        own, pixels = pixels[: count_images(row)], pixels[count_images(row) :]
+        with torch.no_grad():
+            embeds, _ = golden.splice(eager, row, own, keep, LAYERS, TOKENS)
+        new, logits = golden.decode(eager, embeds, STEPS)
+        assert out.sequences[i, turn["input_ids"].shape[1] :].tolist() == new
+        golden.close(torch.stack(out.logits)[:, i], logits)
+
+
+def pixels_of(rows, pixels, order):
+    parts = pixels.split([count_images(row) for row in rows])
+    return torch.cat([parts[i] for i in order])
+
+
+@pytest.mark.supported("Caches", "rows reordered, selected or repeated (`batch_select_indices`)")
+@pytest.mark.parametrize("order", [[1, 2, 0], [2], [0, 0, 2, 1]])
+def test_rows_of_a_cache_may_be_in_another_order(model, eager, order):
+    vtc.configure(model, keep=9)
+    rows = prompts("unequal_images")
+    cache, turn, call = two_turns(model, rows, order)
+    cache.batch_select_indices(torch.tensor(order))
+    out = model.generate(**turn, past_key_values=cache, **detailed())
+    check_turn(out, turn, eager, pixels_of(rows, call["pixel_values"], order))
+
+
+@pytest.mark.supported("Caches", "an image read once by `forward()`, for several questions (`batch_repeat_interleave`)")
+@torch.no_grad()
+def test_one_image_for_several_questions(model, eager):
+    vtc.configure(model, keep=9)
+    prefix = ids(2, "image", 2)
+    cache = DynamicCache(config=model.config.text_config)
+    model(**models.batch([prefix]), pixel_values=models.images(1), past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    turn = models.batch([prefix + ids(3, seed=1)[1:], prefix + ids(3, seed=2)[1:]])
+    out = model.generate(**turn, past_key_values=cache, **detailed())
+    check_turn(out, turn, eager, models.images(1).repeat(2, 1, 1, 1))
+
+
+def test_rows_of_another_conversation_are_refused(model):
+    vtc.configure(model, keep=9)
+    cache, turn, _ = two_turns(model, prompts("one"))
+    for layer in cache.layers:
+        layer.keys = layer.keys + 1
+    with pytest.raises(ValueError, match=r"row 0 of the cache is none of the 1 row\(s\)"):
+        model.generate(**turn, past_key_values=cache, **detailed())
+
+
+@pytest.mark.supported("Caches", "a conversation goes on after its block has ended, and after `vtc.disable`")
+@pytest.mark.parametrize("options", [{}, {"prune_layer": 1, "kv": "full"}], ids=["before", "inside"])
+@pytest.mark.parametrize("after", ["block", "disable", "other settings"])
+def test_a_conversation_goes_on_as_it_began(stock, model, after, options):
+    rows = prompts("left_padded")
+    vtc.configure(model, keep=9, **options)
+    cache, turn, _ = two_turns(model, rows)
+    expected = model.generate(**turn, past_key_values=copy.deepcopy(cache), **detailed())
+    if after == "disable":
+        vtc.disable(model)
+        other = model
+    elif after == "block":
+        with vtc.compress(stock, keep=9, **options):
+            cache, turn, _ = two_turns(stock, rows)
+        other = stock
+    else:
+        vtc.configure(model, keep=4, method="random", prune_layer=0)
+        other = model
+    out = other.generate(**turn, past_key_values=cache, **detailed())
+    assert torch.equal(out.sequences, expected.sequences)
+    golden.close(torch.stack(out.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.supported("Caches", "`crop`, to an earlier token of an answer or of the prompt's text")
+@pytest.mark.parametrize("removed", [2, STEPS - 1, STEPS])
+def test_a_cropped_cache(model, eager, removed):
+    vtc.configure(model, keep=9)
+    rows = prompts("left_padded")
+    cache, turn, call = two_turns(model, rows)
+    cache.crop(-removed)
+    end = call["input_ids"].shape[1] + STEPS - 1 - removed
+    asked = torch.full((len(rows), 3), 9)
+    turn = {"input_ids": torch.cat([turn["input_ids"][:, :end], asked], 1)}
+    turn["attention_mask"] = torch.cat([call["attention_mask"], torch.ones(len(rows), STEPS + 3)], 1)[
+        :, : end + 3
+    ].long()
+    out = model.generate(**turn, past_key_values=cache, **detailed())
+    check_turn(out, turn, eager, call["pixel_values"])
+
+
+@pytest.mark.refused("a cache that was cropped in the middle of an image", instead="crop it less, or start without it")
+def test_a_cache_cropped_into_an_image_is_refused(model):
+    vtc.configure(model, keep=9)
+    cache, turn, _ = two_turns(model, prompts("one"))
+    cache.crop(-(STEPS + 5 + 3))
+    with pytest.raises(ValueError, match="in the middle of an image"):
+        model.generate(**turn, past_key_values=cache, **detailed())
+
+
+@pytest.mark.refused("a further turn on the cache of a beam search", instead="start without the cache")
+def test_a_cache_that_is_not_what_was_returned(model):
+    vtc.configure(model, keep=9)
+    cache, turn, _ = two_turns(model, prompts("one"), num_beams=2)
+    with pytest.raises(ValueError, match="searched with beams"):
+        model.generate(**turn, past_key_values=cache, max_new_tokens=1)
+
+    class Stop(Exception):
+        pass
+
+    def stop(ids_, scores):
+        raise Stop
+
+    cache, call = DynamicCache(config=model.config.text_config), inputs(prompts("one"))
+    with pytest.raises(Stop):
+        model.generate(**call, past_key_values=cache, max_new_tokens=3, logits_processor=[stop])
+    with pytest.raises(ValueError, match="because it failed"):
+        model.generate(**turn, past_key_values=cache, max_new_tokens=1)
+    cache.reset()
+    again = model.generate(**call, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert torch.equal(again, model.generate(**call, max_new_tokens=3, do_sample=False))
+
+
+def test_an_error_before_the_cache_changes_costs_nothing(model):
+    vtc.configure(model, keep=9)
+    cache, turn, _ = two_turns(model, prompts("one"))
+    expected = model.generate(**turn, past_key_values=copy.deepcopy(cache), **detailed()).sequences
+    with pytest.raises(ValueError, match="nonsense"):
+        model.generate(**turn, past_key_values=cache, nonsense=1)
+    assert torch.equal(model.generate(**turn, past_key_values=cache, **detailed()).sequences, expected)
+
+
+def test_samples_of_one_prompt_go_on(model, eager):
+    """num_return_sequences: the cache has a row for each."""
+    vtc.configure(model, keep=9)
+    call = inputs(prompts("one"))
+    torch.manual_seed(0)
+    first = model.generate(
+        **call, max_new_tokens=STEPS, do_sample=True, num_return_sequences=2, return_dict_in_generate=True
+    )
+    assert not torch.equal(first.sequences[0], first.sequences[1])
+    ids_ = torch.cat([first.sequences, torch.full((2, 3), 9)], 1)
+    turn = {"input_ids": ids_, "attention_mask": torch.ones_like(ids_)}
+    out = model.generate(**turn, past_key_values=first.past_key_values, **detailed())
+    check_turn(out, turn, eager, call["pixel_values"].repeat(2, 1, 1, 1))
+
+
+def test_an_answer_may_end_with_the_placeholder(model, stock):
+    """Without a new image it is a token as any other."""
+    vtc.configure(model, keep=TOKENS)
+    call = inputs(prompts("one"))
+    length, forced = call["input_ids"].shape[1], [20, 21, models.IMAGE]
+    answers = []
+    for each in (model, stock):
+        first = each.generate(
+            **call,
+            max_new_tokens=3,
+            return_dict_in_generate=True,
+            prefix_allowed_tokens_fn=lambda _, ids_: [forced[len(ids_) - length]],
+        )
+        whole = models.batch([[*first.sequences[0].tolist(), 7, 8, 9]])
+        answers.append(each.generate(**whole, past_key_values=first.past_key_values, **detailed()).sequences)
+    assert torch.equal(*answers)
+
+
+def test_a_cache_with_its_note_is_pickled(model):
+    vtc.configure(model, keep=9)
+    cache, turn, _ = two_turns(model, prompts("left_padded"))
+    again = pickle.loads(pickle.dumps(cache))
+    one, two = (model.generate(**turn, past_key_values=each, **detailed()).sequences for each in (cache, again))
     assert torch.equal(one, two)
