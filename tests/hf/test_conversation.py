@@ -62,6 +62,10 @@ def test_second_turn_that_cannot_be_right(model, stock):
     call = inputs(rows)
     first = model.generate(**call, **detailed())
     cache = first.past_key_values
+    whole = first.sequences[:, : len(rows[0]) + STEPS - 1]  # all that the cache holds, and nothing new
+    for wrong in (torch.tensor([[5, 6, 7]]), whole):
+        with pytest.raises(ValueError, match="for a further turn pass the whole conversation"):
+            model.generate(input_ids=wrong, past_key_values=copy.deepcopy(cache), max_new_tokens=2)
     with pytest.raises(ValueError, match="whole conversation"):
         model.generate(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=copy.deepcopy(cache), max_new_tokens=2)
     with pytest.raises(ValueError, match="whole conversation"):

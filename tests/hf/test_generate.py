@@ -323,3 +323,15 @@ def test_attention_passes_the_scaling_on():
     out, _ = vtc_attention(torch.nn.Module(), query, key, value, None, scaling=0.9, is_causal=False)
     expected = (query @ key.transpose(2, 3) * 0.9).softmax(-1) @ value
     golden.close(out, expected.transpose(1, 2))
+
+
+@pytest.mark.supported("generate()", "assisted decoding; the assistant may be a model that compresses, too")
+@pytest.mark.parametrize("assistant", ["compresses", "stock"])
+def test_an_assistant_changes_no_answer(model, assistant):
+    vtc.configure(model, keep=9)
+    draft = models.build(seed=1)
+    if assistant == "compresses":
+        vtc.enable(draft, keep=9)
+    call = inputs(prompts("one"))
+    asked = dict(max_new_tokens=STEPS, do_sample=False, suppress_tokens=[IMAGE])
+    assert torch.equal(model.generate(**call, **asked, assistant_model=draft), model.generate(**call, **asked))

@@ -8,6 +8,7 @@ positions, caches, beams and decoding need no special handling. If tokens are dr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -46,7 +47,8 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
     settings = _continued(settings, note, images)
     if isinstance(note, PrunedConversation) or (images and settings.config.prune_after):
         prune_limits.require_generate(settings, call, images, lambda name: _option(model, call, name))
-        return stock(**(_encoded(settings, call) if images else call))
+        with _uncompiled(model):
+            return stock(**(_encoded(settings, call) if images else call))
     if note is None and not (images and settings.config.compresses):
         return stock(**call)
 
@@ -143,6 +145,22 @@ def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> A
         settings.run.images += len(features)
         settings.run.tokens_before = settings.run.tokens_after = len(features[-1])
     return outputs
+
+
+def _uncompiled(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Where a caller has compiled `model.forward`, run it as it is: torch.compile cannot trace hooks on layers."""
+    if not hasattr(model.forward, "_torchdynamo_orig_callable"):
+        return contextlib.nullcontext()
+    _warn_of_compiling()
+    return torch.compiler.set_stance("force_eager")
+
+
+@functools.cache
+def _warn_of_compiling() -> None:
+    _log.warning(
+        "prune_layer > 0 puts hooks on layers, which torch.compile cannot trace, so the compiled model.forward runs as "
+        "it is; use prune_layer=0 to compile it"
+    )
 
 
 def _continued(settings: Settings, note: Any, images: bool) -> Settings:

@@ -16,6 +16,7 @@ they need.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -210,6 +211,7 @@ def causal_mask(text: Any, hidden: Tensor, mask: Tensor | None, cache: Any, laye
     return create_causal_mask(**arguments)
 
 
+@functools.partial(torch.compiler.disable, reason="hooks on layers; use prune_layer=0 to compile forward()")
 def prefill(stock: Callable[..., Any], settings: Settings, call: dict[str, Any]) -> Any:
     """Run the `forward` of the model without a head on a prompt with encoded images, pruned after layer `prune_after`.
 

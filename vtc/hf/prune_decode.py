@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,10 @@ def decode(stock: Callable[..., Any], settings: Settings, call: dict[str, Any], 
         return stock(**call)
     if mask is None and note.real is not None:
         call["attention_mask"] = torch.cat([note.real.to(after.device), after], 1)
-    pruning = _Decode(language_model.config, note, short)
-    with hooked(language_model.layers, pruning):
-        return stock(**call, **{ARGUMENT: pruning})
+    return _in_two_lengths(stock, language_model, call, _Decode(language_model.config, note, short))
+
+
+@functools.partial(torch.compiler.disable, reason='hooks on layers; use kv="compact" to compile forward()')
+def _in_two_lengths(stock: Callable[..., Any], language_model: Any, call: dict[str, Any], decode: _Decode) -> Any:
+    with hooked(language_model.layers, decode):
+        return stock(**call, **{ARGUMENT: decode})
