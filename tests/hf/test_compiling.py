@@ -1,7 +1,5 @@
 """torch.compile and torch.export of a model that compresses, against the same model as it is."""
 
-import copy
-
 import pytest
 import torch
 from support import models
@@ -66,14 +64,3 @@ def test_forward_compiled_as_one_graph(model, options, caplog):
         out = model.generate(**call, **detailed(**static))
     assert torch.equal(out.sequences, expected.sequences)
     assert ("cannot trace" in caplog.text) == bool(options)
-
-
-@pytest.mark.supported("Compiling", "a compiled model, with graph breaks, that gets pixels")
-@pytest.mark.parametrize("options", [{}, {"method": "fastv", "prune_layer": 1}])
-@torch.no_grad()
-def test_a_compiled_model_answers_for_pixels(model, options):
-    vtc.configure(model, keep=9, **options)
-    call = inputs(prompts("left_padded"))
-    expected, real = model(**call).logits, call["attention_mask"].bool()
-    found = torch.compile(copy.deepcopy(model), backend="eager")(**call).logits
-    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
