@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from support import models
@@ -39,6 +39,7 @@ SCORED = (2, 3, 4)
 PROMPTS = ([3, "image", 4], ["image", 2, "image", 3], [5], [9], [2, "image"], [1, "image", "image", 6])
 IMAGES = 3
 PIXELS = models.images(IMAGES)
+PHASES = [each for each in Phase if each is not Phase.shrink or not os.environ.get("VTC_STATEFUL_NO_SHRINK")]
 COUNTS: Counter[str] = Counter()  # answers compared and refused, and rules run
 
 
@@ -691,7 +692,7 @@ class Machine(RuleBasedStateMachine):
 
 
 def profile(**changes):
-    quiet = dict(deadline=None, suppress_health_check=list(HealthCheck), database=None, print_blob=False)
+    quiet = dict(deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck), database=None, print_blob=False)
     return settings(**quiet | changes)
 
 
