@@ -5,6 +5,7 @@ golden path with exactly those settings, or it must be a ValueError: `Machine.re
 
 The same examples run each time. `VTC_STATEFUL_MINUTES=10` runs new ones for that long; `VTC_STATEFUL_SEED` begins with
 those of a seed that a failure names. `VTC_STATEFUL_REPORT=1` prints how many answers were compared and refused.
+`VTC_STATEFUL_NO_SHRINK=1` shows the first example that fails as it is.
 """
 
 import contextvars
@@ -738,6 +739,29 @@ class Machine(RuleBasedStateMachine):
         assert self.model.model.vision_tower.config._attn_implementation == self.attention
 
 
+KINDS = ("plain", "short", "pruned")
+ANSWERS = {
+    *(f"compared: {what}, {kind}" for what in ("forward", "generate", "turn", "by hand") for kind in KINDS),
+    *(f"compared: turn with an image, {kind}" for kind in ("plain", "short")),
+    "refused: settings",
+    "refused: images on a cache, by forward()",
+    "refused: by forward() on a cache cropped into its prompt",
+    "refused: a new image on a cache pruned inside",
+    'refused: a further turn on a cache pruned inside with kv="compact"',
+    "refused: a new image to be pruned inside, on a cache",
+    "refused: a new image to be compressed, on a cache of images that are not",
+    "refused: a cache cropped into an image",
+    "refused: a cache cropped into a prompt pruned inside",
+}
+RULES = {
+    *(f"rule: {name}" for name in ("enable", "disable", "configure", "set_attention", "open_block", "close_block")),
+    *(f"rule: {name} the model" for name in ("copy", "reload", "reload as vtc")),
+    *(f"rule: rows, {name}" for name in ("select", "reverse", "repeat")),
+    *(f"rule: {name} a cache" for name in ("crop", "reset", "copy")),
+    *("rule: copy_context", "rule: a cache that was reset", "rule: crop a cache too far"),
+}
+
+
 def run(number, examples, steps):
     """Run random examples, which depend on the number."""
     phases = [Phase.generate] if os.environ.get("VTC_STATEFUL_NO_SHRINK") else [Phase.generate, Phase.shrink]
@@ -765,3 +789,5 @@ def test_random_sequences_of_settings_blocks_and_caches():
     if MINUTES or os.environ.get("VTC_STATEFUL_REPORT"):
         report = "\n".join(f"{count:7} {name}" for name, count in sorted(COUNTS.items()))
         print(f"\n{report}\n{time.monotonic() - started:7.0f} seconds")
+    missing = sorted((ANSWERS if MINUTES >= 3 else set()) - COUNTS.keys() | RULES - COUNTS.keys())
+    assert not missing, f"nothing tried {missing}"
