@@ -514,6 +514,36 @@ MUTANTS = [
             "the last layer is scored": ("end = min(max(feature_layers), depth - 1)", "end = max(feature_layers)"),
         },
     ),
+    *_of(
+        "vtc/hf/settings.py",
+        "hf/test_stateful",
+        {
+            "a block leaks into another thread": ('_BLOCKS: ContextVar[tuple[Block, ...]] = ContextVar("vtc_blocks")', '_BLOCKS: Any = type("Shared", (), {"now": (), "get": lambda self, *_: self.now, "set": lambda self, now: setattr(self, "now", now)})()'),
+        },
+    ),
+    *_of(
+        "vtc/hf/conversation.py",
+        "hf/test_stateful",
+        {
+            "reordered rows ignored": ("    if not unchanged:\n        rows = _rows_of", "    if False:\n        rows = _rows_of"),
+            "padding moves positions": ("real = mask[:, self.length :].to(tokens.device).cumsum(1)[:, -new:]", "real = torch.ones_like(mask[:, self.length :]).cumsum(1)[:, -new:]"),
+        },
+    ),
+    *_of(
+        "vtc/hf/prompt.py",
+        "hf/test_stateful",
+        {"columns spread by one too few": ("places = (self.stays.cumsum(1) - 1)", "places = (self.stays.cumsum(1) - 2)")},
+    ),
+    *_of(
+        "vtc/hf/generate.py",
+        "hf/test_stateful",
+        {"a new image is pruned inside": ("with conversation.filling(cache), running(settings):", "with conversation.filling(cache):")},
+    ),
+    *_of(
+        "vtc/hf/prune_decode.py",
+        "hf/test_stateful",
+        {"a cropped prompt accepted": ("if not static and seen < 0:", "if False:")},
+    ),
 ]  # fmt: skip
 
 
@@ -536,6 +566,7 @@ def run(mutant: Mutant) -> str | None:
         copy = Path(folder) / mutant.file.replace("kernels/", "vtc_kernels/")
         copy.write_text(mutated(mutant), encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment["VTC_STATEFUL_NO_SHRINK"] = "1"  # the first example that fails is enough
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", *mutant.tests]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode == 0:

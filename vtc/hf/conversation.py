@@ -327,8 +327,12 @@ class ShortConversation(Conversation):
                 f"got {rows} row(s) and attention_mask {None if mask is None else list(mask.shape)}: pass the mask of "
                 "the whole conversation, or leave it out if nothing is padded"
             )
-        steps = torch.arange(new, device=tokens.device) if positions is None else positions - positions[:, :1]
-        continued = call | {"position_ids": self.position.to(tokens.device) + after + steps}
+        if mask is None:
+            real = torch.arange(after + 1, after + new + 1, device=tokens.device)[None]
+        else:
+            real = mask[:, self.length :].to(tokens.device).cumsum(1)[:, -new:]
+        steps = real if positions is None else real[:, :1] + positions - positions[:, :1]
+        continued = call | {"position_ids": self.position.to(tokens.device) + steps - 1}
         if mask is not None or self.attention_mask is not None:
             old = self._mask().to(tokens.device)
             new_mask = old.new_ones(rows, after + new) if mask is None else mask[:, self.length :].to(old)

@@ -21,7 +21,7 @@ from vtc.hf import conversation, names, prune, prune_decode, prune_limits
 from vtc.hf.conversation import PrunedConversation, ShortConversation
 from vtc.hf.families import VisualInput
 from vtc.hf.prompt import FullPrompt, Prompt, Shortening, require_ids
-from vtc.hf.settings import Settings, is_on
+from vtc.hf.settings import Settings, is_on, running
 from vtc.hf.views import ImageOutputs, read, views_of
 
 Call = dict[str, Any]  # the arguments of a call by name; the KV cache is "cache"
@@ -66,7 +66,7 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
         if limit := _option(model, call, name):
             call[name] = max(limit - full.shape[1] + prompt.short_length, 0)
     has_beams = (_option(model, call, "num_beams") or 1) > 1
-    with conversation.filling(cache):
+    with conversation.filling(cache), running(settings):
         output = stock(**call)
     is_tensor = isinstance(output, torch.Tensor)
     sequences = prompt.restore(output if is_tensor else output.sequences)

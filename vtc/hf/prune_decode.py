@@ -42,6 +42,11 @@ def decode(stock: Callable[..., Any], settings: Settings, call: dict[str, Any], 
         raise ValueError(f"the cache holds {note.num_rows} pruned prompt(s), got {batch} row(s)")
     static = is_static(cache, note.compact)
     seen = cache.get_seq_length() - (note.kept if note.compact else note.length)  # a tensor if the cache is static
+    if not static and seen < 0:
+        raise ValueError(
+            f"the cache was cropped by {-seen} columns of its prompt, which was pruned inside the language model; crop "
+            "it less, or start without it, with the whole conversation and all its images"
+        )
     if call.get("position_ids") is None:
         call["position_ids"] = note.position.to(tokens.device) + seen + torch.arange(new, device=tokens.device)
     if static:  # transformers made the mask for the columns of the full prompt, so it is made again

@@ -249,6 +249,17 @@ def held(base: Any) -> Iterator[None]:
         _close(own.opening)
 
 
+@contextlib.contextmanager
+def running(settings: Settings) -> Iterator[None]:
+    """Give these settings to the calls inside: a conversation goes on as it began, whatever holds now."""
+    own = Block(Opening(settings.base), settings.config, settings.run or Run(), settings.vision)
+    _BLOCKS.set((*CONTEXT.blocks, own))
+    try:
+        yield
+    finally:
+        _close(own.opening)
+
+
 def warn_outside(base: Any, call: dict[str, Any]) -> None:
     """Log once for each block of `base` that it is open, but not for this call, whose images are not compressed."""
     if not family_of(base).inputs_of(call):
