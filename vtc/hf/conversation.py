@@ -64,7 +64,8 @@ def read(cache: Any, new: int | None = None) -> ShortConversation | PrunedConver
     unchanged = keys is not None and keys is noted.keys
     if unchanged and new == 1 and noted.note and getattr(cache, "is_compileable", False):
         return noted.note  # type: ignore[no-any-return]
-    if not length_of(cache):
+    held = length_of(cache)
+    if not held:
         delattr(cache, _NOTE)
         return None
     if noted.note is None:
@@ -76,13 +77,15 @@ def read(cache: Any, new: int | None = None) -> ShortConversation | PrunedConver
         rows = _rows_of(keys, noted, cache)
         noted = _Noted(noted.note.of_rows(rows), keys, None if noted.bits is None else noted.bits[rows])
         setattr(cache, _NOTE, noted)
+    if noted.bits is not None and held < noted.bits.shape[1]:  # cropped: what comes next may be something else
+        noted.bits, noted.note = noted.bits[:, :held], noted.note.up_to(held)
     return noted.note  # type: ignore[no-any-return]
 
 
 def leave(cache: Any, note: Conversation | None) -> None:
     """Put `note` on `cache` in place of an older one. None: the cache cannot be continued."""
     keys = _keys_of(cache)
-    bits = None if keys is None else _bits_of(keys, length_of(cache)).clone()
+    bits = _bits_of(keys, length_of(cache)).clone() if keys is not None and _is_plain(cache) else None
     setattr(cache, _NOTE, _Noted(note, keys, bits))
 
 
@@ -118,9 +121,13 @@ def length_of(cache: Any) -> int:
 
 
 def _keys_of(cache: Any) -> Tensor | None:
-    """The keys `[B, H, M, D]` of the first layer, or None if it is no plain layer: it need not hold every column."""
-    layer = next(iter(getattr(cache, "layers", ())), None)
-    return layer.keys if type(layer) in (DynamicLayer, StaticLayer) else None  # type: ignore[union-attr]
+    """The tensor of keys that the first layer holds, or None."""
+    return next((getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())), None)
+
+
+def _is_plain(cache: Any) -> bool:
+    """Whether the first layer holds the keys `[B, H, M, D]` of every column. A sliding or quantized one does not."""
+    return type(cache.layers[0]) in (DynamicLayer, StaticLayer)
 
 
 def _bits_of(keys: Tensor, length: int) -> Tensor:
@@ -130,7 +137,7 @@ def _bits_of(keys: Tensor, length: int) -> Tensor:
 def _rows_of(keys: Tensor | None, noted: _Noted, cache: Any) -> Tensor:
     """The row of the note that each row of the cache is, [rows] int64."""
     if keys is None or noted.bits is None:
-        if noted.note.num_rows == 1 and len(_first_tensor(cache)) == 1:
+        if noted.note.num_rows == 1 and (keys is None or len(keys) == 1):
             return torch.zeros(1, dtype=torch.int64)
         raise ValueError(
             f"this {type(cache).__name__} holds a compressed conversation, but not in a way that tells its rows apart, "
@@ -148,11 +155,6 @@ def _rows_of(keys: Tensor | None, noted: _Noted, cache: Any) -> Tensor:
     return matches.int().argmax(1)
 
 
-def _first_tensor(cache: Any) -> Tensor:
-    tensors = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
-    return next((each for each in tensors if each is not None), torch.empty(0))
-
-
 @dataclasses.dataclass(frozen=True)
 class Conversation:
     """What the notes have in common. Their tensors have one row for each of the cache."""
@@ -161,6 +163,10 @@ class Conversation:
     def num_rows(self) -> int:
         """B, the rows of the cache."""
         raise NotImplementedError
+
+    def up_to(self: Own, held: int) -> Own:
+        """The same conversation in a cache that was cropped to `held` columns."""
+        return self
 
     def of_rows(self: Own, rows: Tensor) -> Own:
         """The same conversation with these `rows` `[R]` int64 of it."""
@@ -231,6 +237,10 @@ class ShortConversation(Conversation):
         """The shortened prompt as arguments for transformers."""
         mask = {} if self.attention_mask is None else {"attention_mask": self.attention_mask}
         return {"input_ids": self.input_ids} | mask
+
+    def up_to(self, held: int) -> ShortConversation:
+        after = max(held - self.short_length, 0)
+        return dataclasses.replace(self, full=self.full[:, : self.length + after])
 
     def cropped(self, held: int, placeholders: Sequence[int]) -> ShortConversation:
         """The same conversation in a cache that was cropped to `held` columns.

@@ -41,21 +41,30 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
     if given := call.get("mm_encoder_outputs"):
         if images:
             raise ValueError("got both pixels and mm_encoder_outputs, which are the same images; pass pixel_values")
-        if note or not all(isinstance(each, ImageOutputs) for each in given.values()):
-            raise ValueError("got mm_encoder_outputs, but VTC has to encode the images itself; pass pixel_values")
-        return stock(**call)  # this model is the assistant of one that compresses, whose prompt is short already
+        if not getattr(call.get("generation_config"), "is_assistant", False):
+            _require_own(settings, given, note)
+        with running(settings._replace(config=VTCConfig(method="none"))):
+            return stock(**call)  # this model is the assistant of another, which has encoded the images
     settings = _continued(settings, note, images)
+    has_beams = (_option(model, call, "num_beams") or 1) > 1
     if isinstance(note, PrunedConversation) or (images and settings.config.prune_after):
         prune_limits.require_generate(settings, call, images, lambda name: _option(model, call, name))
         with _uncompiled(model):
-            return stock(**(_encoded(settings, call) if images else call))
+            output = stock(**(_encoded(settings, call) if images else call))
+        used = names.cache_of(output) if cache is None else cache
+        if has_beams and used is not None:
+            conversation.leave(used, None)
+        return output
     if note is None and not (images and settings.config.compresses):
+        if settings.config.compresses and not images and conversation.length_of(cache):
+            _require_no_images(settings, call)
         return stock(**call)
 
     require_ids(call)
     full: Any = call["input_ids"]
     if call.get("attention_mask") is None:
         call["attention_mask"] = _inferred_mask(model, call)
+    goes_on = running(settings) if note else contextlib.nullcontext()
     call, note, _ = _shortened(settings, call, note)
     prompt = FullPrompt(full, call["input_ids"].shape[1])
     prompt.wrap(call)
@@ -63,10 +72,10 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
     if limit and limit <= full.shape[1] and _option(model, call, "max_new_tokens") is None:
         raise ValueError(f"max_length={limit}, but the prompt has {full.shape[1]} tokens already; use max_new_tokens")
     for name in ("max_length", "min_length"):  # these count the caller's prompt
-        if limit := _option(model, call, name):
+        counts_new = name == "max_length" and _option(model, call, "max_new_tokens") is not None
+        if (limit := _option(model, call, name)) and not counts_new:
             call[name] = max(limit - full.shape[1] + prompt.short_length, 0)
-    has_beams = (_option(model, call, "num_beams") or 1) > 1
-    with conversation.filling(cache), running(settings):
+    with conversation.filling(cache), goes_on:
         output = stock(**call)
     is_tensor = isinstance(output, torch.Tensor)
     sequences = prompt.restore(output if is_tensor else output.sequences)
@@ -87,7 +96,8 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
     """
     settings = Settings.of(model)
     if model is not settings.base:
-        return stock(**_with_alone_labels(call))
+        shortens = settings.config.compresses and settings.family.inputs_of(call)
+        return stock(**(_with_alone_labels(call) if shortens else call))
     ids, cache = call.get("input_ids"), call.get("cache")
     tokens = call.get("inputs_embeds") if ids is None else ids
     note = conversation.read(cache, None if tokens is None else tokens.shape[1])
@@ -95,6 +105,8 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
     images = pixels or bool(call.get("mm_encoder_outputs"))
     if pixels and call.get("mm_encoder_outputs"):
         raise ValueError("got both pixels and mm_encoder_outputs, which are the same images; pass pixel_values")
+    if images and not pixels:
+        _require_own(settings, call["mm_encoder_outputs"], note)
     settings, run = _continued(settings, note, images), settings.run
     if isinstance(note, PrunedConversation) or (images and settings.config.prune_after):
         if images:
@@ -137,6 +149,9 @@ def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> A
     """Replaces `get_image_features` and `get_video_features`."""
     settings = Settings.of(model)
     if settings.config.compresses:
+        for name in ("output_hidden_states", "output_attentions"):
+            if call.get(name):
+                raise ValueError(f"{name} of the vision tower are not returned; call model.base_model.vision_tower")
         outputs: Any = read(settings, visual, call).encode()
         return outputs.to_tuple()[:2] if call.get("return_dict") is False else outputs
     outputs = stock(**call)
@@ -145,6 +160,29 @@ def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> A
         settings.run.images += len(features)
         settings.run.tokens_before = settings.run.tokens_after = len(features[-1])
     return outputs
+
+
+def _require_own(settings: Settings, outputs: dict[str, Any], note: Any) -> None:
+    """Raise ValueError for images that VTC has not encoded, on a model or in a conversation that compresses."""
+    is_own = all(isinstance(each, ImageOutputs) for each in outputs.values())
+    if not is_own and (note or settings.config.compresses):
+        raise ValueError(
+            "got mm_encoder_outputs, but VTC has to encode the images itself; pass pixel_values, or vtc.disable(model)"
+        )
+
+
+def _require_no_images(settings: Settings, call: Call) -> None:
+    """Raise ValueError if tokens after a cache hold an image, whose pixels are missing or are in a cache of before."""
+    ids, held = call.get("input_ids"), conversation.length_of(call["cache"])
+    if ids is None:
+        return
+    for visual in settings.family.inputs:
+        found = int((ids[:, held:] == getattr(settings.base.config, visual.token)).sum())
+        if found > 1:  # a single one may have been generated
+            raise ValueError(
+                f"the cache holds {held} columns, after which input_ids has {found} placeholders and there are no "
+                f"{visual.pixels}; pass the pixels of new images, and the cache that was filled itself"
+            )
 
 
 def _uncompiled(model: Any) -> contextlib.AbstractContextManager[Any]:
@@ -195,6 +233,9 @@ def _shortened(
     require_ids(call)
     ids: torch.Tensor = call["input_ids"]
     mask: Any = call.get("attention_mask")
+    for name, tensor in (("input_ids", ids), ("attention_mask", mask)):
+        if tensor is not None and not (isinstance(tensor, torch.Tensor) and tensor.ndim > 1):
+            raise ValueError(f"{name} must be a tensor [B, L], got {_about(tensor)}; pass it as the processor makes it")
     positions, cache = call.get("position_ids"), call.get("cache")
     if mask is not None and mask.ndim == 2 and len(mask) == 1:
         mask = mask.expand(len(ids), -1)
@@ -253,6 +294,10 @@ def _past(
     return ShortConversation.of(ids, {"input_ids": ids, "attention_mask": mask}, None, settings.config)
 
 
+def _about(value: Any) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+
+
 def _padding_token(settings: Settings) -> int:
     """The id at padding. The first conversions of LLaMA have -1, which has no embedding."""
     text = settings.base.config.get_text_config()
@@ -280,9 +325,10 @@ def _without_pixels(settings: Settings, call: Call) -> Call:
 
 
 def _option(model: Any, call: Call, name: str) -> Any:
-    """An option of `generate()`: the argument, else the value in its generation config."""
-    given = call.get(name)
-    return getattr(call.get("generation_config") or model.generation_config, name, None) if given is None else given
+    """An option of `generate()`: the argument, else the value in its generation config, else in the model's."""
+    configs = (call.get("generation_config"), model.generation_config)
+    values = (call.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
 
 
 def _inferred_mask(model: Any, call: Call) -> torch.Tensor:

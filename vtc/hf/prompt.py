@@ -193,9 +193,9 @@ class Prompt:
             short["attention_mask"] = shortening.filled.long()
         if position_ids is not None or (counted and "attention_mask" in short):
             short["position_ids"] = self.positions(shortening, position_ids, packed)
-        if packed:  # padding becomes a sample of its own, which starts at 0, too
-            columns = torch.arange(shortening.columns.shape[1], device=self.input_ids.device)
-            short["position_ids"] = torch.where(shortening.filled, short["position_ids"], columns)
+        if packed:  # equal positions are samples of their own, so padding is no part of the row's first sample
+            first = short["position_ids"].gather(1, shortening.filled.int().argmax(1, keepdim=True))
+            short["position_ids"] = torch.where(shortening.filled, short["position_ids"], first)
         return short
 
     def positions(self, shortening: Shortening, given: Tensor | None, packed: bool = False) -> Tensor:
@@ -316,7 +316,7 @@ def _real(input_ids: Tensor, mask: Tensor | None, static: bool) -> Tensor:
 
 def _images_of_rows(found: Sequence[int], sizes: Sequence[int]) -> list[int]:
     """How many images each row's `found` placeholders belong to, or ValueError if they do not make whole images."""
-    images, left = [], list(sizes)
+    images, left, placeholders = [], list(sizes), 0
     for placeholders in found:
         count = 0
         while placeholders > 0 and left:
@@ -376,4 +376,6 @@ class _FullPromptView:
         self._started = True
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_wrapped":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._wrapped, name)

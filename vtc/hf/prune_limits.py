@@ -55,6 +55,12 @@ def require_generate(settings: Settings, call: dict[str, Any], images: bool, opt
     config, cache = settings.config, call.get("cache")
     note = conversation.read(cache)
     if conversation.length_of(cache):
+        if note is None:
+            raise ValueError(
+                f"a further turn with images cannot be pruned inside the language model, got "
+                f"prune_layer={config.prune_after}; use prune_layer=0, or start without the cache, with the whole "
+                "conversation and all its images"
+            )
         if images or not isinstance(note, PrunedConversation) or note.compact:
             raise ValueError(
                 "a further turn cannot go on from a cache pruned inside the language model, unless it brings no image "

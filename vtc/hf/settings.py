@@ -75,12 +75,10 @@ class Opening:
     base : LlavaModel or None
         None once the block is closed, so that a context that outlives it does not hold the model.
     model : weakref.ref to LlavaModel
-    is_reported : bool
-        Whether the warning about calls outside of it has been logged.
     """
 
     def __init__(self, base: Any) -> None:
-        self.base, self.model, self.is_reported = base, weakref.ref(base), False
+        self.base, self.model = base, weakref.ref(base)
 
 
 class Block(NamedTuple):
@@ -105,6 +103,7 @@ class _Context(tuple[Block, ...]):
 
 
 CONTEXT = _Context()
+_WARNED: weakref.WeakSet[Any] = weakref.WeakSet()  # models for which a call outside of an open block was logged
 OPEN: list[Opening] = []  # in all contexts; read to warn, never to decide whether a call compresses
 
 
@@ -261,13 +260,21 @@ def running(settings: Settings) -> Iterator[None]:
 
 
 def warn_outside(base: Any, call: dict[str, Any]) -> None:
-    """Log once for each block of `base` that it is open, but not for this call, whose images are not compressed."""
+    """Log once for `base` that a block of it is open, but not for this call, whose images are not compressed.
+
+    Raises
+    ------
+    ValueError
+        For a replica that nn.DataParallel has made of a model, whose blocks it cannot see.
+    """
     if not family_of(base).inputs_of(call):
         return
+    if getattr(base, "_is_replica", False):
+        raise ValueError("the replicas of nn.DataParallel see no vtc.compress block; use vtc.enable(model)")
     for opening in [*OPEN, *(block.opening for block in CONTEXT.blocks)]:
-        if opening.model() is not base or opening.is_reported:
+        if opening.model() is not base or base in _WARNED:
             continue
-        opening.is_reported = True
+        _WARNED.add(base)
         if opening.base is None:
             _log.warning("the vtc.compress block of this call is closed, so its images are not compressed")
         else:
