@@ -188,6 +188,13 @@ def _shortened(
         past = _past(past, settings, ids, mask, held, placeholders)
         start = past.length + held - past.short_length
         past.require_whole(ids, start)
+        for visual in settings.family.inputs:
+            if visual not in views and (ids[:, start:] == getattr(settings.base.config, visual.token)).any():
+                raise ValueError(
+                    f"input_ids has image placeholders after the {start} columns that the cache holds, but got no "
+                    f"{visual.pixels}; pass those of the new images (a cache that was cropped into an image lacks a "
+                    "part of it: start without it)"
+                )
         if positions is not None:
             raise ValueError("position_ids cannot be given for a further turn; leave them to generate()")
     new_mask = None if mask is None else mask[:, start:]
