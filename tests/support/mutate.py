@@ -505,7 +505,10 @@ MUTANTS = [
     *_of(
         "vtc/hf/generate.py",
         "hf/test_stateful",
-        {"a new image is pruned inside": ("with conversation.filling(cache), running(settings):", "with conversation.filling(cache):")},
+        {
+            "a forgotten image accepted": ("if visual not in views and (ids", "if False and (ids"),
+            "a new image is pruned inside": ("with conversation.filling(cache), running(settings):", "with conversation.filling(cache):"),
+        },
     ),
     *_of(
         "vtc/hf/prune_decode.py",
