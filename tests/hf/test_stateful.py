@@ -702,7 +702,11 @@ class Machine(RuleBasedStateMachine):
         held = conversation.held - count
         removed = slice(held, conversation.held)
         is_image = (conversation.ids[:, removed] == IMAGE).any()
-        if held < 1 or not conversation.mask[:, removed].all() or (is_image and conversation.kind == "plain"):
+        if (
+            conversation.cache.get_seq_length() <= count
+            or not conversation.mask[:, removed].all()
+            or (is_image and conversation.kind == "plain")
+        ):
             return
         of_pruned = held < conversation.prompt and conversation.kind == "pruned"
         if is_image or of_pruned:

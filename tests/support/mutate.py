@@ -537,7 +537,10 @@ MUTANTS = [
     *_of(
         "vtc/hf/generate.py",
         "hf/test_stateful",
-        {"a new image is pruned inside": ("goes_on = running(settings) if note else contextlib.nullcontext()", "goes_on = contextlib.nullcontext()")},
+        {
+            "a forgotten image accepted": ("if found > 1:", "if False:"),
+            "a new image is pruned inside": ("goes_on = running(settings) if note else contextlib.nullcontext()", "goes_on = contextlib.nullcontext()"),
+        },
     ),
     *_of(
         "vtc/hf/prune_decode.py",

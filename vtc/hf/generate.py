@@ -57,7 +57,7 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
         return output
     if note is None and not (images and settings.config.compresses):
         if settings.config.compresses and not images and conversation.length_of(cache):
-            _require_no_images(settings, call)
+            _require_pixels(settings, call, conversation.length_of(cache))
         return stock(**call)
 
     require_ids(call)
@@ -171,17 +171,18 @@ def _require_own(settings: Settings, outputs: dict[str, Any], note: Any) -> None
         )
 
 
-def _require_no_images(settings: Settings, call: Call) -> None:
-    """Raise ValueError if tokens after a cache hold an image, whose pixels are missing or are in a cache of before."""
-    ids, held = call.get("input_ids"), conversation.length_of(call["cache"])
+def _require_pixels(settings: Settings, call: Call, held: int) -> None:
+    """Raise ValueError if images follow the `held` columns of a cache, and their pixels are missing."""
+    ids = call.get("input_ids")
     if ids is None:
         return
-    for visual in settings.family.inputs:
+    for visual in set(settings.family.inputs) - set(settings.family.inputs_of(call)):
         found = int((ids[:, held:] == getattr(settings.base.config, visual.token)).sum())
         if found > 1:  # a single one may have been generated
             raise ValueError(
-                f"the cache holds {held} columns, after which input_ids has {found} placeholders and there are no "
-                f"{visual.pixels}; pass the pixels of new images, and the cache that was filled itself"
+                f"input_ids has {found} placeholders after the {held} columns that the cache holds, but got no "
+                f"{visual.pixels}; pass those of the new images, and the cache that was filled itself (a copy of its "
+                "tensors, and one that was cropped into an image, cannot go on)"
             )
 
 
@@ -247,6 +248,7 @@ def _shortened(
         past = _past(past, settings, ids, mask, held, placeholders)
         start = past.length + held - past.short_length
         past.require_whole(ids, start)
+        _require_pixels(settings, call, start)
         if positions is not None:
             raise ValueError("position_ids cannot be given for a further turn; leave them to generate()")
     new_mask = None if mask is None else mask[:, start:]
