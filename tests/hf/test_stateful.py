@@ -793,5 +793,6 @@ def test_random_sequences_of_settings_blocks_and_caches():
     if MINUTES or os.environ.get("VTC_STATEFUL_REPORT"):
         report = "\n".join(f"{count:7} {name}" for name, count in sorted(COUNTS.items()))
         print(f"\n{report}\n{time.monotonic() - started:7.0f} seconds")
-    missing = sorted((ANSWERS if MINUTES >= 3 else set()) - COUNTS.keys() | RULES - COUNTS.keys())
+    needed = ANSWERS | RULES if MINUTES >= 3 else {each for each in ANSWERS if each.startswith("compared: forward")}
+    missing = sorted(needed - COUNTS.keys())
     assert not missing, f"nothing tried {missing}"
