@@ -774,8 +774,8 @@ def run(number, examples, steps):
     machine = seed(number)(type("Machine", (Machine,), {}))
     try:
         run_state_machine_as_test(machine, settings=profile)
-    except BaseException as error:
-        error.add_note(f"VTC_STATEFUL_SEED={number}")
+    except BaseException:
+        print(f"VTC_STATEFUL_SEED={number}")
         raise
 
 
