@@ -1,6 +1,7 @@
 """Further turns: a cache that holds a compressed conversation, and the caller's whole one."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -9,7 +10,7 @@ from support import models
 from support.golden import llava as golden
 from support.models import TOKENS, VOCAB, ids
 from support.prompts import LAYERS, STEPS, count_images, detailed, inputs, prompts, spliced
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, MistralConfig, StaticCache
 
 import vtc
 
@@ -350,3 +351,44 @@ def test_a_cache_with_its_note_is_pickled(model):
     again = pickle.loads(pickle.dumps(cache))
     one, two = (model.generate(**turn, past_key_values=each, **detailed()).sequences for each in (cache, again))
     assert torch.equal(one, two)
+
+
+def test_a_cache_rebuilt_from_its_tensors_is_refused(model):
+    vtc.configure(model, keep=9)
+    cache, turn, _ = two_turns(model, prompts("one"))
+    rebuilt = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+    with pytest.raises(ValueError, match="a copy of its tensors"):
+        model.generate(**turn, past_key_values=rebuilt, max_new_tokens=1)
+
+
+@torch.no_grad()
+def test_other_tokens_may_follow_a_crop(model, eager):
+    """By forward(), and then a further turn of generate(), with the rows repeated."""
+    vtc.configure(model, keep=9)
+    cache, turn, call = two_turns(model, prompts("one"))
+    cache.crop(-2)
+    end = call["input_ids"].shape[1] + STEPS - 3
+    model(torch.tensor([[11, 12]]), past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    whole = torch.cat([turn["input_ids"][:, :end], torch.tensor([[11, 12, 13]])], 1).repeat(2, 1)
+    turn = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+    out = model.generate(**turn, past_key_values=cache, **detailed())
+    check_turn(out, turn, eager, call["pixel_values"].repeat(2, 1, 1, 1))
+
+
+@torch.no_grad()
+def test_a_sliding_window_that_nobody_touched(tmp_path):
+    """Its first layer need not hold every column, so only a cache that was left alone can be continued."""
+    text = functools.partial(MistralConfig, sliding_window=200)
+    model = models.build(text=text)
+    vtc.enable(model, keep=9)
+    call = inputs(prompts("left_padded"))
+    expected = model.generate(**call, max_new_tokens=2, do_sample=False)[:, -2:]
+    out = model(**call)
+    token = out.logits[:, -1:].argmax(-1)
+    mask = torch.cat([call["attention_mask"], torch.ones_like(token)], 1)
+    again = model(token, attention_mask=mask, past_key_values=out.past_key_values).logits[:, -1:].argmax(-1)
+    assert torch.equal(torch.cat([token, again], 1), expected)
+    out.past_key_values.batch_select_indices(torch.tensor([1, 0, 2]))
+    with pytest.raises(ValueError, match="tells its rows apart"):
+        model(token, past_key_values=out.past_key_values)

@@ -1,5 +1,7 @@
 """`generate()` against the golden path: same tokens, same logits, whatever it is asked."""
 
+import copy
+
 import pytest
 import torch
 from support import models
@@ -335,3 +337,61 @@ def test_an_assistant_changes_no_answer(model, assistant):
     call = inputs(prompts("one"))
     asked = dict(max_new_tokens=STEPS, do_sample=False, suppress_tokens=[IMAGE])
     assert torch.equal(model.generate(**call, **asked, assistant_model=draft), model.generate(**call, **asked))
+
+
+def test_a_generation_config_takes_the_rest_from_the_model(model, stock):
+    """As in transformers: what the caller's own leaves open is that of the model."""
+    vtc.configure(model, keep=9)
+    call = inputs(prompts("left_padded"))
+    length = call["input_ids"].shape[1]
+    own = GenerationConfig(do_sample=False)
+    for each in (model, stock):
+        each = copy.deepcopy(each)
+        each.generation_config.max_length = length + 4
+        assert each.generate(**call, generation_config=own).shape[1] == length + 4
+    unmasked = {name: value for name, value in call.items() if name != "attention_mask"}
+    expected = model.generate(**call, max_new_tokens=STEPS, do_sample=False)
+    config = GenerationConfig(do_sample=False, max_new_tokens=STEPS)
+    assert torch.equal(model.generate(**unmasked, generation_config=config), expected)  # padding: the model's token
+    model.generation_config.num_beams = 2
+    first = model.generate(**call, generation_config=config, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="searched with beams"):
+        model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=1)
+
+
+def test_images_that_others_encoded_are_refused(model, stock):
+    vtc.configure(model, keep=9)
+    call = inputs(prompts("one"))
+    given = {"mm_encoder_outputs": {"image": stock.get_image_features(call["pixel_values"])}}
+    for run in (model, model.generate):
+        with pytest.raises(ValueError, match="VTC has to encode the images itself"):
+            run(input_ids=call["input_ids"], **given)
+    vtc.configure(model, method="none")
+    expected = stock(**call).logits
+    assert torch.equal(
+        model(input_ids=call["input_ids"], attention_mask=call["attention_mask"], **given).logits, expected
+    )
+
+
+def test_a_stock_model_may_have_an_assistant_that_compresses(stock):
+    draft = models.build(seed=1)
+    vtc.enable(draft, keep=9)
+    call = inputs(prompts("one"))
+    asked = dict(max_new_tokens=STEPS, do_sample=False, suppress_tokens=[IMAGE])
+    assert torch.equal(stock.generate(**call, **asked, assistant_model=draft), stock.generate(**call, **asked))
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_features_come_without_the_tower_s_other_outputs(model, name):
+    vtc.configure(model, keep=9)
+    with pytest.raises(ValueError, match="call model.base_model.vision_tower"):
+        model.get_image_features(models.images(1), **{name: True})
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
+def test_lists_are_refused(model, name):
+    vtc.configure(model, keep=9)
+    call = inputs(prompts("one"))
+    for run in (model, model.generate):
+        with pytest.raises(ValueError, match=rf"{name} must be a tensor \[B, L\], got a list"):
+            run(**call | {name: call[name].tolist()})

@@ -147,3 +147,14 @@ def test_the_loss_of_packed_samples_is_that_of_each_alone(model, eager):
         total -= sum(log_p[where[j - 1], label] for j, label in enumerate(own) if label != -100)
         count += sum(label != -100 for label in own)
     golden.close(model(**call, pixel_values=pixels, use_cache=False).loss, total / count)
+
+
+@pytest.mark.parametrize("offset", [0, 26, 27, 28])
+@torch.no_grad()
+def test_positions_may_start_anywhere(model, offset):
+    """Rows that become unequally short get padding, which is no part of a sample, wherever that begins."""
+    vtc.configure(model, keep=9)
+    rows = [ids("image", "image", 3), ids("image", 3 + TOKENS, seed=1)]
+    call = dict(input_ids=torch.tensor(rows), pixel_values=models.images(3), use_cache=False)
+    positions = torch.arange(len(rows[0]))[None].expand(2, -1) + offset
+    golden.close(model(**call, position_ids=positions).logits, model(**call).logits)

@@ -592,3 +592,14 @@ def test_a_language_model_of_another_kind(model):
     model.model.language_model.config.model_type = "gemma"
     with pytest.raises(ValueError, match="llama, mistral, qwen2"):
         vtc.configure(model, prune_layer=1)
+
+
+@pytest.mark.parametrize("kv", ["full", "compact"])
+def test_the_cache_of_a_beam_search_is_not_continued(model, kv):
+    vtc.configure(model, keep=KEEP, prune_layer=1, kv=kv)
+    first = model.generate(**inputs(prompts("one")), **detailed(num_beams=2, num_return_sequences=2))
+    whole = torch.cat([first.sequences, torch.full((2, 2), 9)], 1)
+    with pytest.raises(ValueError, match="searched with beams"):
+        model.generate(whole, past_key_values=first.past_key_values, max_new_tokens=1)
+    with pytest.raises(ValueError, match="searched with beams"):
+        model(whole[:, -1:], past_key_values=first.past_key_values)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import models
 from support.golden import llava as golden
-from support.models import IMAGE
+from support.models import IMAGE, ids
 from support.prompts import STEPS, inputs, prompts
 
 import vtc
@@ -123,3 +123,14 @@ def test_one_model_in_two_threads(stock, call):
     assert torch.equal(stock.generate(**call, max_new_tokens=STEPS, do_sample=False), full)
     assert not [name for name in stock.model.__dict__ if name.startswith("_vtc")]
     assert not hasattr(stock.config, "vtc")
+
+
+@pytest.mark.parametrize("how", ["text", "none"])
+def test_a_batch_that_is_not_compressed_has_the_stock_loss(stock, how):
+    """Also of labels at the first tokens of left-padded rows."""
+    rows = [ids(3), ids(8)] if how == "text" else [ids(3, "image", 2), ids(3, "image", 6)]
+    call = inputs(rows) if how == "none" else models.batch(rows)
+    labels = call["input_ids"].masked_fill((call["attention_mask"] == 0) | (call["input_ids"] == IMAGE), -100)
+    expected = stock(**call, labels=labels).loss
+    with vtc.compress(stock, keep=9, **({"method": "none"} if how == "none" else {})):
+        assert torch.equal(stock(**call, labels=labels).loss, expected)

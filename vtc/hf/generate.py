@@ -36,6 +36,7 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
         if call.get("input_ids") is not None:
             raise ValueError("got both inputs and input_ids, which are one argument of generate(); pass input_ids")
         call["input_ids"] = call.pop("inputs")
+    _require_tensor(call, "input_ids")
     settings, cache = Settings.of(model), call.get("cache")
     note, images = conversation.read(cache), bool(settings.family.inputs_of(call))
     if given := call.get("mm_encoder_outputs"):
@@ -98,6 +99,7 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
     if model is not settings.base:
         shortens = settings.config.compresses and settings.family.inputs_of(call)
         return stock(**(_with_alone_labels(call) if shortens else call))
+    _require_tensor(call, "input_ids")
     ids, cache = call.get("input_ids"), call.get("cache")
     tokens = call.get("inputs_embeds") if ids is None else ids
     note = conversation.read(cache, None if tokens is None else tokens.shape[1])
@@ -234,9 +236,7 @@ def _shortened(
     require_ids(call)
     ids: torch.Tensor = call["input_ids"]
     mask: Any = call.get("attention_mask")
-    for name, tensor in (("input_ids", ids), ("attention_mask", mask)):
-        if tensor is not None and not (isinstance(tensor, torch.Tensor) and tensor.ndim > 1):
-            raise ValueError(f"{name} must be a tensor [B, L], got {_about(tensor)}; pass it as the processor makes it")
+    _require_tensor(call, "attention_mask")
     positions, cache = call.get("position_ids"), call.get("cache")
     if mask is not None and mask.ndim == 2 and len(mask) == 1:
         mask = mask.expand(len(ids), -1)
@@ -296,8 +296,11 @@ def _past(
     return ShortConversation.of(ids, {"input_ids": ids, "attention_mask": mask}, None, settings.config)
 
 
-def _about(value: Any) -> str:
-    return f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+def _require_tensor(call: Call, name: str) -> None:
+    value = call.get(name)
+    if value is not None and not (isinstance(value, torch.Tensor) and value.ndim > 1):
+        got = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"{name} must be a tensor [B, L], got {got}; pass it as the processor makes it")
 
 
 def _padding_token(settings: Settings) -> int:
