@@ -359,6 +359,7 @@ MUTANTS = [
         "hf/test_conversation",
         {
             "a reset cache remembered": ("    if not held:\n        delattr", "    if False:\n        delattr"),
+            "a note outgrows its cache": ("noted.bits, noted.note = noted.bits[:, :held], noted.note.up_to(held)", "pass"),
             "rows are not looked at": ("    if not unchanged:\n", "    if False:\n"),
             "unknown rows accepted": ("if not matches.any(1).all():", "if False:"),
             "a failed call leaves nothing": ("noted = _Noted(None, None, None)", "noted = None"),
@@ -457,6 +458,24 @@ MUTANTS = [
             "short columns": ("        shortening.spread_outputs(outputs)\n", "        pass\n"),
             "padding predicts a label": ("labels.masked_fill((mask != 0) & (mask.cumsum(1) == 1), -100)", "labels"),
         },
+    ),
+    *_of(
+        "vtc/hf/generate.py",
+        "hf/test_generate",
+        {
+            "the model's own generation config is left out": ('configs = (call.get("generation_config"), model.generation_config)', 'configs = (call.get("generation_config") or model.generation_config,)'),
+            "images of others accepted": ("if not is_own and (note or settings.config.compresses):", "if False:"),
+        },
+    ),
+    *_of(
+        "vtc/hf/generate.py",
+        "hf/test_prune",
+        {"a pruned search goes on": ("if has_beams and used is not None:", "if False:")},
+    ),
+    *_of(
+        "vtc/hf/generate.py",
+        "hf/test_training",
+        {"labels of every call": ("(_with_alone_labels(call) if shortens else call)", "_with_alone_labels(call)")},
     ),
     *_of(
         "vtc/hf/generate.py",
