@@ -97,7 +97,7 @@ def test_a_conversation_keeps_its_settings(model, eager, caplog):
     row += ids(2, "image", 3, seed=9)
     with caplog.at_level("WARNING", "vtc"):
         out = model.generate(**models.batch([row]), pixel_values=models.images(1, seed=1), **turn)
-    assert "began with" in caplog.text
+    assert "began with {'method': 'vtc-cls', 'keep': 9" in caplog.text
     pixels = torch.cat([models.images(1), models.images(1, seed=1)])
     new, _ = golden.decode(eager, spliced(eager, [row], pixels, 9)[0][0], STEPS)
     assert out[0, len(row) :].tolist() == new

@@ -207,12 +207,19 @@ def _warn_of_compiling() -> None:
 def _continued(settings: Settings, note: Any, images: bool) -> Settings:
     """The settings of a call: those that its conversation began with, or none for a model that does not compress."""
     if isinstance(note, ShortConversation):
-        if images and is_on(settings.base) and note.config != settings.config:
-            _warn_of_settings(str(note.config), str(settings.config))
+        began, now = _compression(note.config), _compression(settings.config)
+        if images and is_on(settings.base) and began != now:
+            _warn_of_settings(str(began), str(now))
         return settings._replace(config=note.config)
     if not is_on(settings.base):
         return settings._replace(config=VTCConfig(method="none"))
     return settings
+
+
+def _compression(config: VTCConfig) -> dict[str, Any]:
+    """What decides which tokens of an image stay."""
+    values = config.to_dict() | {"prune_layer": config.prune_after}
+    return {name: value for name, value in values.items() if name not in ("kv", "backend", "fused")}
 
 
 @functools.cache
