@@ -1,7 +1,7 @@
 """The prompt: read once, shortened to the kept placeholders, and put back in front of what `generate()` returns.
 
-All placeholders are alike, so a prompt can be shortened without knowing which patches will fill it. This module works
-on tensors and knows no model.
+Placeholder number p of an image stands for its patch p, so a shortened prompt says where each kept patch was. This
+module works on tensors and knows no model.
 """
 
 from __future__ import annotations
