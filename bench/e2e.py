@@ -71,9 +71,10 @@ class Bench:
     @contextlib.contextmanager
     def running(self, variant: Variant) -> Iterator[LlavaForConditionalGeneration]:
         model = self.stock[2] if variant.keep is None else self.compressed
-        block = contextlib.nullcontext() if variant.keep is None else vtc.compress(model, keep=variant.keep)
+        if variant.keep is not None:
+            vtc.enable(model, keep=variant.keep)
         before = torch.backends.cuda.cudnn_sdp_enabled()
-        with block, torch.no_grad():
+        with torch.no_grad():
             torch.backends.cuda.enable_cudnn_sdp(before and variant.cudnn)
             try:
                 yield model
