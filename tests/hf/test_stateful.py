@@ -619,6 +619,11 @@ class Machine(RuleBasedStateMachine):
         ids_ = torch.cat([conversation.ids, new], 1)
         mask = torch.cat([conversation.mask, mask], 1)
         call = {"input_ids": ids_, "attention_mask": mask, "past_key_values": conversation.cache} | pixels_of(own)
+        if images and conversation.kind == "short":
+            forgotten = {name: value for name, value in call.items() if name != "pixel_values"}
+            with pytest.raises(ValueError, match="pixel_values"):
+                self.run(index, lambda: self.generated(forgotten, count))
+            COUNTS["refused: a new image without its pixels"] += 1
         out = self.asked(index, conversation, images, False, lambda: self.generated(call, count))
         if out is None:
             return
@@ -754,6 +759,7 @@ ANSWERS = {
     'refused: a further turn on a cache pruned inside with kv="compact"',
     "refused: a new image to be pruned inside, on a cache",
     "refused: a new image to be compressed, on a cache of images that are not",
+    "refused: a new image without its pixels",
     "refused: a cache cropped into an image",
     "refused: a cache cropped into a prompt pruned inside",
 }
