@@ -18,6 +18,7 @@ def tiled(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([torch.cat([views[:3], views[:1] * 0]), views[3:]]), torch.tensor([[60, 130], [250, 80]])
 
 
+@pytest.mark.supported("Arguments", "`image_sizes` as a tensor, an array, a list or tuples")
 @pytest.mark.parametrize(
     "convert",
     [
@@ -66,6 +67,7 @@ def sized(count: int, height: int, width: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(images(count), (height, width), mode="bilinear")
 
 
+@pytest.mark.supported("Arguments", "`interpolate_pos_encoding` and images of another size")
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize(("height", "width"), [(BIG, BIG), (56, 56), (56, 98), (90, 90)])
 def test_images_of_another_size_are_interpolated_as_in_the_stock_model(tower, height, width):
@@ -148,6 +150,7 @@ def test_images_of_another_size_are_refused_where_the_stock_model_refuses_them(t
         model.get_image_features(torch.zeros(1, 3, 10, 10), interpolate_pos_encoding=True)
 
 
+@pytest.mark.refused("tiles and frames of another size than the tower's", instead="use the model's processor")
 def test_tiles_and_frames_of_another_size():
     model = build(family="llava_next_video")
     pixels, sizes = tiled()
@@ -195,6 +198,7 @@ def test_pixels_of_another_kind_are_refused_by_shape(family, make, says):
         model.generate(torch.tensor([ids("image", "image", 3)]), pixel_values=make(images(2)), **more)
 
 
+@pytest.mark.refused("a batch without images that has `pixel_values`", instead="leave them out")
 def test_an_empty_batch_is_refused():
     model = build()
     vtc.enable(model, keep=9)
@@ -204,6 +208,7 @@ def test_an_empty_batch_is_refused():
             call(input_ids=none, attention_mask=none, pixel_values=images(1)[:0])
 
 
+@pytest.mark.supported("Arguments", "pixels of another dtype")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
 def test_pixels_of_another_dtype_are_cast_as_by_the_stock_model(dtype):
     model, pixels = build(), (images(2) * 9).to(dtype)

@@ -73,6 +73,9 @@ def in_thread(action):
     return found[0]
 
 
+@pytest.mark.supported(
+    "Switching and blocks", "a block for each asyncio task, with worker threads (`asyncio.to_thread`)"
+)
 def test_two_tasks_with_worker_threads_have_their_own_blocks(stock, call, answers):
     async def request(keep, everyone):
         with vtc.compress(stock, keep=keep) as run:
@@ -148,6 +151,9 @@ def test_blocks_may_close_in_any_order_and_in_another_context(stock, call, answe
     assert answer(stock, call) == answers[TOKENS]
 
 
+@pytest.mark.supported(
+    "Switching and blocks", "`vtc.enable`, `vtc.disable` and `vtc.configure` while another thread has a block open"
+)
 @pytest.mark.parametrize("first", ["on", "off"])
 def test_what_others_do_meanwhile_stays(stock, call, answers, first):
     if first == "on":
@@ -185,6 +191,7 @@ def test_blocks_of_two_models_do_not_meet(stock, call, answers):
         assert (vtc.is_enabled(stock), vtc.is_enabled(other)) == (True, False)
 
 
+@pytest.mark.supported("Loading", "`copy.deepcopy` and pickling in a block: the copy is not in it")
 def test_a_copy_made_in_a_block_is_the_model_alone(stock, call, answers):
     pickled = pickle.dumps(stock)
     with vtc.compress(stock, keep=3):
@@ -202,6 +209,7 @@ def test_a_copy_made_in_a_block_is_the_model_alone(stock, call, answers):
         assert answer(each, call) == answers[TOKENS]
 
 
+@pytest.mark.supported("Loading", "an enabled model, unpickled in a process that has not imported vtc")
 def test_an_enabled_model_is_unpickled_where_vtc_was_not_imported(stock, call, answers, tmp_path):
     vtc.enable(stock, keep=9)
     (tmp_path / "model.pkl").write_bytes(pickle.dumps((stock, call)))
@@ -224,6 +232,7 @@ def test_nothing_is_left_of_a_block(stock, call):
     assert (OPEN, CONTEXT.blocks) == ([], ())
 
 
+@pytest.mark.supported("Compiling", "compiled calls in blocks of several threads")
 def test_compiled_calls_see_the_block_of_their_context(stock, call, answers):
     vtc.enable(stock, keep=12)
     pixels = models.images(1)

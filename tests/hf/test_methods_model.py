@@ -242,9 +242,7 @@ def test_a_second_turn(model, eager, call, seen, case):
     check_generated(second, {"input_ids": whole}, eager, spliced(eager, seen, CASES[case][1], rows))
 
 
-@pytest.mark.refused(
-    "a new image in a compressed conversation, with other settings", instead="the settings that the cache began with"
-)
+@pytest.mark.supported("Caches", "a new image in a compressed conversation: it is compressed as the conversation began")
 def test_a_further_image_takes_the_method_of_the_conversation(model, call):
     vtc.enable(model, keep=KEEP, method="prumerge")
     one = {**models.batch([ids(2, "image", 3)]), "pixel_values": call["pixel_values"][:1]}

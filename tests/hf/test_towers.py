@@ -52,6 +52,7 @@ def swapped(model, how):
     return model
 
 
+@pytest.mark.supported("Loading", "a vision tower that was replaced or copied, with a config of its own")
 @pytest.mark.parametrize("how", ["another CLIP", "a copy"])
 def test_a_tower_with_a_config_of_its_own(stock, call, expected, how):
     model = swapped(stock, how)
@@ -76,6 +77,7 @@ def test_sizes_are_those_of_the_tower_itself(stock):
     assert (plan.num_tokens, plan.feature_layers, plan.scored) == (16, (3,), range(3))
 
 
+@pytest.mark.supported("Switching and blocks", 'a block on a model whose tower has any attention, such as "eager"')
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("tower", models.TOWERS)
 @pytest.mark.parametrize("method", ["vtc-cls", "visionzip", "prumerge", "random"])
@@ -114,6 +116,7 @@ def test_a_tower_of_another_dtype_gets_the_pixels_as_in_the_stock_model(stock, c
         assert answer(stock, call) == full
 
 
+@pytest.mark.supported("Loading", "hooks on the vision tower")
 @pytest.mark.parametrize("way", ["enable", "block"])
 def test_hooks_on_the_tower_act(stock, call, expected, way):
     if way == "enable":
@@ -134,6 +137,7 @@ def test_hooks_on_the_tower_act(stock, call, expected, way):
     assert run() == expected["short"]
 
 
+@pytest.mark.supported("Loading", "a vision tower that is offloaded as one block")
 @pytest.mark.parametrize("way", ["enable", "block"])
 def test_a_tower_that_is_offloaded_as_one_block(stock, call, expected, way):
     hooks = pytest.importorskip("accelerate.hooks")
@@ -171,11 +175,13 @@ def test_concurrent_passes_read_their_own_layers(stock):
     assert not layer._forward_hooks
 
 
+@pytest.mark.refused('`fused=True` in a block, on a tower whose attention is not "vtc"', instead="`vtc.enable`")
 def test_fused_needs_the_attention(stock, call):
     with vtc.compress(stock, keep=KEEP, fused=True), pytest.raises(ValueError, match=r"has 'sdpa'; use vtc\.enable"):
         answer(stock, call)
 
 
+@pytest.mark.refused("a compiled vision tower in a block", instead="`vtc.enable`")
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
 def test_a_compiled_tower_needs_enable(stock, call, expected, how):
     torch._dynamo.reset()
@@ -218,6 +224,10 @@ def test_a_tower_with_other_layers_is_refused(stock):
     assert not vtc.is_enabled(stock)
 
 
+@pytest.mark.refused(
+    "a subclass with its own `get_image_features`, `pack_image_features` or `get_placeholder_mask`",
+    instead="`vtc.disable`",
+)
 @pytest.mark.parametrize("name", ["get_image_features", "get_placeholder_mask"])
 @pytest.mark.parametrize("where", ["class", "instance"])
 def test_methods_that_vtc_would_bypass_are_refused(stock, call, name, where):
