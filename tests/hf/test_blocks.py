@@ -223,6 +223,15 @@ def test_an_enabled_model_is_unpickled_where_vtc_was_not_imported(stock, call, a
     assert done.stdout.split("\n")[-2] == str(answers[9])
 
 
+@pytest.mark.refused("`nn.DataParallel` in a block", instead="`vtc.enable`")
+def test_a_replica_in_a_block_is_refused(stock, call):
+    with vtc.compress(stock, keep=9):
+        replica = copy.deepcopy(stock)
+        replica.model._is_replica = True  # as nn.DataParallel marks the modules that it copies
+        with pytest.raises(ValueError, match=r"nn\.DataParallel"):
+            replica(**call)
+
+
 def test_nothing_is_left_of_a_block(stock, call):
     before = {name: dict(vars(module)) for name, module in stock.named_modules() if "vision" not in name}
     with vtc.compress(stock, keep=9):

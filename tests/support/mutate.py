@@ -500,6 +500,7 @@ MUTANTS = [
             "a closed block still holds": ("        opening.base = None\n", ""),
             "the outermost block counts": ("for block in reversed(CONTEXT.blocks)", "for block in CONTEXT.blocks"),
             "a call loses its block": ("own = block._replace(opening=Opening(base))", "own = block"),
+            "a replica is not compressed": ('if getattr(base, "_is_replica", False):', "if False:"),
             "no warning outside": ("if opening.model() is not base or base in _WARNED:", "if True:"),
         },
     ),
