@@ -24,6 +24,7 @@ FLOORS = (  # from the ground up: what lies on a floor imports from its own and 
     ("vtc.api",),
     ("vtc.tiny",),
     ("vtc",),  # vtc/__init__.py: the names
+    ("vtc.eval",),
     ("vtc.cli", "bench"),
 )
 SHARED = {"tuning", "search", "similarity"}  # of kernels/: what several operations use
