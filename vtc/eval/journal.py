@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from vtc.eval.question import Answer
 
 _log = logging.getLogger("vtc")
-FIELDS = frozenset(field.name for field in dataclasses.fields(Answer))
+LOCK_SECONDS = 10.0
 
 
 class Journal:
@@ -55,7 +55,8 @@ class Journal:
     def __enter__(self) -> Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            # The workers of a killed process hold its lock until they see that it is gone, within seconds.
+            self._lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
             raise ValueError(
                 f"another process writes to {self.path}; wait until it ends, or choose another --out"

@@ -160,15 +160,19 @@ class Run:
         total, left = sum(map(len, mine)), sum(map(len, todo))
         quiet = self.options.quiet or not self.processes.is_main
         cost, begun, count = Cost(), time.perf_counter(), 0
-        with Progress(f"{self.task.title} {self.label}", total, total - left, quiet) as progress:
-            for answers in self.engine.answers(self.job, todo, cost):
-                count += journal.append(answers, self.ids)
-                progress.advance(len(answers))
-        if count:
-            whole = time.perf_counter() - begun - cost.load
-            session = {"answers": count, "whole": whole, "models": self.engine.models, "workers": self.job.workers}
-            with (self.folder / f"sessions-{self.processes.rank}.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**session, **dataclasses.asdict(cost)}) + "\n")
+        try:
+            with Progress(f"{self.task.title} {self.label}", total, total - left, quiet) as progress:
+                for answers in self.engine.answers(self.job, todo, cost):
+                    count += journal.append(answers, self.ids)
+                    progress.advance(len(answers))
+        finally:  # an interrupted run has its time, too, but not one that was killed
+            if count:
+                self._note_session(count, time.perf_counter() - begun - cost.load, cost)
+
+    def _note_session(self, count: int, whole: float, cost: Cost) -> None:
+        session = {"answers": count, "whole": whole, "models": self.engine.models, "workers": self.job.workers}
+        with (self.folder / f"sessions-{self.processes.rank}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**session, **dataclasses.asdict(cost)}) + "\n")
 
     def _require_complete(self, journal: Journal) -> None:
         """Raise ValueError unless every question has an answer, or may be left out."""
@@ -180,8 +184,8 @@ class Run:
             )
         if missing := [line for line in self.ids if line not in journal.answers]:
             raise ValueError(
-                f"{len(missing)} of {len(self.ids)} questions have no answer, the first at line {missing[0]}: a process "
-                "of this run has failed. Run it again, which asks only these, or see what is there: --partial"
+                f"{len(missing)} of {len(self.ids)} questions have no answer, the first at line {missing[0]}: a "
+                "process of this run has failed. Run it again, which asks only these, or see what is there: --partial"
             )
 
     def _conclude(self, journal: Journal) -> Result:
