@@ -11,6 +11,7 @@ from vtc.eval import protocol as protocols
 from vtc.eval.model import ModelSpec
 from vtc.eval.question import Answer, Question
 from vtc.eval.setting import FLOOR, Setting
+from vtc.eval.task import Task
 
 
 @dataclass(frozen=True)
@@ -92,3 +93,13 @@ def batches_of(questions: Sequence[Question], size: int) -> list[list[Question]]
     for question in questions:
         groups[question.image is None].append(question)
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+
+
+def answer_all(
+    engine: Engine, spec: ModelSpec, task: Task, setting: Setting, batch_size: int, protocol: str | None = None
+) -> list[Answer]:
+    """The answers to all questions of a task, in their order, without a journal: for short runs."""
+    job = Job(spec, protocol or task.protocol, setting, task.max_new_tokens)
+    batches = batches_of(task.questions, batch_size)
+    found = [answer for answers in engine.answers(job, batches, Cost()) for answer in answers]
+    return sorted(found, key=lambda answer: answer.line)

@@ -51,7 +51,7 @@ class LocalEngine:
         if not batches:
             return
         prompting = job.prompting()
-        answerer = self._answerer(job, cost)
+        answerer = self.answerer(job.spec, cost)
         # The default of collate_fn for batch_size=None leaves a Batch as it is.
         prepared = iter(DataLoader(Prepared(prompting, batches), batch_size=None, num_workers=job.workers))
         while True:
@@ -62,11 +62,13 @@ class LocalEngine:
                 return
             yield [*batch.skipped, *self.answer(answerer, batch, job)]
 
-    def _answerer(self, job: Job, cost: Cost) -> Answerer:
-        if self._loaded is None or self._loaded[0] != job.spec:
+    def answerer(self, spec: ModelSpec, cost: Cost | None = None) -> Answerer:
+        """The loaded model."""
+        if self._loaded is None or self._loaded[0] != spec:
             begun = time.perf_counter()
-            self._loaded = job.spec, Answerer(job.spec.load(), job.spec.processor())
-            cost.load += time.perf_counter() - begun
+            self._loaded = spec, Answerer(spec.load(), spec.processor())
+            if cost is not None:
+                cost.load += time.perf_counter() - begun
         return self._loaded[1]
 
     def answer(self, answerer: Answerer, batch: Batch, job: Job) -> list[Answer]:
