@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ SHORT = "\nAnswer the question using a single word or phrase."
 SHAPES = ((168, 112), (112, 168), (112, 112), (196, 84))  # of the images: not all are square
 
 
+@functools.cache
 def scene(number: int) -> Scene:
     """The scene of the image with this number."""
     return Scene("test", number, SHAPES[number % len(SHAPES)])
@@ -38,12 +40,7 @@ def write_lines(path: Path, entries: Iterable[Any]) -> None:
 def write_image(path: Path, number: int, mode: str = "RGB") -> None:
     """The scene's image, in the format of the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = scene(number).image
-    if mode == "RGBA":
-        image.putalpha(200)
-    else:
-        image = image.convert(mode)
-    image.save(path)
+    scene(number).image.convert(mode).save(path)
 
 
 def shuffled(entries: list[Any]) -> list[Any]:

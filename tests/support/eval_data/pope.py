@@ -23,14 +23,14 @@ def write(folder: Path, layout: str = "llava") -> None:
         for key in range(1, count + 1):
             number = (key + place) % 4
             image = f"COCO_val2014_{number + 1:012}.jpg"
-            thing = scene(number).objects[0]
             label = "yes" if key % 2 else "no"
-            colour = thing.colour if label == "yes" else f"not {thing.colour}"
-            text = f"Is there a {colour} {thing.shape} in the image?"
+            of_scene = scene(number).questions
+            asked = next(q.text for q in of_scene if q.family == "existence" and q.answer == label)
+            text = asked.removesuffix(" ?").capitalize() + " in the image?"
             if key == 3:  # the template of the first version, where a word begins with a vowel
                 text = "Is there an object in the imange?"
-            asked = {"question_id": 10_000_000 * place + key, "image": image, "text": text + SHORT, "category": split}
-            lines.append(asked)
+            line = {"question_id": 10_000_000 * place + key, "image": image, "text": text + SHORT, "category": split}
+            lines.append(line)
             labels.append({"question_id": key, "image": image, "text": text, "label": label})
         write_lines(folder / gold / f"coco_pope_{split}.json", shuffled(labels))
     for number in range(4):

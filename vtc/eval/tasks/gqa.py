@@ -36,7 +36,7 @@ class GQA(Task):
             "it is in LLaVA's eval.zip",
         ),
         DataFile(
-            "answers",
+            "gold answers",
             (
                 "gqa/data/testdev_balanced_questions.json",
                 "gqa/testdev_balanced_questions.json",
@@ -54,7 +54,7 @@ class GQA(Task):
 
     def __init__(self, data: Path) -> None:
         super().__init__(data)
-        asked, answers = self.found["questions"], self.found["answers"]
+        asked, answers = self.found["questions"], self.found["gold answers"]
         self.questions = read_questions(asked, self.found["images"], str)
         self.gold = read_json(answers)
         if not isinstance(self.gold, dict):

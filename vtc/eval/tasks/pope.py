@@ -44,7 +44,7 @@ class Pope(Task):
         ),
         *(
             DataFile(
-                f"{split} answers",
+                f"gold answers ({split})",
                 tuple(
                     f"{folder}coco_pope_{split}.json"
                     for folder in ("pope/coco/", "pope/output/coco/", "output/coco/", "coco/", "pope/", "")
@@ -73,7 +73,7 @@ class Pope(Task):
 
     def _join(self, split: str, questions: list[Question]) -> None:
         """Read the gold file of a split into `self.gold`."""
-        path, file = self.found["questions"], self.found[f"{split} answers"]
+        path, file = self.found["questions"], self.found[f"gold answers ({split})"]
         entries = read_jsonl(file, ("question_id", "image", "text", "label"))
         ids = [int(question.id) % ID_RANGE for question in questions]
         check_join(ids, [entry["question_id"] for entry in entries], path, file, GOLD)

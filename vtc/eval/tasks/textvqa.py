@@ -89,7 +89,7 @@ class TextVQA(Task):
             "it is in LLaVA's eval.zip",
         ),
         DataFile(
-            "answers",
+            "gold answers",
             ("textvqa/TextVQA_0.5.1_val.json", "TextVQA_0.5.1_val.json"),
             "download it from textvqa.org",
         ),
@@ -102,7 +102,7 @@ class TextVQA(Task):
 
     def __init__(self, data: Path) -> None:
         super().__init__(data)
-        questions, answers = self.found["questions"], self.found["answers"]
+        questions, answers = self.found["questions"], self.found["gold answers"]
         self.questions = read_questions(questions, self.found["images"], str)
         for question in self.questions:
             if len(question.text.split("\n")) != 3 or OCR not in question.text:
