@@ -40,7 +40,10 @@ def write_lines(path: Path, entries: Iterable[Any]) -> None:
 def write_image(path: Path, number: int, mode: str = "RGB") -> None:
     """The scene's image, in the format of the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scene(number).image.convert(mode).save(path)
+    image = scene(number).image.convert(mode)
+    if mode == "RGBA":
+        image.putalpha(200)
+    image.save(path)
 
 
 def shuffled(entries: list[Any]) -> list[Any]:
