@@ -132,6 +132,7 @@ def newer_random(lines):
         (RANDOM, lambda lines: newer_random(lines)[1:6], "question 10000001 .* is not question 1 .*e3e3926.*2,910"),
         (RANDOM, lambda lines: lines[1:], "1 of the 5 questions .* have no answer .*e3e3926"),
         (RANDOM, lambda lines: lines[0].update(image="COCO_val2014_000000000009.jpg"), "is not question .*e3e3926"),
+        (RANDOM, lambda lines: lines[0].update(text="Is there a kettle in the image?"), "is not question .*e3e3926"),
         (RANDOM, lambda lines: lines[0].update(label="maybe"), "has the label 'maybe', not yes or no; .*e3e3926"),
         (RANDOM, lambda lines: [*lines, lines[0]], "more than once, .*e3e3926"),
         (RANDOM, lambda lines: lines[0].pop("label") and None, "lacks label"),
