@@ -1,1 +1,1 @@
-"""Small generated data sets in the exact formats of the benchmarks: invented content, awkward cases included."""
+"""Small data sets in the benchmarks' exact formats, with invented content: one module a benchmark."""
