@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+PACKAGES = ("cli", "eval", "eval.tasks", "hf", "methods", "ops", "tiny")
+
 setup(
     name="vtc-cls",
     version="0.1.0",
@@ -12,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["vtc", "vtc.cli", "vtc.eval", "vtc.eval.tasks", "vtc.hf", "vtc.methods", "vtc.ops", "vtc.tiny", "vtc_kernels"],
+    packages=["vtc", *(f"vtc.{name}" for name in PACKAGES), "vtc_kernels"],
     package_dir={"vtc_kernels": "kernels"},
     package_data={"vtc.tiny": ["checkpoint/*"], "vtc": ["py.typed"]},
     install_requires=[

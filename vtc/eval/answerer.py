@@ -1,0 +1,129 @@
+"""Prepare batches of questions, and answer them with one model."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from vtc.api import compress
+from vtc.eval.protocol import Prompt, Protocol
+from vtc.eval.question import Answer, Question
+from vtc.eval.setting import Setting
+from vtc.images import ImageError
+
+
+@dataclass
+class Batch:
+    """Questions that are answered at once. All have one image, or none has.
+
+    Attributes
+    ----------
+    lines : list of int
+        Of the questions.
+    inputs : dict of Tensor
+        For the model, on the CPU. The first dimension of each is that of `lines`.
+    seconds : float
+        What their preparation took.
+    skipped : list of Answer
+        Questions whose image cannot be read. They are not in `lines`.
+    """
+
+    lines: list[int]
+    inputs: dict[str, Tensor]
+    seconds: float = 0.0
+    skipped: list[Answer] = field(default_factory=list)
+
+    def part(self, rows: slice) -> Batch:
+        """Some of its questions."""
+        inputs = {name: value[rows] for name, value in self.inputs.items()}
+        lines = self.lines[rows]
+        return replace(
+            self, lines=lines, inputs=inputs, seconds=self.seconds * len(lines) / len(self.lines), skipped=[]
+        )
+
+
+def prepare(protocol: Protocol, questions: Sequence[Question]) -> Batch:
+    """Read the images of the questions and prepare the model's inputs."""
+    begun = time.perf_counter()
+    lines, prompts, skipped = [], [], []
+    for question in questions:
+        try:
+            images = [] if question.image is None else [question.image.open()]
+        except ImageError as error:
+            skipped.append(Answer(question.line, "", skipped=str(error)))
+            continue
+        lines.append(question.line)
+        prompts.append(Prompt(question.text, images))
+    inputs = protocol.prepare(prompts) if prompts else {}
+    return Batch(lines, inputs, time.perf_counter() - begun, skipped)
+
+
+class Answerer:
+    """A model that answers batches, greedily.
+
+    Parameters
+    ----------
+    model
+        A LLaVA of transformers. Nothing on it changes.
+    processor
+        Of the model.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+
+    def answer(self, batch: Batch, setting: Setting, max_new_tokens: int) -> list[Answer]:
+        """The answers to the batch, in its order, without those that were skipped."""
+        if not batch.lines:
+            return []
+        begun = time.perf_counter()
+        texts, new, kept = self.generate(batch.inputs, setting, max_new_tokens=max_new_tokens)
+        size = len(batch.lines)
+        each = (time.perf_counter() - begun) / size
+        prompts = batch.inputs["attention_mask"].sum(1).tolist()
+        return [
+            Answer(line, text, kept, prompt, count, size, round(each, 6), round(batch.seconds / size, 6))
+            for line, text, prompt, count in zip(batch.lines, texts, prompts, new, strict=True)
+        ]
+
+    def generate(
+        self, inputs: dict[str, Tensor], setting: Setting, **arguments: Any
+    ) -> tuple[list[str], list[int], float | None]:
+        """Texts, numbers of new tokens, and the visual tokens kept of an image, for prepared inputs.
+
+        `arguments` go to the model's `generate()`. Decoding is greedy unless they say otherwise.
+        """
+        on_device = {
+            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+        # None: a checkpoint's temperature and top_p, which greedy decoding ignores, would be warned of.
+        greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+        if not arguments.get("do_sample"):
+            greedy |= {"temperature": None, "top_p": None, "top_k": None}
+        block: Any = contextlib.nullcontext()
+        if setting.compresses and "pixel_values" in inputs:
+            block = compress(self.model, method=setting.method, **setting.options)
+        with block as run:
+            out = self.model.generate(**on_device, **{**greedy, **arguments}).cpu()  # waits for the device
+        new = out[:, inputs["input_ids"].shape[1] :]
+        texts = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        kept = None if run is None else run.tokens_after
+        if run is None and "pixel_values" in inputs:
+            image = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+            kept = (inputs["input_ids"] == image).sum().item() / len(inputs["input_ids"])
+        return texts, [self._length(row) for row in new], kept
+
+    def _length(self, new: Tensor) -> int:
+        """The number of tokens of one row up to and with the first end of sequence."""
+        ends = self.model.generation_config.eos_token_id
+        ids = new.tolist()
+        for number, token in enumerate(ids, start=1):
+            if token in (ends if isinstance(ends, list) else [ends]):
+                return number
+        return len(ids)

@@ -1,0 +1,167 @@
+"""How a question becomes a model's input: LLaVA-1.5's protocol to the letter, or the checkpoint's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+class Prompt(NamedTuple):
+    """What is asked: the images, then the text."""
+
+    text: str
+    images: Sequence[Image.Image] = ()
+
+
+class Protocol:
+    """Prepares batches of prompts. It holds a processor, and can be sent to another process.
+
+    Parameters
+    ----------
+    processor
+        Of the model.
+    config
+        Of the model.
+    floor : bool
+        Leave the images and their visual tokens out. The text is that of the prompt with images.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, processor: Any, config: Any, floor: bool = False) -> None:
+        self.processor, self.floor = processor, floor
+
+    def prepare(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """The model's inputs for a batch, padded on the left, on the CPU, pixels in fp32.
+
+        Returns
+        -------
+        dict
+            `input_ids` and `attention_mask` [B, L] int64; with images `pixel_values`, and what else the model's
+            processor returns for them.
+        """
+        raise NotImplementedError
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of it can change an answer."""
+        images = self.processor.image_processor
+        return {"protocol": self.name, "image_processor": f"{type(images).__name__} {images.to_json_string()}"}
+
+    def require_text(self, text: str) -> None:
+        """Raise ValueError if the text holds the placeholder of an image."""
+        if self.processor.image_token in text:
+            raise ValueError(f"the text {text!r} holds {self.processor.image_token}, which stands for an image")
+
+
+class LlavaProtocol(Protocol):
+    """LLaVA-1.5's: its system sentence, each image first, and images padded to a square.
+
+    ::
+
+        SYSTEM USER: <image>
+        TEXT ASSISTANT:
+
+    The prompt is cut at the images and each piece is tokenised alone, as in LLaVA. The visual tokens stand between the
+    pieces. An image is converted to RGB and padded to a square with the mean colour of CLIP, (122, 116, 104), before
+    the model's image processor resizes it. EXIF rotation is not applied. Sequences are cut at 2048 tokens.
+    """
+
+    name: ClassVar[str] = "llava"
+    max_length: ClassVar[int] = 2048
+
+    def __init__(self, processor: Any, config: Any, floor: bool = False) -> None:
+        super().__init__(processor, config, floor)
+        if config.model_type != "llava":
+            raise ValueError(
+                f"the protocol 'llava' is LLaVA-1.5's, and this model is of type {config.model_type!r}; use "
+                "--protocol hf, its own template and processor"
+            )
+        tokenizer = processor.tokenizer
+        self.image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
+        sample = processor(images=Image.new("RGB", (8, 8)), text=processor.image_token)["input_ids"]
+        self.num_visual = 0 if floor else torch.tensor(sample).flatten().tolist().count(self.image_id)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.background = tuple(int(255 * mean) for mean in processor.image_processor.image_mean)
+
+    def prepare(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        rows = [self.ids(prompt) for prompt in prompts]
+        length = max(map(len, rows))
+        inputs = {
+            "input_ids": torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
+        }
+        images = [self.padded(image) for prompt in prompts for image in prompt.images]
+        if images and not self.floor:
+            inputs["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return inputs
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """The token ids of one prompt, its visual tokens included."""
+        self.require_text(prompt.text)
+        before, after = f"{SYSTEM} USER: ", f"{prompt.text} ASSISTANT:"
+        if not prompt.images:
+            return self._tokens(before + after, first=True)[: self.max_length]
+        ids = self._tokens(before, first=True)
+        for number in range(len(prompt.images)):
+            last = number == len(prompt.images) - 1
+            ids += [self.image_id] * self.num_visual + self._tokens("\n" + (after if last else ""), first=False)
+        return ids[: self.max_length]
+
+    def _tokens(self, text: str, first: bool) -> list[int]:
+        ids: list[int] = self.processor.tokenizer(text, add_special_tokens=first)["input_ids"]
+        return ids
+
+    def padded(self, image: Image.Image) -> Image.Image:
+        """The image on a square of the background colour."""
+        image = image.convert("RGB")
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), self.background)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+    def fingerprint(self) -> dict[str, Any]:
+        # The ids around the image show how the tokenizer treats the pieces: … 29901 29871 | 29871 13 … with Llama's.
+        first, second = self._tokens("USER: ", first=False), self._tokens("\nx", first=False)
+        return {**super().fingerprint(), "system": SYSTEM, "ids_around_image": [first[-2:], second[:2]]}
+
+
+class HFProtocol(Protocol):
+    """The checkpoint's own: its chat template, if it has one, and its processor. No system sentence, no padding."""
+
+    name: ClassVar[str] = "hf"
+
+    def prepare(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        texts = [self.text(prompt) for prompt in prompts]
+        images = [image.convert("RGB") for prompt in prompts for image in prompt.images]
+        if self.floor:
+            texts, images = [text.replace(self.processor.image_token, "") for text in texts], []
+        self.processor.tokenizer.padding_side = "left"
+        inputs = self.processor(images=images or None, text=texts, padding=True, return_tensors="pt")
+        return dict(inputs)
+
+    def text(self, prompt: Prompt) -> str:
+        """The prompt as text, with one placeholder an image."""
+        self.require_text(prompt.text)
+        if not getattr(self.processor, "chat_template", None):
+            images = f"{self.processor.image_token}\n" * len(prompt.images)
+            return f"USER: {images}{prompt.text} ASSISTANT:"
+        content = [*({"type": "image"} for _ in prompt.images), {"type": "text", "text": prompt.text}]
+        text: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        return text
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {**super().fingerprint(), "chat_template": getattr(self.processor, "chat_template", None)}
+
+
+PROTOCOLS: dict[str, type[Protocol]] = {each.name: each for each in (LlavaProtocol, HFProtocol)}
