@@ -18,5 +18,5 @@ TASKS: dict[str, type[Task]] = {
         Pope,
         Scenes,
     )
-}
+}  # fmt: skip
 BENCHMARKS = tuple(name for name in TASKS if name != Scenes.name)  # what `--all` runs
