@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -112,9 +112,8 @@ class Pope(Task):
         return Score({"mean F1 of the three splits": mean} | figures | {"accuracy, pooled": pooled}, notes)
 
 
-def _figures(pairs: Iterable[tuple[bool, bool]]) -> dict[str, Figure]:
+def _figures(pairs: list[tuple[bool, bool]]) -> dict[str, Figure]:
     """F1 and its parts, from what was said and what is true. A figure whose denominator is 0 is 0."""
-    pairs = list(pairs)
     said = sum(said for said, _ in pairs)
     true = sum(true for _, true in pairs)
     both = sum(said and true for said, true in pairs)
