@@ -1,0 +1,1 @@
+"""Small data sets in the benchmarks' exact formats, with invented content: one module a benchmark."""
