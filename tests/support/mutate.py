@@ -567,6 +567,71 @@ MUTANTS = [
         "hf/test_stateful",
         {"a cropped prompt accepted": ("if not static and seen < 0:", "if False:")},
     ),
+    *_of(
+        "vtc/eval/tasks/mmbench.py",
+        "eval/test_mmbench",
+        {
+            "only what is empty is missing": ('return text in MISSING or text.lower() in ("nan", "none")', 'return text == ""'),
+            "options after a missing one": ("            break\n", "            continue\n"),
+            "hint after the question": ('"\\n".join([*lines, row["question"], *options])', '"\\n".join([row["question"], *lines, *options])'),
+            "no last line": ('f"{self._asked(line)}\\n{self.last_line}"', "self._asked(line)"),
+            "passes apart": ("unit=index % ROUND", "unit=index"),
+            "one right pass is enough": ("circular = {lines[0]: all(", "circular = {lines[0]: any("),
+            "a question counts without a pass": ("if all(line in answers for line in lines)]", "if lines[0] in answers]"),
+            "several letters are a letter": ("list(LETTERS[: len(self.options[line])])", "LETTERS[: len(self.options[line])]"),
+            "letter beyond the options": ("list(LETTERS[: len(self.options[line])])", "list(LETTERS)"),
+            "a reference to a reference": ("if len(image) <= REFERENCE:\n                    raise", "if not image:\n                    raise"),
+            "missing passes accepted": ("if rounds != list(range(len(rounds))) or len(rounds) < fewest:", "if False:"),
+            "fixed questions refused": ("3 if options == len(LETTERS) else options", "options"),
+            "answer that is no option accepted": (' or not row[row["answer"]]:', ":"),
+            "formulas": ('cell.data_type = "s"', "pass"),
+            "control characters kept": ('NOT_IN_XML.sub("", value)', "value"),
+            "an answer None is a missing one": ("table.append([cells.get(column) for column in UPLOADED])", "table.append([None if cells.get(column) in MISSING else cells.get(column) for column in UPLOADED])"),
+            "prompt with the last line": ('"prompt": self._asked(question.line)', '"prompt": question.text'),
+        },
+    ),
+    *_of(
+        "vtc/eval/tasks/seed.py",
+        "eval/test_seed",
+        {
+            "videos asked": ('if not str(entry["image"]).startswith(FOLDER):', "if False:"),
+            "doubled id reversed": ("entries.pop(0)", "entries.pop()"),
+            "surplus answers accepted": ("if left := sum(map(len, gold.values())):", "if left := 0:"),
+            "first character is enough": ('text == self.gold[line]["answer"]', 'text[:1] == self.gold[line]["answer"]'),
+            "over all questions": ("len(answers))}", "len(self.gold))}"),
+        },
+    ),
+    *_of(
+        "vtc/eval/tasks/mmvet.py",
+        "eval/test_mmvet",
+        {
+            "doubled ids accepted": (" or identifier in seen:", ":"),
+            "judge's ids without their prefix": ('f"v1_{question.id}"', 'f"{question.id}"'),
+            "characters not escaped": ("json.dumps(content, indent=2)", "json.dumps(content, indent=2, ensure_ascii=False)"),
+            "whole model path": ("{Path(model).name or self.name}", "{model or self.name}"),
+        },
+    ),
+    *_of(
+        "vtc/eval/files.py",
+        "eval/test_files",
+        {
+            "field limit stays raised": ("        csv.field_size_limit(before)", "        pass"),
+            "csv's own field limit": ("csv.field_size_limit(sys.maxsize)", "csv.field_size_limit()"),
+            "cut rows accepted": ("if None in row or None in row.values():", "if False:"),
+            "a cell cut in its quotes accepted": (", strict=True)\n        try:", ")\n        try:"),
+            "last place first": ("for path in self.paths:\n", "for path in reversed(self.paths):\n"),
+            "line numbers from 0": ("enumerate(file, start=1)", "enumerate(file)"),
+        },
+    ),
+    *_of(
+        "vtc/eval/question.py",
+        "eval/test_files",
+        {
+            "base64 with other characters": ("validate=True", "validate=False"),
+            "image not decoded when opened": ("            image.load()\n", ""),
+            "images converted": ("            return image\n", '            return image.convert("RGB")\n'),
+        },
+    ),
 ]  # fmt: skip
 
 

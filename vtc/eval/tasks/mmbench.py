@@ -106,8 +106,8 @@ class MMBench(Task):
         fewest = max(2, 3 if options == len(LETTERS) else options)  # D stays in place in some questions with four
         if rounds != list(range(len(rounds))) or len(rounds) < fewest:
             raise self._error(
-                f"question {unit} with {options} options has the passes {rounds}, accepted are 0 to {fewest - 1} or "
-                "more; the file is cut, or it is not the one with the options rotated"
+                f"question {unit} with {options} options has the passes {rounds}, expected 0 to {fewest - 1} at "
+                "least; the file is cut, or it is not the one with the options rotated"
             )
 
     def _error(self, problem: str) -> DataError:
@@ -132,7 +132,9 @@ class MMBench(Task):
         if "hint" not in self.rows[0]:
             notes.append("the file has no column hint, so that questions are asked without their hints")
         if hidden := sum(row["answer"] not in self._letters(line) for line, row in enumerate(self.rows)):
-            notes.append(f"{hidden} rows do not show their right option: LLaVA reads an option before it as missing")
+            notes.append(
+                f"rows that do not show their right option: {hidden}, LLaVA reads it or one before it as missing"
+            )
         if len(answers) > len(right):
             notes.append(f"{len(answers) - len(right)} answers do not count: other passes of their questions lack one")
         if letters < len(right):
