@@ -189,7 +189,7 @@ def test_an_image_is_opened_in_the_mode_of_its_file(tmp_path):
         assert (image.mode, image.size) == (mode, (3, 2))
 
 
-@pytest.mark.parametrize("text", ["abc", "ab*c", "/9j/4AA", "é"])
+@pytest.mark.parametrize("text", ["abc", "ab*cd", "/9j/4AA", "é"])
 def test_text_that_is_no_base64(text):
     with pytest.raises(ImageError, match=r"row 1 is no image in base64 \(.*\); download the file again"):
         EncodedImage(text, "row 1").open()
