@@ -192,7 +192,7 @@ def test_the_newer_file_is_recognised(made):
 
 
 def test_another_number_of_questions_is_named(task):
-    assert "8 questions in 24 rows of mmbench_dev_20230712.tsv: no version that is known" in task.score({}).notes[0]
+    assert "8 questions in 24 rows of mmbench_dev_20230712.tsv: not a known version" in task.score({}).notes[0]
 
 
 def test_images_by_reference(task, made, rows):

@@ -149,7 +149,7 @@ class MMBench(Task):
 
     def _version(self) -> str:
         rows, questions = len(self.rows), len(self.passes)
-        version = self.versions.get((rows, questions), "no version that is known")
+        version = self.versions.get((rows, questions), "not a known version")
         reference = ", images by the index of another row" if self.references else ""
         return f"{questions} questions in {rows} rows of {self.path.name}{reference}: {version}"
 
