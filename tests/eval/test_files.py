@@ -8,14 +8,13 @@ import re
 
 import pytest
 from PIL import Image
-from support.eval_data import mmbench, mmvet, seed
+from support.eval_data import WRITERS, mmbench, seed
 
 from vtc.eval.files import DataError, DataFile, read_json, read_jsonl, read_tsv, require_fields
 from vtc.eval.question import EncodedImage, ImageFile
 from vtc.eval.tasks import TASKS
 from vtc.images import ImageError
 
-WRITERS = {"mmbench": mmbench.write, "mmbench_cn": mmbench.write_cn, "seed": seed.write, "mmvet": mmvet.write}
 FILE = DataFile("questions", ("one/q.jsonl", "q.jsonl"), "download q.jsonl from the made-up site")
 
 
@@ -27,7 +26,8 @@ def test_all_tasks_are_found_in_every_layout(tmp_path, layout):
         task = TASKS[name](tmp_path)
         assert task.questions
         for question in task.questions:
-            question.image.open()
+            if question.image is not None:
+                question.image.open()
 
 
 @pytest.mark.parametrize("name", WRITERS)

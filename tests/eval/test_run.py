@@ -106,13 +106,13 @@ def test_a_batch_with_a_missing_answer_is_asked_whole_so_that_it_is_the_same_bat
     assert result.timing.whole_seconds is None  # the time of the lost answers is unknown
 
 
-def test_another_setting_in_the_same_folder_is_refused_by_name(run, tmp_path):
+def test_another_setting_in_the_same_folder_is_refused_by_name(run, engine, spec, tmp_path):
     run(limit=2).run()
     with pytest.raises(ValueError, match=r"files was .*6 of test.*, is .*7 of test.*Choose another --out"):
         run(task=Scenes(count=7), limit=2).run()
+    other = dataclasses.replace(spec, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"dtype was 'float32', is 'bfloat16'"):
-        other = run(limit=2)
-        Run(TASK, OURS, dataclasses.replace(other.spec, dtype="bfloat16"), other.options).run()
+        Run(TASK, OURS, other, Options(tmp_path, limit=2, quiet=True), engine).run()
 
 
 def test_partial_scores_what_is_there_and_asks_nothing(run, engine, spec, tmp_path):
@@ -131,8 +131,7 @@ def test_partial_scores_what_is_there_and_asks_nothing(run, engine, spec, tmp_pa
 def test_a_missing_answer_is_refused(run, engine, tmp_path):
     class Losing(Counting):
         def answers(self, job, batches, cost):
-            for answers in self.engine.answers(job, batches[:4], cost):
-                yield answers
+            yield from self.engine.answers(job, batches[:4], cost)
 
     lost = run()
     lost.engine = Losing(engine)

@@ -42,7 +42,7 @@ def test_a_sweep_has_every_method_at_every_number_and_the_others_once():
     assert [setting.label for setting in settings] == [
         *("none", "vtc-cls-128-start_layer=2", "vtc-cls-64-start_layer=2", "prumerge-128", "floor")
     ]
-    with pytest.raises(ValueError, match="no method of none, random has the option.s. start_layer"):
+    with pytest.raises(ValueError, match=r"no method of none, random has the option.s. start_layer"):
         sweep(["none", "random"], [64], start_layer=2)
-    with pytest.raises(ValueError, match="unknown method 'best'; there are vtc-cls, .*, floor"):
+    with pytest.raises(ValueError, match=r"unknown method 'best'; there are vtc-cls, .*, floor"):
         sweep(["best"], [64])

@@ -636,6 +636,9 @@ MUTANTS = [
             "precision is recall": ('"precision": (both, said)', '"precision": (both, true)'),
             "mean of two splits": ("if len(f1) == len(SPLITS) else None", "if f1 else None"),
             "splits in another order": ('{"adversarial": 3000, "random": 2910, "popular": 3000}', '{"adversarial": 3000, "popular": 3000, "random": 2910}'),
+        },
+    ),
+    *_of(
         "vtc/eval/tasks/mmbench.py",
         "eval/test_mmbench",
         {

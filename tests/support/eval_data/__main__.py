@@ -1,9 +1,7 @@
-"""`python -m tests.support.eval_data DIR`: the data sets in LLaVA's layout, to try `vtc eval` with the bundled model."""
+"""`PYTHONPATH=tests python -m support.eval_data DIR`: the data sets in LLaVA's layout, to try `vtc eval` with."""
 
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from support.eval_data import write_all
 
