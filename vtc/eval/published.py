@@ -9,9 +9,9 @@ from typing import NamedTuple
 COLUMNS = ("sqa", "gqa", "textvqa", "pope", "mmbench", "mmbench_cn", "mmvet", "seed")  # the order of published tables
 LLAVA, FASTERVLM, VTC_CLS = "LLaVA", "FasterVLM", "VTC-CLS"
 SOURCES = {
-    VTC_CLS: "VTC-CLS, the table in its authors' repository, LLaVA-1.5-7B; which layers were scored is not stated",
-    LLAVA: "LLaVA, the figures that its authors give for LLaVA-1.5",
-    FASTERVLM: "FasterVLM, its authors' own runs of LLaVA-1.5",
+    VTC_CLS: "VTC-CLS: the table in its authors' repository, LLaVA-1.5-7B, scored layers not stated",
+    LLAVA: "LLaVA: its authors' figures for LLaVA-1.5",
+    FASTERVLM: "FasterVLM: its authors' own runs of LLaVA-1.5",
 }
 WHAT = {
     "sqa": "accuracy over all 4,241 questions, those without an image included",

@@ -87,6 +87,12 @@ def caveats(result: Result) -> list[str]:
         notes.append("a server or a judge scores this task; the run wrote the file for it")
     elif result.main is not None and result.main.value is None:
         notes.append("no question counts for this figure")
+    return notes + incomplete(result)
+
+
+def incomplete(result: Result) -> list[str]:
+    """Which questions of the task are not in it. Empty for a whole run."""
+    notes = []
     if not result.complete:
         notes.append(f"partial: {result.answered:,} of {result.questions:,} questions have an answer")
     if result.limit is not None:

@@ -81,7 +81,7 @@ def score_table(results: Sequence[Result]) -> Table:
     for task in tasks:
         names = dict.fromkeys(r.main_name for r in results if r.task == task and r.main_name)
         notes.append(f"{HEADERS[task]}: {' or '.join(names) or 'no figure here'}.")
-        if any(p.task == task and p.same for p in published.PUBLISHED) and sources:
+        if sources:
             notes[-1] += f" Published: {published.WHAT[task]}."
     if all(line[-1] in (MISSING, "") for line in lines):
         columns, lines = columns[:-1], [line[:-1] for line in lines]
@@ -92,9 +92,9 @@ def score_table(results: Sequence[Result]) -> Table:
         f"{HEADERS[p.task]}, {p.method}: {p.value}, published by {p.source}, is another figure: {p.what}."
         for p in others
     ]
-    notes += [
-        f"Published, not measured here: {published.SOURCES[name]}." for name in published.SOURCES if name in sources
-    ]
+    if sources:
+        names = "; ".join(text for name, text in published.SOURCES.items() if name in sources)
+        notes.append(f"Published figures are not measured here. {names}.")
     if sources and (own := {str(r.fingerprint.get("protocol")) for r in results} - {"llava"}):
         notes.append(
             f"Published figures are with LLaVA's prompts and padded images, not with protocol {', '.join(own)}."

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vtc.eval import published
 from vtc.eval.result import Result
-from vtc.eval.rows import MISSING, caveats, common_and_rest, rows_of, tasks_of, time_conditions
+from vtc.eval.rows import MISSING, common_and_rest, incomplete, rows_of, tasks_of, time_conditions
 from vtc.eval.setting import NONE
 from vtc.eval.tables import HEADERS, Marks, Table, is_last, published_name
 
@@ -28,7 +28,8 @@ NOTES = (
     "generation: per question, from prepared inputs to the last token. The time of a batch is divided by its size.",
     "preparation: per question, reading and preparing the image and the prompt. Workers do it while the model "
     "generates; without workers the model waits for it.",
-    "whole: total times processes, divided by the questions. Loading the model does not count.",
+    "whole: total times processes, divided by the questions, which is how published times are given. Loading the model "
+    "does not count.",
     "x none: how many times faster than all tokens with the same questions, device, dtype, batch, processes and "
     "workers. Only complete runs are compared.",
     "waiting: the share of the whole time in which the model waits for prepared inputs.",
@@ -48,13 +49,13 @@ def time_table(results: Sequence[Result]) -> Table:
         lines.append(
             [
                 header,
-                row.name + rest[number] + marks(caveats(r)),
+                row.name + rest[number] + marks(incomplete(r)),
                 row.tokens,
                 _ms(r.timing.generate_seconds),
-                _ratio(all_tokens and all_tokens.timing.generate_seconds, r.timing.generate_seconds),
+                _ratio(all_tokens.timing.generate_seconds if all_tokens else None, r.timing.generate_seconds),
                 _ms(r.timing.prepare_seconds),
                 _ms(whole_per_question(r)),
-                _ratio(all_tokens and whole_per_question(all_tokens), whole_per_question(r)),
+                _ratio(whole_per_question(all_tokens) if all_tokens else None, whole_per_question(r)),
                 MISSING if (share := waiting(r)) is None else f"{100 * share:.0f} %",
                 r.timing.bound or MISSING,
                 _seconds(r.timing.whole_seconds),
@@ -67,7 +68,7 @@ def time_table(results: Sequence[Result]) -> Table:
             theirs_shown = True
             first = published.time(task, NONE, None, size)
             name = published_name(row, published.VTC_CLS)
-            faster = _ratio(first and first.per_question, theirs.per_question)
+            faster = _ratio(first.per_question if first else None, theirs.per_question)
             missing = [MISSING] * 3
             whole = [_ms(theirs.per_question), faster, MISSING, MISSING, _seconds(theirs.seconds), MISSING]
             lines.append([header, *name, *missing, *whole])
