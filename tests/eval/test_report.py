@@ -112,11 +112,6 @@ def test_a_table_like_the_published_one():
 )
 def test_an_incomplete_figure_is_marked_and_explained(changes, cell, note):
     marked = result(**changes)
-    for table in (
-        score_table([marked]),
-        figure_table([replace(marked, figures=marked.figures or {"other": Figure(None, 0)})]),
-    ):
-        assert note in table.notes or not marked.figures
     assert cells(score_table([marked]), "none")["GQA"] == cell
     assert note in score_table([marked]).notes
 
@@ -150,7 +145,19 @@ def test_the_average_needs_every_task_of_the_table():
     assert cells(table, "vtc-cls, published by VTC-CLS")["Avg"] == "58.4"
     assert cells(table, "none, published by LLaVA")["Avg"] == "-"
     assert "Avg" not in score_table([result("gqa")]).columns
-    assert table.columns == "method tokens SciQA GQA TextVQA POPE MMB MMB-CN MMVet SEED Avg".split()
+    assert table.columns == [
+        "method",
+        "tokens",
+        "SciQA",
+        "GQA",
+        "TextVQA",
+        "POPE",
+        "MMB",
+        "MMB-CN",
+        "MMVet",
+        "SEED",
+        "Avg",
+    ]
 
 
 def test_a_published_figure_of_another_kind_is_not_in_the_column():
@@ -349,8 +356,6 @@ def test_a_ratio_needs_the_complete_baseline_under_the_same_conditions(changes):
     ours = result("gqa", "vtc-cls", 64)
     assert baseline(ours, [ours, result()]) == result()
     assert baseline(ours, [ours, result(**changes)]) is None
-    row = next(row for row in time_table([ours, result(**{**changes, "model": LLAVA_7B})]).rows if "vtc-cls" in row[1])
-    assert changes == {"model": "other"} or row[4] == "-"
 
 
 def test_an_incomplete_run_has_no_ratio():
@@ -437,7 +442,10 @@ def points(panel, label):
 def test_plots_show_lines_baselines_published_and_incomplete_figures(tmp_path, drawn):
     results = [result("gqa", value=62.5), result("gqa", "floor", value=38.0), result("mmvet", figures={})]
     results += [result("gqa", "vtc-cls", keep, keep / 4 + 40) for keep in (64, 32)]
-    results += [result("gqa", "fastv", 64, 46.5, limit=3, timing=timing(0.05, 60.0)), result("scenes", value=99.0)]
+    results += [
+        result("gqa", "fastv", 64, 46.5, limit=3, timing=timing(0.05, 60.0, workers=4)),
+        result("scenes", value=99.0),
+    ]
     files = plots.draw(results, tmp_path / "plots")
     assert [file.name for file in files] == ["accuracy-over-tokens.png", "accuracy-over-time.png"]
     for file in files:
@@ -463,7 +471,9 @@ def test_plots_show_lines_baselines_published_and_incomplete_figures(tmp_path, d
     assert not points(time, "published")
 
 
-def test_each_model_has_its_own_plots(tmp_path, drawn):
+def test_each_model_has_its_own_plots(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, file, **options: None)  # it takes a second
     files = plots.draw([result(), result(model="a/other")], tmp_path)
     assert [file.name for file in files] == [
         "accuracy-over-tokens-1-llava-1.5-7b-hf.png", "accuracy-over-time-1-llava-1.5-7b-hf.png",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vtc.eval import published
 from vtc.eval.result import Result
-from vtc.eval.rows import common_and_rest, incomplete, rows_of, tasks_of, time_conditions
+from vtc.eval.rows import common_and_rest, conditions, incomplete, rows_of, tasks_of, time_conditions
 from vtc.eval.setting import FLOOR, NONE
 from vtc.eval.tables import FULL_TOKENS, HEADERS
 
@@ -61,7 +61,7 @@ def _figure(results: list[Result], over: str) -> Any:
     from matplotlib.figure import Figure  # without pyplot, which wants a display and keeps every figure
 
     tasks = tasks_of(results)
-    common, panels_points = _points(results, tasks)
+    common, panels_points = _points(results, tasks, conditions if over == "tokens" else time_conditions)
     every = [point for points in panels_points for point in points]
     compared = dict.fromkeys(point.line for point in every if point.result.method not in BASELINES)
     styles = {line: (f"C{number % 10}", "osD^v"[number // 10 % 5]) for number, line in enumerate(compared)}
@@ -84,10 +84,12 @@ def _figure(results: list[Result], over: str) -> Any:
     return figure
 
 
-def _points(results: list[Result], tasks: list[str]) -> tuple[str, list[list[Point]]]:
-    """The conditions of all results, and the points of each task."""
+def _points(
+    results: list[Result], tasks: list[str], conditions_of: Callable[[Result], dict[str, str]]
+) -> tuple[str, list[list[Point]]]:
+    """The conditions that all results share, and the points of each task."""
     rows = [rows_of([r for r in results if r.task == task]) for task in tasks]
-    common, rest = common_and_rest([time_conditions(row.first) for of_task in rows for row in of_task])
+    common, rest = common_and_rest([conditions_of(row.first) for of_task in rows for row in of_task])
     ends = iter(rest)
     points: list[list[Point]] = []
     for of_task in rows:

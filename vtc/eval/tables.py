@@ -93,8 +93,8 @@ def score_table(results: Sequence[Result]) -> Table:
         for p in others
     ]
     if sources:
-        names = "; ".join(text for name, text in published.SOURCES.items() if name in sources)
-        notes.append(f"Published figures are not measured here. {names}.")
+        origins = "; ".join(text for name, text in published.SOURCES.items() if name in sources)
+        notes.append(f"Published figures are not measured here. {origins}.")
     if sources and (own := {str(r.fingerprint.get("protocol")) for r in results} - {"llava"}):
         notes.append(
             f"Published figures are with LLaVA's prompts and padded images, not with protocol {', '.join(own)}."
