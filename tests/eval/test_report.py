@@ -439,36 +439,42 @@ def points(panel, label):
     return [list(zip(*line.get_data(), strict=True)) for line in panel.get_lines() if line.get_label() == label]
 
 
+def hollow(panel):
+    """The points of hollow markers and their colours."""
+    lines = [line for line in panel.get_lines() if line.get_markerfacecolor() == "none" and len(line.get_xdata())]
+    return {next(zip(*line.get_data(), strict=True)): line.get_color() for line in lines}
+
+
 def test_plots_show_lines_baselines_published_and_incomplete_figures(tmp_path, drawn):
     results = [result("gqa", value=62.5), result("gqa", "floor", value=38.0), result("mmvet", figures={})]
     results += [result("gqa", "vtc-cls", keep, keep / 4 + 40) for keep in (64, 32)]
     results += [
         result("gqa", "fastv", 64, 46.5, limit=3, timing=timing(0.05, 60.0, workers=4)),
         result("scenes", value=99.0),
+        result("sqa", value=70.0),
     ]
     files = plots.draw(results, tmp_path / "plots")
     assert [file.name for file in files] == ["accuracy-over-tokens.png", "accuracy-over-time.png"]
     for file in files:
         assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert file.stat().st_size > 10_000
-    gqa, scenes = drawn["accuracy-over-tokens.png"].axes
-    assert (gqa.get_title(), scenes.get_title()) == ("GQA", "SCENES")
+    sqa, gqa, scenes = drawn["accuracy-over-tokens.png"].axes
+    assert [panel.get_title() for panel in (sqa, gqa, scenes)] == ["SciQA", "GQA", "SCENES"]
     assert points(gqa, "vtc-cls") == [[(32, 48.0), (64, 56.0)]]
     assert [line.get_ydata()[0] for line in gqa.get_lines() if line.get_label() in ("none", "floor")] == [62.5, 38.0]
     assert points(gqa, "incomplete") == [[(64, 46.5)]]
-    hollow = {tuple(*zip(*line.get_data(), strict=True)): line.get_color() for line in gqa.get_lines()
-              if line.get_markerfacecolor() == "none" and len(line.get_xdata())}  # fmt: skip
     color = {line.get_label(): line.get_color() for line in gqa.get_lines()}
-    assert hollow == {
+    assert hollow(gqa) == {
         (256, 59.1): color["fastv"], (128, 54.1): color["fastv"], (64, 46.0): color["fastv"],
         (256, 60.3): color["vtc-cls"], (128, 58.2): color["vtc-cls"], (64, 55.7): color["vtc-cls"],
         (576, 62.0): "black", (576, 61.94): "black",
     }  # fmt: skip
-    assert not points(scenes, "published")
-    time = drawn["accuracy-over-time.png"].axes[0]
+    assert hollow(sqa) == {(576, 70.2): "black"}
+    assert not hollow(scenes)
+    time = drawn["accuracy-over-time.png"].axes[1]
     assert points(time, "none") == [[(100.0, 62.5)]]
     assert points(time, "fastv") == [[(50.0, 46.5)]]
-    assert not points(time, "published")
+    assert not hollow(time)
 
 
 def test_each_model_has_its_own_plots(tmp_path, monkeypatch):
