@@ -67,7 +67,11 @@ def _figure(results: list[Result], over: str) -> Any:
     styles = {line: (f"C{number % 10}", "osD^v"[number // 10 % 5]) for number, line in enumerate(compared)}
     across = min(ACROSS, len(tasks))
     down = math.ceil(len(tasks) / across)
-    figure = Figure(figsize=(max(5.0, 3.1 * across), 2.7 * down + 1.0), layout="constrained")
+    width = max(6.0, 3.1 * across)
+    columns = int(width / 1.5)  # of the legend
+    legend = math.ceil((len(styles) + 4) / columns)  # its lines: four more for the baselines and the special markers
+    height = (3.4 if len(tasks) == 1 else 2.7 * down) + 0.6 + 0.2 * legend
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(f"{results[0].model}\n{common}", fontsize=10)
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for task, panel, points in zip(tasks, panels, panels_points, strict=False):
@@ -79,7 +83,6 @@ def _figure(results: list[Result], over: str) -> Any:
     handles: dict[str, Any] = {}
     for panel in figure.axes:
         handles |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    columns = min(len(handles), 2 * across)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
