@@ -301,6 +301,13 @@ def test_each_model_has_its_own_tables():
     assert full[1:3] == [f"GQA, all figures of {LLAVA_7B} {where}", f"POPE, all figures of {LLAVA_7B} {where}"]
 
 
+def test_answers_from_a_file_have_neither_conditions_nor_times():
+    titles = [table.title for table in tables([
+        result(method="answers", model="mine.jsonl", fingerprint={}, timing=Timing(1000, 0.0, 0.0, 0.0))
+    ])]  # fmt: skip
+    assert titles == ["Scores of mine.jsonl", "GQA, all figures of mine.jsonl"]
+
+
 def timing(generate, whole, **changes):
     return Timing(**{"answers": 1000, "generate_seconds": generate, "prepare_seconds": 0.02, "new_tokens": 2.0,
                      "whole_seconds": whole, "wait_seconds": 6.0, "load_seconds": 9.0, **changes})  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -148,6 +149,99 @@ def demo(
         print_table(title, COLUMNS, [row.cells() for row in found.rows])
         typer.echo(found.footnote())
         typer.echo(f"Sheet: {file} ({seconds:.0f} s in all)")
+
+
+@app.command(name="eval")
+def evaluate(
+    tasks: Annotated[
+        list[str] | None,
+        typer.Argument(help="gqa sqa textvqa pope mmbench mmbench_cn seed mmvet, or scenes, which needs no files."),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="The eight benchmarks.")] = False,
+    data: Annotated[str | None, typer.Option(help="The folder with their files, in LLaVA's layout or flat.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id of a LLaVA model.", show_default="the bundled one")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the model on the hub.")] = None,
+    method: Annotated[
+        str, typer.Option(help="As in `vtc methods`; none: no compression; floor: no visual tokens at all.")
+    ] = "vtc-cls",
+    keep: Annotated[int | None, typer.Option(help="Visual tokens to keep.", show_default=f"{DEFAULT_KEEP}")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of the visual tokens to keep, instead of --keep.")] = None,
+    start_layer: Annotated[int | None, typer.Option(help="vtc-cls: the first scored vision layer.")] = None,
+    prune_layer: Annotated[
+        int | None, typer.Option(help="Drop tokens after this layer of the language model.", show_default="fastv: 2")
+    ] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Another option of the method: name=value.")] = None,
+    methods: Annotated[str | None, typer.Option(help="A table of these methods: vtc-cls,fastv,prumerge+")] = None,
+    all_methods: Annotated[bool, typer.Option("--all-methods", help="A table of every method.")] = False,
+    sweep: Annotated[str | None, typer.Option(help="A table of these numbers of tokens: keep=256,128,64")] = None,
+    baselines: Annotated[bool, typer.Option(help="Tables also have the rows none and floor.")] = True,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="llava: LLaVA-1.5's prompt and padded images; hf: the checkpoint's own template.",
+            show_default="llava; scenes: hf",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many, spread over the file.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once; 1 is the reference.")] = 1,
+    check_batch: Annotated[
+        bool, typer.Option("--check-batch", help="Also answer one by one, and count the answers that differ.")
+    ] = False,
+    out: Annotated[
+        str, typer.Option(help="The folder of answers and tables. A run goes on where it stopped.")
+    ] = "vtc-eval",
+    partial: Annotated[bool, typer.Option("--partial", help="Ask nothing: score the answers that are there.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out questions without a readable image.")] = False,
+    answers: Annotated[
+        str | None, typer.Option(help="Ask nothing: score this file of answers, made by LLaVA's programs.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: models in actors of Ray.")] = "local",
+    actors: Annotated[int, typer.Option(min=1, help="With --engine ray, how many models.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that prepare images.", show_default="4 on a GPU, else 0")
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    plots: Annotated[bool, typer.Option("--plots", help="Draw accuracy over tokens and over time.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run benchmarks from their official files: any model, method and number of tokens.
+
+    Prints a table of scores and one of times; report.md, report.csv, results.jsonl and the files for servers and judges
+    are in --out. A run that was interrupted goes on where it stopped.
+    """
+    with errors():
+        from vtc.cli import eval as evaluation
+
+        folder = Path(data) if data is not None else None
+        chosen = evaluation.tasks_of(tasks or [], everything, folder)
+        if answers is not None:
+            if len(chosen) != 1:
+                raise ValueError(f"--answers is a file of one task, got {len(chosen)} tasks")
+            results, failures = [evaluation.score_file(chosen[0], Path(answers), partial)], []
+        else:
+            quieten(model)
+            options = evaluation.options_of(option or [])
+            options |= {"ratio": ratio, "start_layer": start_layer, "prune_layer": prune_layer}
+            given = {name: value for name, value in options.items() if value is not None}
+            results, failures = evaluation.evaluate(
+                chosen,
+                evaluation.settings_of(method, methods, all_methods, sweep, baselines, keep, given),
+                evaluation.Machine(model, revision, device, dtype, engine, actors),
+                evaluation.Options(
+                    Path(out), batch_size, limit, protocol, skip_bad, partial, workers, check_batch, quiet=as_json
+                ),
+                plots,
+            )
+        if as_json:
+            print_json(evaluation.document(results, failures))
+        else:
+            for title, columns, rows in evaluation.tables(results):
+                print_table(title, columns, rows)
+        if failures:
+            raise ValueError(f"{len(failures)} run(s) failed: {'; '.join(failures)}")
 
 
 @app.command()

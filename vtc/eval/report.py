@@ -36,7 +36,8 @@ def tables(results: Sequence[Result], full: bool = False) -> list[Table]:
             of_task = [r for r in mine if r.task == task]
             if task not in COLUMNS or ((full or len(tasks) == 1) and any(r.figures or r.notes for r in of_task)):
                 found.append(figure_table(of_task))
-        found.append(time_table(mine))
+        if timed := [r for r in mine if r.timing.generate_seconds]:  # answers from a file have no time
+            found.append(time_table(timed))
     return found
 
 

@@ -150,9 +150,13 @@ def read(file: Path) -> list[Result]:
 def environment(device: str) -> dict[str, Any]:
     """Versions, device and date."""
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    versions = {name: _version(name) for name in ("torch", "triton", "transformers", "vtc-cls")}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {**versions, "device": device, "gpu": gpu, "date": now}
+    return {**versions(), "device": device, "gpu": gpu, "date": now}
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of what computes answers."""
+    return {name: _version(name) for name in ("torch", "triton", "transformers", "vtc-cls")}
 
 
 def _version(name: str) -> str | None:

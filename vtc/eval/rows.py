@@ -108,9 +108,10 @@ def device_of(result: Result) -> str:
 
 
 def conditions(result: Result) -> dict[str, str]:
-    """What can change answers besides the model and the setting."""
+    """What can change answers besides the model and the setting. Empty texts: unknown, as of answers from a file."""
     texts = {"protocol": "protocol {}", "dtype": "{}", "batch_size": "batch {}"}
-    return {name: text.format(result.fingerprint.get(name, "unknown")) for name, text in texts.items()}
+    known = result.fingerprint
+    return {name: text.format(known[name]) if name in known else "" for name, text in texts.items()}
 
 
 def time_conditions(result: Result) -> dict[str, str]:
@@ -124,8 +125,8 @@ def common_and_rest(all_conditions: Sequence[dict[str, str]]) -> tuple[str, list
     """The conditions that all share, for a title; and for each the others, to be appended to a name."""
     first = all_conditions[0]
     common = [name for name in first if len({c[name] for c in all_conditions}) == 1]
-    rest = ["".join(f", {value}" for name, value in c.items() if name not in common) for c in all_conditions]
-    return ", ".join(first[name] for name in common), rest
+    rest = ["".join(f", {c[name]}" for name in c if name not in common and c[name]) for c in all_conditions]
+    return ", ".join(first[name] for name in common if first[name]), rest
 
 
 def _identity(result: Result) -> tuple[object, ...]:

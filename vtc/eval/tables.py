@@ -99,7 +99,7 @@ def score_table(results: Sequence[Result]) -> Table:
         notes.append(
             f"Published figures are with LLaVA's prompts and padded images, not with protocol {', '.join(own)}."
         )
-    return Table(f"Scores of {model} ({common})", columns, lines, notes)
+    return Table(titled(f"Scores of {model}", common), columns, lines, notes)
 
 
 def figure_table(results: Sequence[Result]) -> Table:
@@ -121,7 +121,12 @@ def figure_table(results: Sequence[Result]) -> Table:
     for note in dict.fromkeys(note for r in results for note in r.notes):
         owners = list(dict.fromkeys(r.label for r in results if note in r.notes))
         notes.append(f"{note}." if len(owners) == len(labels) else f"{', '.join(owners)}: {note}.")
-    return Table(f"{title}, all figures of {results[0].model} ({common})", columns, lines, marks.legend() + notes)
+    return Table(titled(f"{title}, all figures of {results[0].model}", common), columns, lines, marks.legend() + notes)
+
+
+def titled(title: str, common: str) -> str:
+    """The title with the conditions that all rows share, if there are any."""
+    return f"{title} ({common})" if common else title
 
 
 def cell(result: Result | None, marks: Marks, name: str | None = None) -> str:

@@ -8,7 +8,7 @@ from vtc.eval import published
 from vtc.eval.result import Result
 from vtc.eval.rows import MISSING, common_and_rest, incomplete, rows_of, tasks_of, time_conditions
 from vtc.eval.setting import NONE
-from vtc.eval.tables import HEADERS, Marks, Table, is_last, published_name
+from vtc.eval.tables import HEADERS, Marks, Table, is_last, published_name, titled
 
 COLUMNS = (
     "task",
@@ -77,7 +77,7 @@ def time_table(results: Sequence[Result]) -> Table:
         notes.append("No whole time: a process was killed, and what it spent on unfinished answers is unknown.")
     if theirs_shown:
         notes.append(f"Published, not measured here: {published.WHAT_TIME}.")
-    return Table(f"Time of {results[0].model} ({common})", list(COLUMNS), lines, notes)
+    return Table(titled(f"Time of {results[0].model}", common), list(COLUMNS), lines, notes)
 
 
 def whole_per_question(result: Result) -> float | None:

@@ -1,0 +1,225 @@
+"""`vtc eval`: tasks by settings, one run after the other, and the tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vtc.config import SHARED
+from vtc.eval import report
+from vtc.eval.answers_file import read_answers
+from vtc.eval.engine import Engine
+from vtc.eval.local import LocalEngine, is_out_of_memory
+from vtc.eval.model import BUNDLED, ModelSpec, pick_device, pick_dtype
+from vtc.eval.processes import Processes
+from vtc.eval.result import Result, Timing, environment
+from vtc.eval.run import Options, Run
+from vtc.eval.setting import FLOOR, NONE, Setting, sweep
+from vtc.eval.task import Task
+from vtc.eval.tasks import BENCHMARKS, TASKS, Scenes
+from vtc.methods import METHODS
+
+_log = logging.getLogger("vtc")
+DEFAULT_KEEP = 64
+
+
+def tasks_of(names: Sequence[str], everything: bool, data: Path | None) -> list[Task]:
+    """The tasks by their names, with their files checked.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, or without names, or without a folder that a task needs.
+    """
+    if everything == bool(names):
+        raise ValueError(f"give tasks, or --all for the eight; there are {', '.join(TASKS)}")
+    if unknown := [name for name in names if name not in TASKS]:
+        raise ValueError(f"unknown task {', '.join(unknown)}; there are {', '.join(TASKS)}")
+    chosen = BENCHMARKS if everything else list(dict.fromkeys(names))
+    if data is None and set(chosen) != {Scenes.name}:
+        raise ValueError("give --data DIR, the folder with the files of the benchmarks (LLaVA's playground/data/eval)")
+    if data is not None and not data.is_dir():
+        raise ValueError(f"the data folder {data} does not exist")
+    return [TASKS[name](data or Path()) for name in chosen]
+
+
+def settings_of(
+    method: str,
+    methods: str | None,
+    all_methods: bool,
+    swept: str | None,
+    baselines: bool,
+    keep: int | None,
+    options: Mapping[str, Any],
+) -> list[Setting]:
+    """The settings of a command: one, or a table's.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method, an option that is not accepted, or a sweep of something else than `keep`.
+    """
+    if methods is None and not all_methods and swept is None:
+        fixed = method in (NONE, FLOOR) or "ratio" in options
+        chosen = keep if fixed or keep is not None else DEFAULT_KEEP
+        return [Setting(method, {"keep": chosen, **options})]
+    if keep is not None and swept is not None:
+        raise ValueError(f"got both --keep {keep} and --sweep {swept}; give one of them")
+    names = list(METHODS) if all_methods else (methods or method).split(",")
+    compared = [name for name in names if name not in (NONE, FLOOR)]
+    keeps = [keep or DEFAULT_KEEP] if swept is None else _keeps(swept)
+    return sweep([NONE, *compared, FLOOR] if baselines else compared, keeps, **options)
+
+
+def _keeps(swept: str) -> list[int]:
+    name, _, values = swept.partition("=")
+    if name != "keep" or not all(value.isdigit() for value in values.split(",")):
+        raise ValueError(f"--sweep takes numbers of tokens, such as keep=256,128,64, got {swept!r}")
+    return [int(value) for value in values.split(",")]
+
+
+def options_of(given: Sequence[str]) -> dict[str, Any]:
+    """The options of `--option name=value`: numbers, true, false and none become Python's.
+
+    Raises
+    ------
+    ValueError
+        If one has no `=`, or no method has it.
+    """
+    known = {*SHARED, *(option for each in METHODS.values() for option in each.options())}
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"--option takes name=value with a name among {', '.join(sorted(known))}, got {text!r}")
+        found[name] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Which model, and where it runs, as on the command line."""
+
+    model: str | None
+    revision: str | None
+    device: str | None
+    dtype: str
+    engine: str
+    actors: int
+
+    def spec(self) -> ModelSpec:
+        """The model as it runs in this process."""
+        where = pick_device(self.device)
+        dtype = str(pick_dtype(self.dtype, where)).removeprefix("torch.")
+        return ModelSpec(self.model or BUNDLED, str(where), dtype, self.revision)
+
+    def build_engine(self) -> Engine:
+        """The engine by its name. Raises ValueError for an unknown one."""
+        if self.engine != "local":
+            raise ValueError(f"unknown engine {self.engine!r}; there are local, ray")
+        return LocalEngine()
+
+
+def evaluate(
+    tasks: Sequence[Task], settings: Sequence[Setting], machine: Machine, options: Options, plots: bool
+) -> tuple[list[Result], list[str]]:
+    """Run everything, and write the report after each run. Returns what `run_all` returns."""
+
+    def write(results: list[Result]) -> None:
+        report.write(results, options.out)
+
+    results, failures = run_all(tasks, settings, machine.spec(), options, machine.build_engine(), Processes(), write)
+    if plots and results:
+        from vtc.eval.plots import draw
+
+        draw(results, options.out)
+    return results, failures
+
+
+def run_all(
+    tasks: Sequence[Task],
+    settings: Sequence[Setting],
+    spec: ModelSpec,
+    options: Options,
+    engine: Engine | None = None,
+    processes: Processes | None = None,
+    done: Callable[[list[Result]], None] = lambda results: None,
+) -> tuple[list[Result], list[str]]:
+    """Every task with every setting.
+
+    A run that fails does not stop the others, unless there are several processes, which have to stay in step.
+
+    Parameters
+    ----------
+    done : callable
+        Gets the results so far after each run.
+
+    Returns
+    -------
+    list of Result
+        Empty in all processes but the main one.
+    list of str
+        What failed, a line each.
+    """
+    engine, processes = engine or LocalEngine(), processes or Processes()
+    results: list[Result] = []
+    failures: list[str] = []
+    for task in tasks:
+        for setting in settings:
+            try:
+                result = Run(task, setting, spec, options, engine, processes).run()
+            except (ValueError, RuntimeError) as error:
+                if processes.world > 1 or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
+                    raise
+                failures.append(f"{task.name} {setting.label}: {' '.join(str(error).split())}")
+                _log.warning("%s", failures[-1])
+                continue
+            if result is not None:
+                results.append(result)
+                done(results)
+    return results, failures
+
+
+def score_file(task: Task, path: Path, partial: bool) -> Result:
+    """The result of a file of answers that LLaVA's programs have written."""
+    answers = read_answers(task, path, partial)
+    score = task.score(answers)
+    return Result(
+        task=task.name,
+        title=task.title,
+        model=path.name,
+        method="answers",
+        label=path.stem,
+        options={},
+        figures=score.figures,
+        complete=len(answers) == len(task.questions),
+        questions=len(task.questions),
+        answered=len(answers),
+        skipped=0,
+        limit=None,
+        visual_tokens=None,
+        notes=score.notes,
+        timing=Timing(len(answers), 0.0, 0.0, 0.0),
+        fingerprint={"files": task.fingerprint()},
+        environment=environment("cpu"),
+    )
+
+
+def document(results: Sequence[Result], failures: Sequence[str]) -> dict[str, Any]:
+    """The JSON document."""
+    return {"results": [dataclasses.asdict(result) for result in results], "failures": list(failures)}
