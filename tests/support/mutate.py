@@ -703,6 +703,58 @@ MUTANTS = [
             "images converted": ("            return image\n", '            return image.convert("RGB")\n'),
         },
     ),
+    *_of(
+        "vtc/eval/rows.py",
+        "eval/test_report",
+        {
+            "a partial run unmarked": ("if not result.complete:", "if False:"),
+            "a sample unmarked": ("if result.limit is not None:", "if False:"),
+            "skipped questions unmarked": ("if result.skipped:", "if False:"),
+            "conditions mixed in a row": ("return (result.model, result.label, conditions(result))", "return (result.model, result.label)"),
+            "a second result hidden": ("== _identity(r) and r.task not in row.results", "== _identity(r)"),
+        },
+    ),
+    *_of(
+        "vtc/eval/tables.py",
+        "eval/test_report",
+        {
+            "average of the tasks there are": ("or len(values) < len(tasks)", "or not values"),
+            "average unmarked": (' + marks([note for task in tasks for note in caveats(row.results[task])])', ""),
+            "another figure in the column": ("if p.same and p.source == source", "if p.source == source"),
+            "published average of fewer tasks": ("average is None or len(tasks) < len(COLUMNS)", "average is None"),
+        },
+    ),
+    *_of(
+        "vtc/eval/times.py",
+        "eval/test_report",
+        {
+            "compared with incomplete runs": ("r.complete and result.complete and", "result.complete and"),
+            "compared across devices": ("r.limit, time_conditions(r))", "r.limit)"),
+            "ratio upside down": ("{baseline / seconds:.2f}", "{seconds / baseline:.2f}"),
+            "one of the processes counted": ("timing.whole_seconds * timing.processes / timing.answers", "timing.whole_seconds / timing.answers"),
+        },
+    ),
+    *_of(
+        "vtc/eval/published.py",
+        "eval/test_report",
+        {
+            "another LLaVA has published figures": (r"llava-v?1\.5-(7b|13b)", r"llava.*?(7b|13b)"),
+            "other sizes have them": ("== (task, method, keep, size)]", "[:3] == (task, method, keep)]"),
+        },
+    ),
+    *_of(
+        "vtc/eval/report.py",
+        "eval/test_report",
+        {"published beside every figure": ("best if name == result.main_name else None", "best")},
+    ),
+    *_of(
+        "vtc/eval/plots.py",
+        "eval/test_report",
+        {
+            "incomplete points unmarked": ("if incomplete(p.result) and x(p)", "if False"),
+            "other figures as published": ("== (r.task, size, True)", "[:2] == (r.task, size)"),
+        },
+    ),
 ]  # fmt: skip
 
 
