@@ -220,7 +220,8 @@ def evaluate(
         if answers is not None:
             if len(chosen) != 1:
                 raise ValueError(f"--answers is a file of one task, got {len(chosen)} tasks")
-            results, failures = [evaluation.score_file(chosen[0], Path(answers), partial)], []
+            results = [evaluation.score_file(chosen[0], Path(answers), partial)]
+            failures: list[str] = []
         else:
             quieten(model)
             options = evaluation.options_of(option or [])
@@ -238,8 +239,10 @@ def evaluate(
         if as_json:
             print_json(evaluation.document(results, failures))
         else:
-            for title, columns, rows in evaluation.tables(results):
+            for title, columns, rows, notes in evaluation.report.tables(results):
                 print_table(title, columns, rows)
+                for line in notes:
+                    typer.echo(line)
         if failures:
             raise ValueError(f"{len(failures)} run(s) failed: {'; '.join(failures)}")
 

@@ -141,14 +141,15 @@ def evaluate(
     """Run everything, and write the report after each run. Returns what `run_all` returns."""
 
     def write(results: list[Result]) -> None:
-        report.write(results, options.out)
+        """Draw and write what there is: a run may be interrupted."""
+        drawable = plots and any(result.main and result.main.value is not None for result in results)
+        report.write(results, options.out, draw(results, options.out) if drawable else ())
 
-    results, failures = run_all(tasks, settings, machine.spec(), options, machine.build_engine(), Processes(), write)
-    if plots and results:
-        from vtc.eval.plots import draw
+    if plots:
+        from vtc.eval.plots import draw, require_matplotlib
 
-        draw(results, options.out)
-    return results, failures
+        require_matplotlib()
+    return run_all(tasks, settings, machine.spec(), options, machine.build_engine(), Processes(), write)
 
 
 def run_all(

@@ -41,10 +41,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     drawn = [r for r in results if r.main is not None and r.main.value is not None]
     if not drawn:
         raise ValueError("no result has a figure to plot; run a task that is scored without a server")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install 'vtc-cls[eval]'") from error
+    matplotlib = require_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     models = list(dict.fromkeys(r.model for r in drawn))
     files = []
@@ -55,6 +52,15 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
                 files.append(folder / f"accuracy-over-{over}{end}.png")
                 _figure([r for r in drawn if r.model == model], over).savefig(files[-1], dpi=150)
     return files
+
+
+def require_matplotlib() -> Any:
+    """The module. Raises ValueError if it is missing."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("plots need matplotlib: pip install 'vtc-cls[eval]'") from error
+    return matplotlib
 
 
 def _figure(results: list[Result], over: str) -> Any:
