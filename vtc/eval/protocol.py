@@ -59,7 +59,8 @@ class Protocol:
     def require_text(self, text: str) -> None:
         """Raise ValueError if the text holds the placeholder of an image."""
         if self.processor.image_token in text:
-            raise ValueError(f"the text {text!r} holds {self.processor.image_token}, which stands for an image")
+            placeholder = self.processor.image_token
+            raise ValueError(f"the text {text!r} holds {placeholder}, which stands for an image; leave it out")
 
 
 class LlavaProtocol(Protocol):
