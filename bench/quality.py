@@ -97,7 +97,7 @@ def run(
         raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     task, engine, spec = Scenes(count=count, split=split), LocalEngine(), ModelSpec()
     config = spec.config()
-    common = dict(questions=count, split=split, checkpoint=checkpoint(), **record.provenance(torch.device("cpu")))
+    common = dict(questions=count, split=split, checkpoint=checkpoint())
     records: list[Quality] = []
 
     def ask(setting: Setting) -> list[Answer]:
@@ -106,7 +106,8 @@ def run(
     def keep_record(
         answers: list[Answer], full: list[Answer] | None, against: list[Answer] | None, **rest: Any
     ) -> None:
-        records.append(Quality(**figures(task, answers, full, against), **rest, **common))
+        measured = figures(task, answers, full, against)
+        records.append(Quality(**measured, **rest, **common, **record.provenance(torch.device("cpu"))))
         say(f"{records[-1].name} {records[-1].keep}: {percent(records[-1].accuracy)}")
         if out:  # one by one, so that an interrupted run keeps its records
             record.append(out, records[-1:])
@@ -145,20 +146,20 @@ def figures(
     task: Scenes, answers: list[Answer], full: list[Answer] | None, against: list[Answer] | None
 ) -> dict[str, Any]:
     """The measured fields of a record; `full` are the answers with all tokens, `against` those of the baseline."""
-    texts = _texts(answers)
-    right = list(task.right(texts).values())
-    agreed = None if full is None else sum(text == _texts(full)[line] for line, text in texts.items())
+
+    def right(given: list[Answer]) -> list[bool]:
+        return list(task.right({answer.line: answer.text for answer in given}).values())
+
+    mine = right(answers)
+    families = task.families({answer.line: answer.text for answer in answers})
+    agreed = None if full is None else sum(a.text == b.text for a, b in zip(answers, full, strict=True))
     return {
         "tokens": round(statistics.fmean(answer.visual_tokens or 0 for answer in answers), 1),
-        "accuracy": wilson(sum(right), len(right)),
-        "families": {family: wilson(sum(oks), len(oks)) for family, oks in task.families(texts).items() if oks},
-        "agreement": None if agreed is None else wilson(agreed, len(right)),
-        "difference": None if against is None else paired(right, list(task.right(_texts(against)).values())),
+        "accuracy": wilson(sum(mine), len(mine)),
+        "families": {family: wilson(sum(oks), len(oks)) for family, oks in families.items() if oks},
+        "agreement": None if agreed is None else wilson(agreed, len(mine)),
+        "difference": None if against is None else paired(mine, right(against)),
     }
-
-
-def _texts(answers: list[Answer]) -> dict[int, str]:
-    return {answer.line: answer.text for answer in answers}
 
 
 def checkpoint() -> str:
