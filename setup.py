@@ -32,6 +32,7 @@ setup(
     ],
     extras_require={
         "bench": ["matplotlib"],
+        "eval": ["matplotlib"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "accelerate", "peft", "setuptools>=77"],
         "trl": ["trl", "datasets"],
         "dev": ["ruff", "mypy"],

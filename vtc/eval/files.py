@@ -78,7 +78,7 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         If a line is malformed or lacks one of `fields`.
     """
     found = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -108,10 +108,13 @@ def read_tsv(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
         try:
             columns = list(reader.fieldnames or ())
             if missing := [name for name in fields if name not in columns]:
-                raise DataError(f"{path} lacks the column(s) {', '.join(missing)}, it has {', '.join(columns)}")
+                has = ", ".join(columns) or "none"
+                raise DataError(
+                    f"{path} lacks the column(s) {', '.join(missing)}, it has {has}; is this the right file?"
+                )
             rows = list(reader)
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is malformed at line {reader.line_num} ({error}); download it again") from error
+            raise DataError(f"{path} is malformed near line {reader.line_num} ({error}); download it again") from error
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
             raise DataError(f"row {number} of {path} has not {len(columns)} cells; the file was cut: download it again")

@@ -75,10 +75,14 @@ class ModelSpec:
         return config
 
     def processor(self) -> Any:
-        """The model's processor. Raises ValueError if it has none for images."""
+        """The model's processor. Raises ValueError if it has none for images.
+
+        Images are prepared by Pillow, as for the published figures: torchvision, where it is installed, rounds
+        differently.
+        """
         config = self.config()
         with _load_errors(self.model):
-            processor = AutoProcessor.from_pretrained(self.source, revision=self.revision)
+            processor = AutoProcessor.from_pretrained(self.source, revision=self.revision, backend="pil")
         if not hasattr(processor, "image_processor"):
             raise ValueError(f"model {self.model!r} comes without an image processor; add its preprocessor_config.json")
         if processor.patch_size is None:  # processors saved before transformers 4.46 leave these three to the model

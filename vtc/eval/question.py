@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +49,7 @@ class EncodedImage:
     def open(self) -> Image.Image:
         try:
             content = base64.b64decode(self.data, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # binascii.Error, or characters that are not ASCII
             raise ImageError(f"{self.name} is no image in base64 ({error}); download the file again") from error
         return _decoded(io.BytesIO(content), self.name)
 

@@ -86,7 +86,7 @@ class Result:
     notes : tuple of str
     timing : Timing
     fingerprint : dict
-        Everything that can change an answer.
+        Everything that can change an answer, `protocol`, `dtype` and `batch_size` among it.
     environment : dict
         Versions, device and date.
     files : tuple of str
@@ -143,7 +143,8 @@ class Result:
 
 def read(file: Path) -> list[Result]:
     """The results of a file of JSON lines."""
-    return [Result.from_json(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    lines = file.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028, which JSON may hold
+    return [Result.from_json(line) for line in lines if line]
 
 
 def environment(device: str) -> dict[str, Any]:
