@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,20 @@ from bench import record
 from bench.intervals import Share, paired, percent, wilson
 from bench.record import Provenance
 from vtc import tiny
-from vtc.config import DEFAULT_PRUNE_LAYER, VTCConfig
-from vtc.hf.encode import run_tower
-from vtc.hf.settings import Settings, open_block
-from vtc.hf.views import plan_of
+from vtc.config import DEFAULT_PRUNE_LAYER
+from vtc.eval.engine import answer_all
+from vtc.eval.local import LocalEngine
+from vtc.eval.model import ModelSpec
+from vtc.eval.question import Answer
+from vtc.eval.setting import IGNORE_KEEP, NONE, Setting
+from vtc.eval.tasks.scenes import Scenes
 from vtc.methods import METHODS
-from vtc.tiny.questions import Answers, answer, batches, greedy
-from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
 
 KEEPS = (288, 192, 128, 64, 32, 16)
 BASELINE = "vtc-cls"  # every other method is compared with it, on the same questions
 IN_LANGUAGE_MODEL = {"prune_layer": DEFAULT_PRUNE_LAYER}  # the baseline also runs inside the language model
-FIXED_BUDGET = ("prumerge",)  # ignores `keep`, and so runs once
 SWEEP_KEEP = 64
-Setting = tuple[str, dict[str, Any], Sequence[int]]  # a method, its options, and the numbers of tokens
+BATCH = 16
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -95,99 +95,71 @@ def run(
     """
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    model, processor = tiny.load(attn_implementation="sdpa")
-    questions = balanced_questions(split, count)
-    prepared = batches(model, processor, questions)
+    task, engine, spec = Scenes(count=count, split=split), LocalEngine(), ModelSpec()
+    config = spec.config()
     common = dict(questions=count, split=split, checkpoint=checkpoint())
     records: list[Quality] = []
 
-    def keep_record(answers: Answers, full: Answers | None, against: Answers | None, **setting: Any) -> None:
-        records.append(_record(questions, answers, full, against, **common, **setting))
+    def ask(setting: Setting) -> list[Answer]:
+        return answer_all(engine, spec, task, setting, BATCH)
+
+    def keep_record(
+        answers: list[Answer], full: list[Answer] | None, against: list[Answer] | None, **rest: Any
+    ) -> None:
+        measured = figures(task, answers, full, against)
+        records.append(Quality(**measured, **rest, **common, **record.provenance(torch.device("cpu"))))
         say(f"{records[-1].name} {records[-1].keep}: {percent(records[-1].accuracy)}")
         if out:  # one by one, so that an interrupted run keeps its records
             record.append(out, records[-1:])
 
     if out:
         out.unlink(missing_ok=True)
-    full = answer(model, processor, prepared)
-    keep_record(full, None, None, method="all tokens", options={}, keep=model.config.image_seq_length)
-    baseline: dict[int, Answers] = {}
-    for name, options, budgets in settings(keeps, methods, sweep, model.config.vision_config.num_hidden_layers):
-        by_keep = answers_by_keep(model, processor, prepared, budgets, method=name, **options)
-        for keep, answers in by_keep.items():
-            keep_record(answers, full, baseline.get(keep), method=name, options=options, keep=keep)
-        if name == BASELINE and not options:
-            baseline |= by_keep
+    full = ask(Setting())
+    keep_record(full, None, None, method="all tokens", options={}, keep=config.image_seq_length)
+    baseline: dict[int, list[Answer]] = {}
+    for setting in settings(keeps, methods, sweep, config.vision_config.num_hidden_layers):
+        options = dict(setting.options)
+        keep = options.pop("keep")
+        answers = ask(setting)
+        keep_record(answers, full, baseline.get(keep), method=setting.method, options=options, keep=keep)
+        if setting.method == BASELINE and not options:
+            baseline[keep] = answers
     return records
 
 
 def settings(keeps: Sequence[int], methods: Sequence[str], sweep: bool, depth: int) -> list[Setting]:
     """Every setting after the one with all tokens, the baseline's first; `depth` is the number of vision layers."""
     budgets = {BASELINE: [*keeps, *((SWEEP_KEEP,) if sweep and SWEEP_KEEP not in keeps else ())]}
-    budgets |= dict.fromkeys(FIXED_BUDGET, [SWEEP_KEEP] if SWEEP_KEEP in keeps else keeps[:1])
-    names = [BASELINE, *(name for name in methods if name not in (BASELINE, "none"))]
-    chosen: list[Setting] = [(name, {}, budgets.get(name, keeps)) for name in names]
+    budgets |= dict.fromkeys(IGNORE_KEEP, [SWEEP_KEEP] if SWEEP_KEEP in keeps else keeps[:1])
+    names = [BASELINE, *(name for name in methods if name not in (BASELINE, NONE))]
+    chosen: list[tuple[str, dict[str, Any], Sequence[int]]] = [(name, {}, budgets.get(name, keeps)) for name in names]
     if BASELINE in methods:
         chosen.append((BASELINE, IN_LANGUAGE_MODEL, keeps))
     if sweep:
         layers: list[dict[str, Any]] = [{"ensemble_layers": n} for n in range(1, depth) if n != 3]
         ensembles: list[dict[str, Any]] = [{"ensemble": name} for name in ("mean", "max", "min")]
         chosen += [(BASELINE, options, [SWEEP_KEEP]) for options in layers + ensembles]
-    return chosen
+    return [Setting(name, {"keep": keep, **options}) for name, options, budget in chosen for keep in budget]
 
 
-def answers_by_keep(
-    model: Any, processor: Any, prepared: Sequence[Any], keeps: Sequence[int], **setting: Any
-) -> dict[int, Answers]:
-    """The answers at each of `keeps`; the vision tower runs once per batch."""
-    parts: dict[int, list[Answers]] = {keep: [] for keep in keeps}
-    for batch in prepared:
-        vision = _tower_outputs(model, batch["pixel_values"], VTCConfig.of(keep=max(keeps), **setting))
-        for keep in keeps:
-            begun = time.perf_counter()
-            with open_block(model.base_model, VTCConfig.of(keep=keep, **setting), vision) as run:
-                texts = greedy(model, processor, batch, max_new_tokens=3)
-            parts[keep].append(Answers(texts, run.tokens_after, time.perf_counter() - begun))
-    joined = {}
-    for keep, of in parts.items():
-        texts = [text for part in of for text in part.texts]
-        left = sum((part.tokens or 0.0) * len(part.texts) for part in of)
-        joined[keep] = Answers(texts, left / max(1, len(texts)), sum(part.seconds for part in of))
-    return joined
+def figures(
+    task: Scenes, answers: list[Answer], full: list[Answer] | None, against: list[Answer] | None
+) -> dict[str, Any]:
+    """The measured fields of a record; `full` are the answers with all tokens, `against` those of the baseline."""
 
-
-@torch.no_grad()
-def _tower_outputs(model: Any, pixel_values: torch.Tensor, config: VTCConfig) -> Any:
-    """The vision tower's outputs for the images [B, 3, height, width]; they do not depend on `config.keep`."""
-    with open_block(model.base_model, config):
-        settings = Settings.of(model)
-        return run_tower(settings, pixel_values, plan_of(settings, views=pixel_values))
-
-
-def _record(
-    held_out: list[tuple[Scene, Question]],
-    answers: Answers,
-    full: Answers | None,
-    against: Answers | None,
-    *,
-    keep: int,
-    **rest: Any,
-) -> Quality:
-    def right(given: Answers) -> list[bool]:
-        return [question.answer == text for (_, question), text in zip(held_out, given.texts, strict=True)]
+    def right(given: list[Answer]) -> list[bool]:
+        return list(task.right({answer.line: answer.text for answer in given}).values())
 
     mine = right(answers)
-    by_family = {f: [ok for ok, (_, q) in zip(mine, held_out, strict=True) if q.family == f] for f in FAMILIES}
-    agreed = None if full is None else sum(a == b for a, b in zip(answers.texts, full.texts, strict=True))
-    return Quality(
-        keep=keep,
-        tokens=round(answers.tokens or keep, 1),
-        accuracy=wilson(sum(mine), len(mine)),
-        families={family: wilson(sum(oks), len(oks)) for family, oks in by_family.items() if oks},
-        agreement=None if agreed is None else wilson(agreed, len(held_out)),
-        difference=None if against is None else paired(mine, right(against)),
-        **rest | record.provenance(torch.device("cpu")),
-    )
+    families = task.families({answer.line: answer.text for answer in answers})
+    agreed = None if full is None else sum(a.text == b.text for a, b in zip(answers, full, strict=True))
+    return {
+        "tokens": round(statistics.fmean(answer.visual_tokens or 0 for answer in answers), 1),
+        "accuracy": wilson(sum(mine), len(mine)),
+        "families": {family: wilson(sum(oks), len(oks)) for family, oks in families.items() if oks},
+        "agreement": None if agreed is None else wilson(agreed, len(mine)),
+        "difference": None if against is None else paired(mine, right(against)),
+    }
 
 
 def checkpoint() -> str:

@@ -7,8 +7,8 @@ import pytest
 from bench import __main__ as command
 from bench import plots, quality, quality_tables
 from bench.intervals import paired, wilson
-from vtc import tiny
-from vtc.tiny.questions import Answers, answer, batches
+from vtc import compress, tiny
+from vtc.eval.question import Answer
 from vtc.tiny.scenes import balanced_questions
 
 
@@ -25,23 +25,15 @@ def test_intervals_are_those_of_the_textbook():
 def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     """The model's part is played: it is right wherever enough tokens are kept, and random does worse."""
 
-    questions = balanced_questions("val", 50)
+    def play(engine, spec, task, setting, batch_size):
+        assert (task.count, task.split) == (50, "val")
+        share = {"vtc-cls": 0.8, "random": 0.2, "prumerge": 0.6, "none": 1.0}[setting.method]
+        known = round(share * 50 * (0.5 if setting.options.get("ensemble") == "min" else 1))
+        kept = {"none": 576.0, "prumerge": 29.3}.get(setting.method, setting.keep)
+        texts = [question.answer if i < known else "?" for i, (_, question) in enumerate(task.asked)]
+        return [Answer(line, text, kept) for line, text in enumerate(texts)]
 
-    def play(model, processor, batches, method="", keep=0, ensemble="sum", **options):
-        share = {"vtc-cls": 0.8, "random": 0.2, "prumerge": 0.6, "": 1.0}[method]
-        known = round(share * 50 * (0.5 if ensemble == "min" else 1))
-        texts = [question.answer if i < known else "?" for i, (_, question) in enumerate(questions)]
-        return Answers(texts, {"": None, "prumerge": 29.3}.get(method, float(keep)), 1.0)
-
-    monkeypatch.setattr(quality, "batches", lambda model, processor, questions: ["all of them"])
-    monkeypatch.setattr(quality, "answer", play)
-    monkeypatch.setattr(
-        quality,
-        "answers_by_keep",
-        lambda model, processor, batches, keeps, **setting: {
-            keep: play(model, processor, batches, keep=keep, **setting) for keep in keeps
-        },
-    )
+    monkeypatch.setattr(quality, "answer_all", play)
     lines = []
     records = quality.run(
         50,
@@ -61,7 +53,9 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     assert (full.agreement, ours.difference) == (None, None)
     assert random.agreement == wilson(10, 50)
     assert random.difference == paired([True] * 10 + [False] * 40, [True] * 40 + [False] * 10)
-    assert {f for r in records for f in r.families} == {"existence", "attribute", "relation", "counting", "digit"}
+    families = [question.family for _, question in balanced_questions("val", 50)]
+    for family in ("existence", "attribute", "relation", "counting", "digit"):
+        assert ours.families[family] == wilson(families[:40].count(family), families.count(family))
     swept = [next(iter(r.options.items())) for r in records[8:]]
     assert swept == [("ensemble_layers", n) for n in (1, 2, 4, 5)] + [("ensemble", e) for e in ("mean", "max", "min")]
     text = quality_tables.tables(records)
@@ -77,20 +71,25 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     assert light.read_text() != dark.read_text()
 
 
-@pytest.mark.parametrize(
-    "setting", [{"method": "vtc-cls"}, {"method": "visionzip"}, {"method": "fastv"}, {"method": "pool"}]
-)
-def test_quality_runs_the_vision_tower_once_and_changes_nothing(setting):
-    model, processor = tiny.load(attn_implementation="sdpa")
-    prepared = batches(model, processor, balanced_questions("val", 6), 3)
-    runs = []
-    model.model.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: runs.append(1))
-    answers = quality.answers_by_keep(model, processor, prepared, (64, 16), **setting)
-    assert len(runs) == len(prepared)
-    for keep in (64, 16):
-        alone = answer(model, processor, prepared, keep=keep, **setting)
-        assert (answers[keep].texts, answers[keep].tokens) == (alone.texts, alone.tokens)
-    assert len(runs) == 3 * len(prepared)
+@pytest.mark.parametrize("method", ["vtc-cls", "prumerge", "fastv", "pool"])
+def test_quality_is_what_the_model_answers_one_by_one(method):
+    """Asked here with stock transformers in a block of `vtc.compress`."""
+    asked = balanced_questions("val", 5)
+    record = next(r for r in quality.run(5, (16,), (method,), None, split="val", say=str) if r.method == method)
+    model, processor = tiny.load()
+    right, kept = [], []
+    for scene, question in asked:
+        inputs = processor(images=scene.image, text=tiny.prompt(question.text), return_tensors="pt")
+        with compress(model, method=method, keep=16) as run:
+            out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        text = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        right.append(text == question.answer)
+        kept.append(run.tokens_after)
+    assert record.accuracy == wilson(sum(right), 5)
+    assert {family: share[0] for family, share in record.families.items()} == {
+        question.family: float(ok) for (_, question), ok in zip(asked, right, strict=True)
+    }
+    assert record.tokens == pytest.approx(sum(kept) / 5, abs=0.5)
 
 
 def test_quality_measures_the_bundled_model(tmp_path, capsys):

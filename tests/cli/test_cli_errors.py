@@ -65,6 +65,8 @@ def test_broken_models(picture, model_dir, tmp_path):
     assert "config.json" in refused("run", picture, QUESTION, "--model", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert "'bert'" in refused("run", picture, QUESTION, "--model", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')  # `vtc eval` runs it
+    assert "'llava_next'; this command runs 'llava'" in refused("run", picture, QUESTION, "--model", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')  # transformers says several lines
     assert "nonsense" in refused("run", picture, QUESTION, "--model", tmp_path)
     for file in Path(model_dir).iterdir():

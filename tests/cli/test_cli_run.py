@@ -12,16 +12,20 @@ from support.cli import BYTES, LAYERS, QUESTION, WIDTH, succeed
 import vtc
 from vtc import tiny
 from vtc.cli import ask
+from vtc.eval.engine import answer_all
+from vtc.eval.local import LocalEngine
+from vtc.eval.model import ModelSpec
+from vtc.eval.setting import Setting
+from vtc.eval.tasks.scenes import Scenes
 from vtc.methods import METHODS
-from vtc.tiny import questions
-from vtc.tiny.scenes import Scene, balanced_questions
+from vtc.tiny.scenes import Scene
 
 
 @pytest.mark.parametrize(("options", "setting"), [((), {"keep": 64}), (("--keep", 9), {"keep": 9})])
 def test_run_prints_the_answer_of_the_compressed_model(model_dir, picture, options, setting):
     result = succeed("run", picture, QUESTION, "--model", model_dir, "--max-new-tokens", 5, *options)
 
-    model, processor = ask.load(model_dir, torch.device("cpu"), torch.float32)
+    model, processor = ask.load(model_dir, "cpu", "float32")
     inputs = processor(images=Image.open(picture), text=tiny.prompt(QUESTION), return_tensors="pt")
     with vtc.compress(model, **setting):
         out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
@@ -36,7 +40,7 @@ def test_run_prints_the_answer_of_the_compressed_model(model_dir, picture, optio
 def test_run_with_each_method(model_dir, picture, method):
     arguments = ("run", picture, QUESTION, "--model", model_dir, "--max-new-tokens", 3, "--method", method, "--json")
     found = json.loads(succeed(*arguments).stdout)
-    model, processor = ask.load(model_dir, torch.device("cpu"), torch.float32)
+    model, processor = ask.load(model_dir, "cpu", "float32")
     inputs = processor(images=Image.open(picture), text=tiny.prompt(QUESTION), return_tensors="pt")
     with vtc.compress(model, method=method, keep=64) as run:
         out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
@@ -56,7 +60,7 @@ def test_run_inside_the_language_model(model_dir, picture, few_runs, method, lay
     found = json.loads(succeed(*asked).stdout)
     layer = layer or 2
     assert (found["method"], found["prune_layer"], found["compressed"]["visual_tokens"]) == (method, layer, 64)
-    model, processor = ask.load(model_dir, torch.device("cpu"), torch.float32)
+    model, processor = ask.load(model_dir, "cpu", "float32")
     inputs = processor(images=Image.open(picture), text=tiny.prompt(QUESTION), return_tensors="pt")
     with vtc.compress(model, method=method, keep=64, prune_layer=layer, kv=kv):
         out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
@@ -107,7 +111,7 @@ def test_overlay_shows_what_was_kept(model_dir, picture, tmp_path):
     out = tmp_path / "kept.png"
     arguments = ("--model", model_dir, "--keep", 10, "--max-new-tokens", 1, "--overlay", out)
     assert str(out) in succeed("run", picture, QUESTION, *arguments).stderr
-    model, processor = ask.load(model_dir, torch.device("cpu"), torch.float32)
+    model, processor = ask.load(model_dir, "cpu", "float32")
     pixels = processor.image_processor(Image.open(picture), return_tensors="pt")["pixel_values"]
     want = vtc.overlay(Image.open(picture), vtc.select(model, pixels, keep=10))
     assert Image.open(out).tobytes() == want.tobytes()
@@ -119,7 +123,7 @@ def test_unknown_words_are_named(model_dir, picture):
 
 
 def test_without_chat_template_the_prompt_is_that_of_llava(model_dir):
-    model, processor = ask.load(model_dir, torch.device("cpu"), torch.float32)
+    model, processor = ask.load(model_dir, "cpu", "float32")
     image = Scene("test", 3).image
     templated = ask.prepare(model, processor, image, QUESTION)
     processor.chat_template = None
@@ -130,6 +134,14 @@ def test_without_chat_template_the_prompt_is_that_of_llava(model_dir):
     assert plain["input_ids"].tolist() == reference["input_ids"].tolist()
 
 
+def test_a_chat_template_that_begins_with_the_first_token_does_not_double_it(model_dir):
+    model, processor = ask.load(model_dir, "cpu", "float32")
+    image = Scene("test", 3).image
+    want = ask.prepare(model, processor, image, QUESTION)["input_ids"]
+    processor.chat_template = processor.tokenizer.bos_token + processor.chat_template
+    assert ask.prepare(model, processor, image, QUESTION)["input_ids"].equal(want)
+
+
 def test_a_processor_without_patch_size_is_completed(model_dir, tmp_path):
     for file in Path(model_dir).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -137,13 +149,13 @@ def test_a_processor_without_patch_size_is_completed(model_dir, tmp_path):
     for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
         del settings[name]
     (tmp_path / "processor_config.json").write_text(json.dumps(settings))
-    model, processor = ask.load(str(tmp_path), torch.device("cpu"), torch.float32)
+    model, processor = ask.load(str(tmp_path), "cpu", "float32")
     inputs = ask.prepare(model, processor, Scene("test", 3).image, QUESTION)
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 576
 
 
 def test_the_image_under_an_overlay_is_what_the_model_saw(model_dir):
-    _, processor = ask.load(model_dir, torch.device("cpu"), torch.float32)
+    _, processor = ask.load(model_dir, "cpu", "float32")
     wide = Scene("test", 3).image.resize((672, 336))
     assert ask.as_seen(wide, processor, None) is wide  # overlay crops as this processor does
     steps = processor.image_processor
@@ -156,12 +168,11 @@ def test_the_image_under_an_overlay_is_what_the_model_saw(model_dir):
 
 
 def test_bundled_model_answers_as_it_does_in_python(tmp_path):
-    asked = balanced_questions("test", 5)
-    model, processor = vtc.tiny.load()
-    expected = questions.answer(model, processor, questions.batches(model, processor, asked, 1), keep=64).texts
-    assert all(expected)
-    for (scene, question), answer in zip(asked, expected, strict=True):
+    task = Scenes(count=5)
+    expected = answer_all(LocalEngine(), ModelSpec(), task, Setting("vtc-cls", {"keep": 64}), 1)
+    assert all(answer.text for answer in expected)
+    for (scene, question), answer in zip(task.asked, expected, strict=True):
         scene.image.save(tmp_path / "scene.png")
         result = succeed("run", tmp_path / "scene.png", question.text, "--keep", 64, "--max-new-tokens", 3)
-        assert result.stdout.strip() == answer
+        assert result.stdout.strip() == answer.text
         assert "bundled model knows" in result.stderr

@@ -11,8 +11,8 @@ from support.cli import BYTES, LAYERS, WIDTH, call, refused, succeed
 import vtc
 from vtc import tiny
 from vtc.cli import demo, sheet
+from vtc.eval import answerer
 from vtc.methods import METHODS
-from vtc.tiny import questions
 from vtc.tiny.scenes import Question, balanced_questions
 
 
@@ -20,7 +20,7 @@ def test_demo_measures_each_setting(model_dir, tmp_path, monkeypatch, few_runs):
     monkeypatch.setattr(tiny, "CHECKPOINT", Path(model_dir))
     used = []
     stock = vtc.compress
-    for module in (vtc, questions):  # one timed, all questions
+    for module in (vtc, answerer):  # one timed, all questions
         monkeypatch.setattr(
             module, "compress", lambda model, **options: used.append(options) or stock(model, **options)
         )
@@ -33,7 +33,12 @@ def test_demo_measures_each_setting(model_dir, tmp_path, monkeypatch, few_runs):
     assert found["questions"] == 6
     cache = [row["kv_cache_bytes"] for row in found["rows"]]
     assert [(cache[0] - size) // (2 * LAYERS * WIDTH * BYTES) for size in cache] == [0, 384, 448, 512, 544, 512]
+    families = [question.family for _, question in balanced_questions("test", 6)]
     for row in found["rows"]:
+        shares = [
+            round(row["accuracy_by_family"][family] * families.count(family)) for family in dict.fromkeys(families)
+        ]
+        assert sum(shares) == row["right"]
         assert row["accuracy"] == pytest.approx(row["right"] / 6, abs=1e-4)
         assert row["time_to_first_token_ms"] > 0
         assert row["per_question_ms"] > 0
@@ -77,12 +82,12 @@ def test_what_demo_measures():
 
 
 def test_demo_labels_its_answers():
-    rows = [demo.Row(name, tokens, [], [], 0.1, 0.1, 1) for name, tokens, _ in demo.SETTINGS]
+    rows = [demo.Row(name, tokens, [], [], {}, 0.1, 0.1, 1) for name, tokens, _ in demo.SETTINGS]
     assert [sheet._label(demo.Demo([], rows, {}, "cpu", 1), row) for row in rows] == [
         *("576", "192", "128", "64", "32"),
         "random 64",
     ]
-    rows = [demo.Row(name, tokens, [], [], 0.1, 0.1, 1) for name, tokens, _ in demo.settings("all")]
+    rows = [demo.Row(name, tokens, [], [], {}, 0.1, 0.1, 1) for name, tokens, _ in demo.settings("all")]
     labels = [sheet._label(demo.Demo([], rows, {}, "cpu", 1), row) for row in rows]
     assert labels[:3] == ["576", "vtc-cls 64", "fastervlm 64"]
 
@@ -91,9 +96,13 @@ def test_demo_prints_a_plain_table(model_dir, tmp_path, monkeypatch, few_runs):
     monkeypatch.setattr(tiny, "CHECKPOINT", Path(model_dir))
     monkeypatch.chdir(tmp_path)
     asked = [question.answer for _, question in balanced_questions("test", 5)]
-    monkeypatch.setattr(
-        questions, "greedy", lambda model, processor, inputs, **_: [asked[0]] * len(inputs["input_ids"])
-    )
+    stock = answerer.Answerer.generate
+
+    def the_same(self, inputs, setting, **arguments):
+        texts, *rest = stock(self, inputs, setting, **arguments)
+        return [asked[0]] * len(texts), *rest
+
+    monkeypatch.setattr(answerer.Answerer, "generate", the_same)
     result = succeed("demo", "--questions", 5)
     assert (tmp_path / "demo.png").exists()
     assert "\x1b" not in result.stdout
@@ -114,7 +123,7 @@ def test_demo_refuses_before_it_works(tmp_path):
 def made_up_demo(right):
     asked = balanced_questions("test", 6)
     answers = [q.answer if ok else "nothing of the kind" for ok, (_, q) in zip(right, asked, strict=True)]
-    rows = [demo.Row(name, tokens, answers, right, 0.1, 0.01, 2**20) for name, tokens, _ in demo.SETTINGS]
+    rows = [demo.Row(name, tokens, answers, right, {}, 0.1, 0.01, 2**20) for name, tokens, _ in demo.SETTINGS]
     pictures = {n: Image.new("RGB", (demo.SIDE, demo.SIDE)) for n in range(6)}
     return demo.Demo(asked, rows, pictures, "cpu", 2)
 
@@ -137,6 +146,6 @@ def test_demo_picture_colours_answers_by_whether_they_are_right():
 def test_demo_shows_one_question_of_each_family_and_a_disagreement():
     asked = [(None, Question(family, "", "yes")) for family in ("digit", "existence", *demo.FAMILIES, "digit")]
     answers = [["yes"] * 8, ["yes"] * 7 + ["no"]]
-    rows = [demo.Row("vtc-cls", 64, given, [True] * 8, 0.1, 0.1, 1) for given in answers]
+    rows = [demo.Row("vtc-cls", 64, given, [True] * 8, {}, 0.1, 0.1, 1) for given in answers]
     assert demo._cards(asked, rows) == [1, 3, 4, 5, 0, 7]
     assert demo._cards(asked, rows[:1]) == [1, 3, 4, 5, 0, 2]

@@ -15,7 +15,6 @@ from vtc import methods, ops, tiny
 from vtc.config import SHARED, VTCConfig
 from vtc.methods import METHODS, VisionOutputs
 from vtc.methods.prumerge import _fraction_count, _outliers, top_and_step
-from vtc.tiny.questions import prepare
 from vtc.tiny.scenes import balanced_questions
 
 LAYERS = 3  # scored, the last of them the feature layer; one more has keys and queries
@@ -71,7 +70,8 @@ def bundled_images():
     """Two scenes as the bundled model's tower sees them: its last `LAYERS` + 1 layers."""
     model, processor = tiny.load()
     tower = model.model.vision_tower
-    pixels = prepare(model, processor, balanced_questions("test", 2)).pixel_values
+    images = [scene.image for scene, _ in balanced_questions("test", 2)]
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     seen = {"q_proj": [], "k_proj": []}
     for layer in tower.encoder.layers[-LAYERS - 1 :]:
         for name, outputs in seen.items():

@@ -416,6 +416,24 @@ MUTANTS = [
         },
     ),
     *_of(
+        "vtc/eval/tasks/scenes.py",
+        "eval/test_scenes_task",
+        {
+            "a wrong answer is right": ("text == self.asked[line][1].answer", "text != self.asked[line][1].answer"),
+            "one family for all": ("found[self.asked[line][1].family].append(ok)", "found[FAMILIES[0]].append(ok)"),
+        },
+    ),
+    *_of(
+        "vtc/cli/ask.py",
+        "cli/test_cli_errors",
+        {"any model is run": ('!= "llava":', '== "":')},
+    ),
+    *_of(
+        "vtc/eval/protocol.py",
+        "cli/test_cli_run",
+        {"the template's first token is doubled": ("first is None or not texts[0].startswith(first)", "True")},
+    ),
+    *_of(
         "vtc/hf/families.py",
         "test_api",
         {"an id is searched for modules": ('if not callable(getattr(model, "modules", None)):', "if False:")},

@@ -82,14 +82,13 @@ def run(
 
         if out:
             require_selection(method)
-        where = ask.pick_device(device)
-        net, processor = ask.load(model, where, ask.pick_dtype(dtype, where))
+        net, processor = ask.load(model, device, dtype)
         inputs = ask.prepare(net, processor, loaded, question)
         result = {
             "image": image,
             "question": question,
             "model": model or "bundled",
-            "device": str(where),
+            "device": str(net.device),
             "dtype": str(net.dtype).removeprefix("torch."),
             "method": config.method,
             "prune_layer": config.prune_after,

@@ -5,98 +5,46 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+from transformers import BatchFeature
 
 import vtc
-from vtc import tiny
+from vtc.eval.answerer import Answerer
+from vtc.eval.model import BUNDLED, ModelSpec, pick_device, pick_dtype
+from vtc.eval.protocol import HFProtocol, Prompt
+from vtc.eval.setting import Setting
 from vtc.hf import names
-from vtc.tiny import questions
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
 WARM_RUNS = 5
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name, by default the first GPU if there is one. Raises ValueError if it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used here; try cpu, cuda or cuda:0") from error
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is float16 on a GPU and float32 on a CPU."""
-    if name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
-    return getattr(torch, name)
-
-
-def load(model: str | None, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A LLaVA model and its processor, from a folder or the hub; the bundled one for None.
+def load(model: str | None, device: str | None, dtype: str) -> tuple[Any, Any]:
+    """A LLaVA-1.5 model and its processor, from a folder or the hub; the bundled one for None.
 
     Raises
     ------
     ValueError
-        If there is no such model, or it is no LLaVA.
+        If there is no such model, device or dtype, or the model is another one.
     """
-    if model is None:
-        loaded, processor = tiny.load(dtype=dtype)
-        return loaded.to(device), processor
-    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
-        raise ValueError(f"model {model!r} is no directory; pass a model directory or a hub id")
-    source = str(Path(model).expanduser()) if model.startswith("~") else model
-    try:
-        kind = AutoConfig.from_pretrained(source).model_type
-        if kind != "llava":
-            raise ValueError(
-                f"model {model!r} is of type {kind!r}; this command runs 'llava' (LLaVA-1.5), README says which models "
-                "VTC supports in Python"
-            )
-        loaded = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(source)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if not hasattr(processor, "image_processor"):
-        raise ValueError(f"model {model!r} comes without an image processor; add its preprocessor_config.json")
-    if processor.patch_size is None:  # processors saved before transformers 4.46 leave these three to the model
-        config: Any = loaded.config
-        processor.patch_size = config.vision_config.patch_size
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = 1
-    return loaded.eval().to(device), processor
+    where = pick_device(device)
+    spec = ModelSpec(model or BUNDLED, str(where), str(pick_dtype(dtype, where)).removeprefix("torch."))
+    if (kind := spec.config().model_type) != "llava":
+        raise ValueError(
+            f"model {model!r} is of type {kind!r}; this command runs 'llava' (LLaVA-1.5), README says which models VTC "
+            "supports in Python"
+        )
+    return spec.load(), spec.processor()
 
 
 def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> Any:
-    """Model inputs for one question, with the processor's chat template or else LLaVA-1.5's prompt."""
+    """Model inputs for one question, on the model's device."""
     if not question.strip():
         raise ValueError("the question is empty; ask something about the image")
-    if processor.image_token in question:
-        raise ValueError(f"the question contains {processor.image_token}, which stands for the image; leave it out")
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    else:
-        prompt = f"USER: {processor.image_token}\n{question} ASSISTANT:"
-        inputs = processor(images=image, text=prompt, return_tensors="pt")
-    return inputs.to(model.device, model.dtype)
+    inputs = HFProtocol(processor, model.config).prepare([Prompt(question, [image])])
+    return BatchFeature(inputs).to(model.device, model.dtype)
 
 
 def unknown_words(processor: Any, question: str) -> list[str]:
@@ -131,8 +79,11 @@ def compare(model: Any, processor: Any, inputs: Any, length: int, timed: bool = 
         `timed`, `time_to_first_token_ms` and `kv_cache_bytes`; `backend`, by operation.
     """
 
+    answerer = Answerer(model, processor)
+
     def side() -> dict[str, Any]:
-        found: dict[str, Any] = {"answer": questions.greedy(model, processor, inputs, length)[0]}
+        texts, *_ = answerer.generate(inputs, Setting(), max_new_tokens=length)  # the open block compresses
+        found: dict[str, Any] = {"answer": texts[0]}
         if timed:
             seconds, kv_bytes = first_token(model, inputs)
             found |= {"time_to_first_token_ms": round(1000 * seconds, 2), "kv_cache_bytes": kv_bytes}

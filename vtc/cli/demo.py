@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +12,20 @@ from typing import Any
 from PIL import Image
 
 import vtc
-from vtc import tiny
 from vtc.cli import ask
+from vtc.eval.engine import answer_all
+from vtc.eval.local import LocalEngine
+from vtc.eval.model import ModelSpec, pick_device
+from vtc.eval.setting import NONE, Setting
+from vtc.eval.tasks.scenes import Scenes
 from vtc.methods import METHODS
-from vtc.tiny.questions import answer, batches, prepare
-from vtc.tiny.scenes import FAMILIES, Question, Scene, balanced_questions
+from vtc.tiny.scenes import FAMILIES, Question, Scene
 
 FULL = 576
 SHOWN = 64  # the budget whose kept patches are drawn
 SIDE = 336  # of an image in the sheet, in pixels
-SETTINGS: tuple[tuple[str, int, str | None], ...] = (
-    ("all tokens", FULL, None),
+SETTINGS: tuple[tuple[str, int, str], ...] = (
+    ("all tokens", FULL, NONE),
     ("vtc-cls", 192, "vtc-cls"),
     ("vtc-cls", 128, "vtc-cls"),
     ("vtc-cls", 64, "vtc-cls"),
@@ -41,6 +45,7 @@ class Row:
     tokens: int
     answers: list[str]
     right: list[bool]
+    families: dict[str, list[bool]]  # which are right, family by family
     first_token: float  # seconds, one question
     per_question: float  # seconds, in batches
     kv_bytes: int  # one question
@@ -62,15 +67,14 @@ class Row:
             f"{self.kv_bytes / 2**20:.2f} MiB",
         )
 
-    def record(self, families: list[str]) -> dict[str, Any]:
-        """The row for `--json`; `families` are those of the questions."""
-        by_family = {f: [ok for ok, family in zip(self.right, families, strict=True) if family == f] for f in FAMILIES}
+    def record(self) -> dict[str, Any]:
+        """The row for `--json`."""
         return {
             "selection": self.selection,
             "visual_tokens": self.tokens,
             "right": sum(self.right),
             "accuracy": round(self.accuracy, 4),
-            "accuracy_by_family": {f: round(sum(oks) / len(oks), 4) for f, oks in by_family.items() if oks},
+            "accuracy_by_family": {f: round(sum(oks) / len(oks), 4) for f, oks in self.families.items() if oks},
             "time_to_first_token_ms": round(1000 * self.first_token, 2),
             "per_question_ms": round(1000 * self.per_question, 2),
             "kv_cache_bytes": self.kv_bytes,
@@ -90,8 +94,7 @@ class Demo:
 
     def record(self) -> dict[str, Any]:
         """The JSON document."""
-        families = [question.family for _, question in self.questions]
-        rows = [row.record(families) for row in self.rows]
+        rows = [row.record() for row in self.rows]
         return {"questions": len(self.questions), "device": self.device, "cpu_threads": self.threads, "rows": rows}
 
     def footnote(self) -> str:
@@ -107,12 +110,12 @@ class Demo:
         return max(196 * math.sqrt(row.accuracy * (1 - row.accuracy) / len(self.questions)) for row in self.rows)
 
 
-def settings(method: str) -> tuple[tuple[str, int, str | None], ...]:
+def settings(method: str) -> tuple[tuple[str, int, str], ...]:
     """The settings as (selection, tokens, method): `SETTINGS` with another method, or all methods at `SHOWN` tokens."""
     if method == "all":
-        return (SETTINGS[0], *((name, SHOWN, name) for name in METHODS if name != "none"))
+        return (SETTINGS[0], *((name, SHOWN, name) for name in METHODS if name != NONE))
     fewer = () if method == "random" else tuple((method, tokens, method) for tokens in FEWER)
-    return (SETTINGS[0], *fewer, SETTINGS[-1]) if method != "none" else (SETTINGS[0], ("none", FULL, "none"))
+    return (SETTINGS[0], *fewer, SETTINGS[-1]) if method != NONE else (SETTINGS[0], (NONE, FULL, NONE))
 
 
 def measure(
@@ -133,33 +136,44 @@ def measure(
     """
     import torch
 
-    where = ask.pick_device(device)
-    model, processor = tiny.load()
-    model.to(where)
-    questions = balanced_questions("test", count)
-    prepared = batches(model, processor, questions, BATCH)
-    single = prepare(model, processor, questions[:1])
-    rows = []
+    task, engine, spec = Scenes(count=count), LocalEngine(), ModelSpec(device=str(pick_device(device)))
+    answerer = engine.answerer(spec)
+    model, processor = answerer.model, answerer.processor
+
+    def prepared(number: int) -> Any:
+        scene, question = task.asked[number]
+        return ask.prepare(model, processor, scene.image, question.text)
+
+    first, rows = prepared(0), []
     for selection, tokens, name in settings(method):
         note(f"{count} questions with {tokens} visual tokens ({selection}) …")
-        setting = {"keep": tokens, "method": name} if name else {}
-        with vtc.compress(model, **setting) if name else contextlib.nullcontext():
-            first_token, kv_bytes = ask.first_token(model, single)
-        answers = answer(model, processor, prepared, **setting)
-        tokens = round(answers.tokens or tokens)  # some methods do not keep exactly as many
-        right = [given == question.answer for given, (_, question) in zip(answers.texts, questions, strict=True)]
-        rows.append(Row(selection, tokens, answers.texts, right, first_token, answers.seconds / count, kv_bytes))
+        setting = Setting(name, {} if name == NONE else {"keep": tokens})
+        with vtc.compress(model, method=name, **setting.options) if setting.compresses else contextlib.nullcontext():
+            first_token, kv_bytes = ask.first_token(model, first)
+        answers = answer_all(engine, spec, task, setting, BATCH)
+        texts = {answer.line: answer.text for answer in answers}
+        rows.append(
+            Row(
+                selection,
+                round(statistics.fmean(answer.visual_tokens or 0 for answer in answers)),
+                list(texts.values()),
+                list(task.right(texts).values()),
+                task.families(texts),
+                first_token,
+                statistics.fmean(answer.generate_seconds for answer in answers),
+                kv_bytes,
+            )
+        )
     shown = "vtc-cls" if method == "all" else method
     overlays = {}
-    for number in _cards(questions, rows):
-        scene = questions[number][0]
-        pixels = prepare(model, processor, questions[number : number + 1])["pixel_values"]
+    for number in _cards(task.asked, rows):
+        image = task.asked[number][0].image
         if METHODS[shown].selects:
-            kept = vtc.select(model, pixels, keep=SHOWN, method=shown)
-            overlays[number] = vtc.overlay(scene.image, kept, side=SIDE)
+            kept = vtc.select(model, prepared(number)["pixel_values"], keep=SHOWN, method=shown)
+            overlays[number] = vtc.overlay(image, kept, side=SIDE)
         else:  # no patch is dropped
-            overlays[number] = scene.image.resize((SIDE, SIDE))
-    return Demo(questions, rows, overlays, str(where), torch.get_num_threads(), shown)
+            overlays[number] = image.resize((SIDE, SIDE))
+    return Demo(task.asked, rows, overlays, spec.device, torch.get_num_threads(), shown)
 
 
 def _cards(questions: list[tuple[Scene, Question]], rows: list[Row]) -> list[int]:

@@ -59,7 +59,8 @@ class Protocol:
     def require_text(self, text: str) -> None:
         """Raise ValueError if the text holds the placeholder of an image."""
         if self.processor.image_token in text:
-            raise ValueError(f"the text {text!r} holds {self.processor.image_token}, which stands for an image")
+            placeholder = self.processor.image_token
+            raise ValueError(f"the text {text!r} holds {placeholder}, which stands for an image; leave it out")
 
 
 class LlavaProtocol(Protocol):
@@ -145,7 +146,11 @@ class HFProtocol(Protocol):
         if self.floor:
             texts, images = [text.replace(self.processor.image_token, "") for text in texts], []
         self.processor.tokenizer.padding_side = "left"
-        inputs = self.processor(images=images or None, text=texts, padding=True, return_tensors="pt")
+        first = self.processor.tokenizer.bos_token
+        special = first is None or not texts[0].startswith(first)  # a template may write it itself
+        inputs = self.processor(
+            images=images or None, text=texts, padding=True, return_tensors="pt", add_special_tokens=special
+        )
         return dict(inputs)
 
     def text(self, prompt: Prompt) -> str:

@@ -51,11 +51,8 @@ def run_tower(
 ) -> tuple[VisionOutputs, list[str]]:
     """Run the vision tower on views `[T, 3, height, width]`, with more arguments of its `forward`.
 
-    Returns the outputs that the method needs, and the operations that computed the scores. If the open block was opened
-    with such outputs, they are returned and the tower does not run.
+    Returns the outputs that the method needs, and the operations that computed the scores.
     """
-    if settings.vision is not None:
-        return settings.vision  # type: ignore[no-any-return]
     base, tower, needs = settings.base, settings.base.vision_tower, plan.method.needs
     spec = tower_of(tower.config)
     scores = _scores(spec.attentions_of(tower), plan)

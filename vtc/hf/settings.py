@@ -82,12 +82,11 @@ class Opening:
 
 
 class Block(NamedTuple):
-    """One block as a context sees it: its settings, what happened in it, and the tower's outputs if they are known."""
+    """One block as a context sees it: its settings, and what happened in it."""
 
     opening: Opening
     config: VTCConfig
     run: Run
-    vision: Any = None
 
 
 _BLOCKS: ContextVar[tuple[Block, ...]] = ContextVar("vtc_blocks")  # of this context, the innermost last
@@ -118,22 +117,19 @@ class Settings(NamedTuple):
     config : VTCConfig
     run : Run or None
         Of the open block.
-    vision : tuple or None
-        What `vtc.hf.encode.run_tower` returns, if the block was opened with it.
     """
 
     base: Any
     family: Family
     config: VTCConfig
     run: Run | None = None
-    vision: Any = None
 
     @classmethod
     def of(cls, model: Any) -> Settings:
         """The settings of `model`, a LLaVA with or without a head."""
         base = model.base_model
         if block := block_of(base):
-            return cls(base, family_of(base), block.config, block.run, block.vision)
+            return cls(base, family_of(base), block.config, block.run)
         return cls(base, family_of(base), stored(base))
 
     @property
@@ -216,15 +212,11 @@ def switch_off(base: Any) -> None:
 
 
 @contextlib.contextmanager
-def open_block(base: Any, config: VTCConfig, vision: Any = None) -> Iterator[Run]:
-    """Compress with `config` in this context, and in those copied from it, while the block is open.
-
-    `vision` is what `vtc.hf.encode.run_tower` returned for the images of every call in the block. With it, the tower
-    runs only once for several settings that differ in `keep`.
-    """
+def open_block(base: Any, config: VTCConfig) -> Iterator[Run]:
+    """Compress with `config` in this context, and in those copied from it, while the block is open."""
     opening, run = Opening(base), Run()
     OPEN.append(opening)
-    _BLOCKS.set((*CONTEXT.blocks, Block(opening, config, run, vision)))
+    _BLOCKS.set((*CONTEXT.blocks, Block(opening, config, run)))
     try:
         yield run
     finally:
@@ -251,7 +243,7 @@ def held(base: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[None]:
     """Give these settings to the calls inside: a conversation goes on as it began, whatever holds now."""
-    own = Block(Opening(settings.base), settings.config, settings.run or Run(), settings.vision)
+    own = Block(Opening(settings.base), settings.config, settings.run or Run())
     _BLOCKS.set((*CONTEXT.blocks, own))
     try:
         yield

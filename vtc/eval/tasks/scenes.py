@@ -47,11 +47,18 @@ class Scenes(Task):
     def fingerprint(self) -> dict[str, str]:
         return {"questions": f"{self.count} of {self.split}"}
 
+    def right(self, answers: Mapping[int, str]) -> dict[int, bool]:
+        """Whether each answer is the expected one, by the question's line."""
+        return {line: text == self.asked[line][1].answer for line, text in answers.items()}
+
+    def families(self, answers: Mapping[int, str]) -> dict[str, list[bool]]:
+        """`right`, family by family."""
+        found: dict[str, list[bool]] = {family: [] for family in FAMILIES}
+        for line, ok in self.right(answers).items():
+            found[self.asked[line][1].family].append(ok)
+        return found
+
     def score(self, answers: Mapping[int, str]) -> Score:
-        right: dict[str, list[bool]] = {family: [] for family in FAMILIES}
-        for line, text in answers.items():
-            question = self.asked[line][1]
-            right[question.family].append(text == question.answer)
-        every = [ok for oks in right.values() for ok in oks]
-        figures = {"accuracy": Figure.share(sum(every), len(every))}
-        return Score(figures | {family: Figure.share(sum(oks), len(oks)) for family, oks in right.items()})
+        families = self.families(answers)
+        figures = {"accuracy": Figure.share(sum(map(sum, families.values())), len(answers))}
+        return Score(figures | {family: Figure.share(sum(oks), len(oks)) for family, oks in families.items()})
