@@ -19,6 +19,7 @@ from bench import parts as gpu
 from bench.checkout import ROOT
 from bench.workloads import WORKLOADS
 from vtc import ops, reference, tiny
+from vtc.eval.tasks import BENCHMARKS
 from vtc.hf import compatibility
 from vtc.hf.families import FAMILIES
 from vtc.hf.towers import TOWERS
@@ -185,6 +186,15 @@ def models(page: Path) -> str:
     return plain(["model", "class in transformers", "what `keep` counts", "methods"], rows)
 
 
+def tasks(page: Path) -> str:
+    """The benchmarks: name, what is scored, files in LLaVA's layout and where they come from."""
+    rows = []
+    for name, task in BENCHMARKS.items():
+        files = "<br>".join(f"`{file.paths[0]}`: {file.source}" for file in task.files)
+        rows.append([f"`{name}`", task.title, sentence(inspect.getdoc(task) or ""), files])
+    return plain(["task", "benchmark", "score", "files below `--data`"], rows)
+
+
 def towers(page: Path) -> str:
     """The vision towers, and which methods work with each."""
     rows = [
@@ -282,5 +292,6 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "refused": refused,
     "results": results,
     "supported": supported,
+    "tasks": tasks,
     "towers": towers,
 }
