@@ -34,8 +34,12 @@ setup(
         "bench": ["matplotlib"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "accelerate", "peft", "setuptools>=77"],
         "trl": ["trl", "datasets"],
+        "lmms": ["lmms-eval>=0.7.3", "accelerate"],
         "dev": ["ruff", "mypy"],
         "flash": ["flash-attn"],
     },
-    entry_points={"console_scripts": ["vtc = vtc.cli.__main__:main"]},
+    entry_points={
+        "console_scripts": ["vtc = vtc.cli.__main__:main"],
+        "lmms_eval.models": ["vtc = vtc.eval.lmms_manifest:manifest"],
+    },
 )

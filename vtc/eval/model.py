@@ -50,12 +50,15 @@ class ModelSpec:
         As on the command line, resolved: "cuda:0", "float16".
     revision : str, optional
         Of the hub.
+    attn_implementation : str, optional
+        Of transformers; by default its own choice.
     """
 
     model: str = BUNDLED
     device: str = "cpu"
     dtype: str = "float32"
     revision: str | None = None
+    attn_implementation: str | None = None
 
     @property
     def source(self) -> str:
@@ -75,10 +78,13 @@ class ModelSpec:
         return config
 
     def processor(self) -> Any:
-        """The model's processor. Raises ValueError if it has none for images."""
+        """The model's processor. Raises ValueError if it has none for images.
+
+        Images are resized by Pillow, as in LLaVA, whether torchvision is installed or not.
+        """
         config = self.config()
         with _load_errors(self.model):
-            processor = AutoProcessor.from_pretrained(self.source, revision=self.revision)
+            processor = AutoProcessor.from_pretrained(self.source, revision=self.revision, backend="pil")
         if not hasattr(processor, "image_processor"):
             raise ValueError(f"model {self.model!r} comes without an image processor; add its preprocessor_config.json")
         if processor.patch_size is None:  # processors saved before transformers 4.46 leave these three to the model
@@ -92,7 +98,10 @@ class ModelSpec:
         self.config()
         with _load_errors(self.model):
             model = AutoModelForImageTextToText.from_pretrained(
-                self.source, revision=self.revision, dtype=getattr(torch, self.dtype)
+                self.source,
+                revision=self.revision,
+                dtype=getattr(torch, self.dtype),
+                attn_implementation=self.attn_implementation,
             )
         return model.eval().to(self.device)
 
