@@ -34,7 +34,8 @@ setup(
         "bench": ["matplotlib"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "accelerate", "peft", "setuptools>=77"],
         "trl": ["trl", "datasets"],
-        "lmms": ["lmms-eval>=0.7.3", "accelerate"],
+        # lmms-eval 0.7.3 reaches into a private module of filelock that 4.0 no longer has.
+        "lmms": ["lmms-eval>=0.7.3", "filelock<4"],
         "dev": ["ruff", "mypy"],
         "flash": ["flash-attn"],
     },

@@ -1,6 +1,6 @@
 """The model `vtc_llava` in the real lmms-eval: its command line, and its classes as lmms-eval builds and calls them.
 
-Oracles: the same prompts answered one at a time, and log-probabilities of the stock model and of the golden paths.
+Oracle: the same prompts, asked one at a time without lmms-eval.
 """
 
 import json
@@ -11,14 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
-from support.golden import llava as golden
-from support.golden import prune as golden_prune
 
 from vtc import tiny
 from vtc.eval.answerer import Answerer
 from vtc.eval.model import ModelSpec
-from vtc.eval.protocol import PROTOCOLS, Prompt, Turn
+from vtc.eval.protocol import PROTOCOLS, Prompt
 from vtc.eval.setting import Setting
 from vtc.images import ImageError
 from vtc.tiny.scenes import balanced_questions
@@ -33,7 +30,7 @@ from lmms_eval.models import get_model, registry_v2
 from vtc.eval import lmms, lmms_manifest
 
 KEEP, PATCHES = 64, 576
-SCENES = balanced_questions("test", 40)
+SCENES = balanced_questions("test", 25)
 TALK = "vtc_talk"  # messages of several turns
 FOLDER = {
     "utils.py": """
@@ -84,7 +81,9 @@ def mixed():
     images = [scene.image for scene, _ in SCENES]
     rows = []
     for i in range(12):
-        rows.append({"text": SCENES[i][1].text, "answer": "", "images": [images[:0], images[i : i + 1], images[:2]][i % 3]})
+        rows.append(
+            {"text": SCENES[i][1].text, "answer": "", "images": [images[:0], images[i : i + 1], images[:2]][i % 3]}
+        )
     return rows
 
 
@@ -146,7 +145,7 @@ def run_lmms_eval(folder, out, tasks, *arguments, model_args=f"protocol=hf,keep=
     print(done.stdout[-4000:], done.stderr[-4000:])
     assert done.returncode == 0
     found = sorted(out.rglob("*_results.json"))
-    if not found:
+    if not found:  # lmms-eval prints an exception, and exits with 0
         return None, done.stdout + done.stderr
     samples = {}
     for task in tasks:
@@ -168,6 +167,7 @@ def scene_prompts():
 def test_command_line_answers_as_the_answerer_does(folder, tmp_path, answerer):
     """Messages, in batches of four."""
     results, samples = run_lmms_eval(folder, tmp_path, ["vtc_scenes", "vtc_mixed", TALK], "--batch_size", "4")
+    assert results, samples
     expected = alone(answerer, "hf", scene_prompts(), keep=KEEP)
     assert [answer for (answer,) in samples["vtc_scenes"]] == expected
     right = sum(text == question.answer for text, (_, question) in zip(expected, SCENES, strict=True))
@@ -194,6 +194,7 @@ def test_two_processes_answer_each_document_once(folder, tmp_path, answerer):
         *("--batch_size", "1", "--force_simple"),
         launcher=("accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"),
     )
+    assert results, samples
     assert [answer for (answer,) in samples["vtc_scenes"]] == alone(answerer, "hf", scene_prompts(), keep=KEEP)
     assert len(samples["vtc_choice"]) == len(choices())
     assert results["vtc_choice"]["acc,none"] > 0.9
@@ -264,21 +265,13 @@ def test_answers_come_in_the_order_of_the_requests(simple, answerer):
     assert {count.output_tokens for count in counts} <= {1, 2, 3}
 
 
-@pytest.mark.parametrize("name", ["llava", "hf"])
-def test_images_stand_where_a_text_has_them(name, answerer):
-    model = build("simple", f"keep={KEEP},protocol={name}")
-    (first, _), (second, _) = SCENES[:2]
-    text = "is <image> left of <image> ?"
-    row = {"text": text, "images": [first.image, second.image]}
-    (found,) = texts(model.generate_until(requests(model, [row])))
-    (inputs,) = (model.protocol.prepare([Prompt(text, row["images"], placed=True)]),)
-    ids = [i for i, _ in __import__("itertools").groupby(inputs["input_ids"][0].tolist())]
-    words = answerer.processor.tokenizer.decode(ids)
-    assert "is <image> left of <image> ?" in words.replace("\n", " ")
-    setting = Setting("vtc-cls", {"keep": KEEP})
-    assert [found] == answerer.generate(inputs, setting, max_new_tokens=3)[0]
+def test_images_stand_where_a_text_has_them(simple, answerer):
+    row = {"text": "is <image> left of <image> ?", "images": [scene.image for scene, _ in SCENES[:2]]}
+    inputs = simple.protocol.prepare([Prompt(row["text"], row["images"], placed=True)])
+    expected = answerer.generate(inputs, Setting("vtc-cls", {"keep": KEEP}), max_new_tokens=3)[0]
+    assert texts(simple.generate_until(requests(simple, [row]))) == expected
     with pytest.raises(ValueError, match="holds <image> 2 times, and there are 1 images"):
-        model.generate_until(requests(model, [{**row, "images": row["images"][:1]}]))
+        simple.generate_until(requests(simple, [{**row, "images": row["images"][:1]}]))
 
 
 def message(*content, role="user"):
@@ -306,7 +299,9 @@ def test_videos_and_sounds_are_refused(simple, chat):
         with pytest.raises(ValueError, match="neither videos nor sounds"):
             simple.generate_until(requests(simple, [{"text": "what ?", "images": [visual]}]))
     for kind in ("video", "audio"):
-        messages = [{"role": "user", "content": [{"type": kind, "url": "film.mp4"}, {"type": "text", "text": "what ?"}]}]
+        messages = [
+            {"role": "user", "content": [{"type": kind, "url": "film.mp4"}, {"type": "text", "text": "what ?"}]}
+        ]
         with pytest.raises(ValueError, match=f"has {kind}; vtc_llava takes text and images"):
             chat.generate_until(requests(chat, [{"text": "", "messages": messages}], "chat"))
 
@@ -380,71 +375,25 @@ def test_arguments_of_the_generation_reach_the_model(simple):
         simple.generate_until(requests(simple, rows, num_samples=2))
 
 
-TARGETS = (" yes", " no there is a red circle", " two")
-
-
-def stock_value(answerer, name, prompt, target):
-    """Log-probability of the target, from one pass of the stock model over the unpadded prompt and the target."""
-    inputs = protocol(name, answerer).prepare([prompt])
-    new = answerer.processor.tokenizer(target, add_special_tokens=False)["input_ids"]
-    ids = torch.cat([inputs["input_ids"], torch.tensor([new])], 1)
-    with torch.no_grad():
-        logits = answerer.model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0]
-    return value_of(logits, new)
-
-
-def value_of(logits, new):
-    log_p = logits[-len(new) - 1 : -1].log_softmax(-1)
-    target = torch.tensor(new)
-    return log_p.gather(1, target[:, None]).sum().item(), bool((log_p.argmax(-1) == target).all())
-
-
-def pruned_value(answerer, name, prompt, target, method):
-    """The same of the golden path, with the images' tokens that the method keeps."""
-    eager = golden.eager(answerer.model)
-    inputs = protocol(name, answerer).prepare([prompt])
-    new = answerer.processor.tokenizer(target, add_special_tokens=False)["input_ids"]
-    row, pixels = inputs["input_ids"][0].tolist(), list(inputs["pixel_values"])
-    with torch.no_grad():
-        if method == "vtc-cls":
-            depth = eager.config.vision_config.num_hidden_layers + 1 + eager.config.vision_feature_layer
-            embeds, _ = golden.splice(eager, row + new, pixels, KEEP, range(depth - 3, depth), PATCHES)
-            return value_of(golden.logits(eager, embeds), new)
-        embeds, _ = golden.splice(eager, row, pixels, PATCHES, range(1), PATCHES)
-        is_image = [token == eager.config.image_token_id for token in row]
-        pruned = golden_prune.Pruned(eager, embeds, is_image, 2, compact=True, keep=KEEP)
-        pruned.logits(embeds)  # the prompt alone decides
-        return value_of(pruned.logits(pruned.after(new)), new)
-
-
-@pytest.mark.parametrize("method", ["none", "vtc-cls", "fastv"])
-def test_likelihoods_are_those_of_one_pass_over_the_prompt_and_the_target(method, answerer):
-    options = "" if method == "none" else f",keep={KEEP}"
-    options += ",kv=compact" if method == "fastv" else ""
-    model = build("simple", f"method={method},protocol=hf{options}", batch_size=4)
-    rows = [{"text": q.text, "images": [scene.image], "target": TARGETS[i % 3]} for i, (scene, q) in enumerate(SCENES[:6])]
-    rows[1]["target"] = f" {SCENES[1][1].answer}"
-    found = model.loglikelihood(requests(model, rows, target=lambda doc: doc["target"]))
-    for prompt, row, (value, greedy) in zip(scene_prompts(), rows, found, strict=False):
-        oracle = stock_value if method == "none" else pruned_value
-        more = () if method == "none" else (method,)
-        expected, expected_greedy = oracle(answerer, "hf", prompt, row["target"], *more)
+def test_likelihoods_are_signed_as_lmms_eval_takes_them(simple, answerer):
+    """Choices, which come as texts, are negated: lmms-eval takes the smallest value."""
+    rows = [
+        {"text": q.text, "images": [scene.image] * (i % 2), "target": f" {q.answer}"}
+        for i, (scene, q) in enumerate(SCENES[:4])
+    ]
+    found = simple.loglikelihood(requests(simple, rows, target=lambda doc: doc["target"]))
+    setting = Setting("vtc-cls", {"keep": KEEP})
+    for prompt, row, (value, greedy) in zip(prompts_of(rows), rows, found, strict=True):
+        made = protocol("hf", answerer)
+        ids = [made.continuation(prompt, row["target"])]
+        ((expected, expected_greedy),) = answerer.log_likelihoods(made.prepare([prompt]), setting, ids)
         assert value == pytest.approx(expected, rel=1e-4, abs=1e-4)
         assert greedy == expected_greedy
-    assert [greedy for _, greedy in found].count(True) not in (0, len(found))
-
-
-def test_likelihoods_of_texts_without_images_and_of_choices(simple, answerer):
-    rows = [{"text": SCENES[0][1].text, "images": []}, {"text": SCENES[1][1].text, "images": [SCENES[1][0].image] * 2}]
-    found = simple.loglikelihood(requests(simple, rows, target=lambda doc: TARGETS[1]))
-    negated = simple.loglikelihood(requests(simple, rows, target=TARGETS[1]))  # lmms-eval takes the smallest of these
-    prompts = prompts_of(rows)
-    expected = [
-        stock_value(answerer, "hf", prompts[0], TARGETS[1])[0],
-        pruned_value(answerer, "hf", prompts[1], TARGETS[1], "vtc-cls")[0],
-    ]
-    assert [value for value, _ in found] == pytest.approx(expected, rel=1e-4)
-    assert [value for value, _ in negated] == pytest.approx([-value for value in expected], rel=1e-4)
+        assert value < 0
+    negated = simple.loglikelihood(requests(simple, rows, target=" yes"))
+    again = simple.loglikelihood(requests(simple, rows, target=lambda doc: " yes"))
+    assert [value for value, _ in negated] == pytest.approx([-value for value, _ in again])
+    assert [each.text for each in again] == [tuple(each) for each in again]
     with pytest.raises(ValueError, match="give a text"):
         simple.loglikelihood(requests(simple, rows, target=lambda doc: 3))
     unconditional = SimpleNamespace(args=("", " yes"), task_name="made")
@@ -482,7 +431,9 @@ def test_out_of_memory_halves_the_batch_and_says_so(answerer, caplog, monkeypatc
 
 def test_arguments_of_the_model():
     model = build(
-        "simple", "ratio=0.25,method=fastv,prune_layer=1,kv=full,dtype=bfloat16,attn_implementation=eager", batch_size="3"
+        "simple",
+        "ratio=0.25,method=fastv,prune_layer=1,kv=full,dtype=bfloat16,attn_implementation=eager",
+        batch_size="3",
     )
     assert model.setting == Setting("fastv", {"ratio": 0.25, "prune_layer": 1, "kv": "full"})
     assert model.answerer.model.dtype == torch.bfloat16
@@ -504,16 +455,10 @@ def test_arguments_of_the_model():
     ):
         with pytest.raises(ValueError, match=error):
             build("simple", arguments, **config)
-    with pytest.raises(ValueError, match="cannot be loaded|is no directory"):
+    with pytest.raises(ValueError, match="is no directory"):
         get_model("vtc_llava").create_from_arg_string("pretrained=/nowhere", {})
 
 
 def test_several_rounds_are_not_implemented(simple):
     with pytest.raises(NotImplementedError, match="generate_until_multi_round"):
         simple.generate_until_multi_round([])
-
-
-def test_the_chat_template_is_needed_for_messages(answerer):
-    protocol = PROTOCOLS["hf"](SimpleNamespace(chat_template=None, image_token="<image>"), None)
-    with pytest.raises(ValueError, match=r"add its chat_template\.jinja"):
-        protocol.chat([Turn("user", ["what ?", Image.new("RGB", (8, 8))])])
