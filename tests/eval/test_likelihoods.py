@@ -88,20 +88,20 @@ def test_likelihoods_of_texts_without_images(answerer, eager):
     golden.close(torch.tensor(value), log_p.gather(1, torch.tensor(new)[:, None]).sum())
 
 
-class Words:
-    """A tokenizer whose tokens are the characters, but for "ab", which is one."""
+class Letters:
+    """A tokenizer whose tokens are a space before any text, as Llama's, and the characters; "ab" is one."""
 
     image_token, chat_template = "<image>", None
 
     def tokenizer(self, text, add_special_tokens):
-        return {"input_ids": [0] * add_special_tokens + list(map(ord, text.replace("ab", "\0")))}
+        return {"input_ids": list(f"{'^' * add_special_tokens} {text}".replace("ab", "&"))}
 
 
 def test_a_continuation_is_what_a_text_adds_to_the_prompt():
-    made = PROTOCOLS["hf"](Words(), None)
-    assert made.continuation(Prompt("x"), " xab") == [ord(" "), ord("x"), 0]
+    made = PROTOCOLS["hf"](Letters(), None)
+    assert made.continuation(Prompt("x"), " yab") == [" ", "y", "&"]
     made.end = lambda prompt: "xa"
-    assert made.continuation(Prompt("x"), "ba") == [ord("b"), ord("a")]
+    assert made.continuation(Prompt("x"), "ba") == [" ", "b", "a"]
     with pytest.raises(ValueError, match="holds <image>, which stands for an image"):
         made.continuation(Prompt("x"), "<image>")
 
