@@ -80,7 +80,7 @@ def mixed():
     """Documents with one image, none and two, in turn."""
     images = [scene.image for scene, _ in SCENES]
     rows = []
-    for i in range(12):
+    for i in range(9):
         rows.append(
             {"text": SCENES[i][1].text, "answer": "", "images": [images[:0], images[i : i + 1], images[:2]][i % 3]}
         )
@@ -145,8 +145,7 @@ def run_lmms_eval(folder, out, tasks, *arguments, model_args=f"protocol=hf,keep=
     print(done.stdout[-4000:], done.stderr[-4000:])
     assert done.returncode == 0
     found = sorted(out.rglob("*_results.json"))
-    if not found:  # lmms-eval prints an exception, and exits with 0
-        return None, done.stdout + done.stderr
+    assert found  # lmms-eval prints an exception, and exits with 0
     samples = {}
     for task in tasks:
         (file,) = out.rglob(f"*_samples_{task}.jsonl")
@@ -167,12 +166,11 @@ def scene_prompts():
 def test_command_line_answers_as_the_answerer_does(folder, tmp_path, answerer):
     """Messages, in batches of four."""
     results, samples = run_lmms_eval(folder, tmp_path, ["vtc_scenes", "vtc_mixed", TALK], "--batch_size", "4")
-    assert results, samples
     expected = alone(answerer, "hf", scene_prompts(), keep=KEEP)
-    assert [answer for (answer,) in samples["vtc_scenes"]] == expected
+    assert samples["vtc_scenes"] == expected
     right = sum(text == question.answer for text, (_, question) in zip(expected, SCENES, strict=True))
     assert results["vtc_scenes"]["right,none"] == right / len(SCENES) > 0.9
-    assert [answer for (answer,) in samples["vtc_mixed"]] == alone(answerer, "hf", prompts_of(mixed()), keep=KEEP)
+    assert samples["vtc_mixed"] == alone(answerer, "hf", prompts_of(mixed()), keep=KEEP)
     texts = [
         f"SYSTEM: is there a red circle ? USER: <image>\n2 ASSISTANT: yes USER: {question.text} ASSISTANT:"
         for _, question in SCENES[:5]
@@ -182,7 +180,7 @@ def test_command_line_answers_as_the_answerer_does(folder, tmp_path, answerer):
     for text, (scene, _) in zip(texts, SCENES, strict=False):
         inputs = answerer.processor(text=text, images=scene.image, return_tensors="pt")
         expected += answerer.generate(dict(inputs), setting, max_new_tokens=3)[0]
-    assert [answer for (answer,) in samples[TALK]] == expected
+    assert samples[TALK] == expected
 
 
 def test_two_processes_answer_each_document_once(folder, tmp_path, answerer):
@@ -194,17 +192,9 @@ def test_two_processes_answer_each_document_once(folder, tmp_path, answerer):
         *("--batch_size", "1", "--force_simple"),
         launcher=("accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"),
     )
-    assert results, samples
-    assert [answer for (answer,) in samples["vtc_scenes"]] == alone(answerer, "hf", scene_prompts(), keep=KEEP)
+    assert samples["vtc_scenes"] == alone(answerer, "hf", scene_prompts(), keep=KEEP)
     assert len(samples["vtc_choice"]) == len(choices())
     assert results["vtc_choice"]["acc,none"] > 0.9
-
-
-def test_an_exception_leaves_no_results(folder, tmp_path):
-    """More tokens are to be kept than an image has."""
-    results, output = run_lmms_eval(folder, tmp_path, ["vtc_scenes"], model_args=f"protocol=hf,keep={PATCHES + 1}")
-    assert results is None
-    assert "keep=577, but an image of this model has only 576 visual tokens" in output
 
 
 def build(kind="simple", arguments="", **config):
@@ -292,6 +282,13 @@ def test_chat_in_llavas_protocol_is_one_message_with_its_images_first(chat, answ
     ):
         with pytest.raises(ValueError, match="use protocol=hf, or --force_simple"):
             chat.generate_until(requests(chat, [{"text": "", "messages": messages}], "chat"))
+
+
+def test_an_exception_ends_the_run(answerer):
+    """More tokens are to be kept than an image has: no answer, not even to the text before it."""
+    model = build("simple", f"keep={PATCHES + 1},protocol=hf")
+    with pytest.raises(ValueError, match="keep=577, but an image of this model has only 576 visual tokens"):
+        model.generate_until(requests(model, mixed()[:2]))
 
 
 def test_videos_and_sounds_are_refused(simple, chat):
