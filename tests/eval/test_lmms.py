@@ -135,10 +135,10 @@ def alone(answerer, name, prompts, max_new_tokens=3, **options):
     return [answerer.generate(each, setting, max_new_tokens=max_new_tokens)[0][0] for each in inputs]
 
 
-def run_lmms_eval(folder, out, tasks, *arguments, model_args=f"protocol=hf,keep={KEEP}", launcher=()):
+def run_lmms_eval(folder, out, tasks, *arguments, launcher=()):
     """lmms-eval's command line; returns the results and, for each task, the answers in the order of the documents."""
     command = [sys.executable, "-m", *launcher, "lmms_eval", "--model", "vtc_llava"]
-    command += ["--model_args", f"pretrained={tiny.CHECKPOINT},{model_args}", "--tasks", ",".join(tasks)]
+    command += ["--model_args", f"pretrained={tiny.CHECKPOINT},protocol=hf,keep={KEEP}", "--tasks", ",".join(tasks)]
     command += ["--include_path", str(folder), "--output_path", str(out), "--log_samples", "--device", "cpu"]
     environment = os.environ | {"HF_HOME": str(folder / "home")}
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, cwd=folder)

@@ -267,8 +267,9 @@ class VTCLlavaChat(VTCLlava):
 def one_turn(turns: Chat, task: str) -> Prompt:
     """One message of the user as a prompt: images, then a text. Raises ValueError for other messages."""
     if len(turns) == 1 and turns[0].role == "user" and turns[0].content:
-        *images, text = turns[0].content
-        if isinstance(text, str) and not any(isinstance(part, str) for part in images):
+        *before, text = turns[0].content
+        images = [part for part in before if not isinstance(part, str)]
+        if isinstance(text, str) and len(images) == len(before):
             return Prompt(text, images)
     raise ValueError(
         f"task {task!r} has messages other than one of the user with its images first, and LLaVA's protocol has no "
