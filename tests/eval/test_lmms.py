@@ -245,10 +245,18 @@ def test_the_manifest_is_made_without_the_models_and_registered():
     assert registry.get_manifest("vtc_llava") == lmms_manifest.manifest()
 
 
-def test_answers_come_in_the_order_of_the_requests(simple, answerer):
-    """Batches hold prompts with equally many images, and do not change an answer."""
+def test_answers_come_in_the_order_of_the_requests(simple, answerer, monkeypatch):
+    """A batch holds prompts with equally many images, which none of them changes."""
+    batches, own = [], simple.answerer.generate
+
+    def generate(inputs, setting, **arguments):
+        batches.append((len(inputs["input_ids"]), len(inputs.get("pixel_values", ()))))
+        return own(inputs, setting, **arguments)
+
+    monkeypatch.setattr(simple.answerer, "generate", generate)
     rows = mixed()
     found = simple.generate_until(requests(simple, rows))
+    assert sorted(batches) == [(3, 0), (3, 3), (3, 6)]
     assert texts(found) == alone(answerer, "hf", prompts_of(rows), keep=KEEP)
     counts = [each.token_counts for each in found]
     assert counts[1].input_tokens > PATCHES > counts[0].input_tokens
