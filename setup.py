@@ -35,8 +35,13 @@ setup(
         "eval": ["matplotlib"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "accelerate", "peft", "setuptools>=77"],
         "trl": ["trl", "datasets"],
+        # lmms-eval 0.7.3 reaches into a private module of filelock that 4.0 no longer has.
+        "lmms": ["lmms-eval>=0.7.3", "filelock<4"],
         "dev": ["ruff", "mypy"],
         "flash": ["flash-attn"],
     },
-    entry_points={"console_scripts": ["vtc = vtc.cli.__main__:main"]},
+    entry_points={
+        "console_scripts": ["vtc = vtc.cli.__main__:main"],
+        "lmms_eval.models": ["vtc = vtc.eval.lmms_manifest:manifest"],
+    },
 )

@@ -773,6 +773,25 @@ MUTANTS = [
             "other figures as published": ("== (r.task, size, True)", "[:2] == (r.task, size)"),
         },
     ),
+    *_of(
+        "vtc/eval/answerer.py",
+        "eval/test_likelihoods",
+        {
+            "mean of the log-probabilities": ("log_probs.sum().item()", "log_probs.mean().item()"),
+            "one greedy token is enough": ("== target).all())", "== target).any())"),
+            "the first continuation for all": ("[continuations[row][min(len(ids) - prompt_length, len(continuations[row]) - 1)]", "[continuations[0][min(len(ids) - prompt_length, len(continuations[0]) - 1)]"),
+        },
+    ),
+    *_of(
+        "vtc/eval/protocol.py",
+        "eval/test_likelihoods",
+        {
+            "a continuation tokenised alone": ("return both[len(before) :] if both[: len(before)] == before else self._tokens(text)", "return self._tokens(text)"),
+            "a continuation that merges is cut": ("if both[: len(before)] == before else self._tokens(text)", "if True else []"),
+            "the number of placed images unchecked": ("if len(texts) != len(prompt.images) + 1:", "if False:"),
+            "placed images come first": ('texts = prompt.text.split(self.processor.image_token)', 'texts = [*("" for _ in prompt.images), prompt.text.replace(self.processor.image_token, "")]'),
+        },
+    ),
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vtc.api import compress
@@ -98,6 +99,51 @@ class Answerer:
 
         `arguments` go to the model's `generate()`. Decoding is greedy unless they say otherwise.
         """
+        out, run = self._run(inputs, setting, **arguments)
+        new = out.cpu()[:, inputs["input_ids"].shape[1] :]  # waits for the device
+        texts = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        kept = None if run is None else run.tokens_after
+        if run is None and "pixel_values" in inputs:
+            image = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+            kept = (inputs["input_ids"] == image).sum().item() / len(inputs["input_ids"])
+        return texts, [self._length(row) for row in new], kept
+
+    def log_likelihoods(
+        self, inputs: dict[str, Tensor], setting: Setting, continuations: Sequence[Sequence[int]]
+    ) -> list[tuple[float, bool]]:
+        """For each prompt, the log-probability of its continuation, and whether greedy decoding would say it.
+
+        The continuation is forced upon `generate()`, so that the prompt is compressed as for an answer. It must not
+        hold the end-of-sequence token.
+
+        Parameters
+        ----------
+        continuations : sequence of sequence of int
+            The token ids that follow each prompt, at least one. The log-probability is the sum over them, in fp32.
+        """
+        length, prompt_length = max(map(len, continuations)), inputs["input_ids"].shape[1]
+
+        def forced(row: int, ids: Tensor) -> list[int]:
+            return [continuations[row][min(len(ids) - prompt_length, len(continuations[row]) - 1)]]
+
+        out, _ = self._run(
+            inputs,
+            setting,
+            max_new_tokens=length,
+            prefix_allowed_tokens_fn=forced,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        results = []
+        for row, ids in enumerate(continuations):
+            logits = torch.stack([step[row] for step in out.logits[: len(ids)]]).float()  # before they are forced
+            target = torch.tensor(ids, device=logits.device)
+            log_probs = logits.log_softmax(-1).gather(1, target[:, None])
+            results.append((log_probs.sum().item(), bool((logits.argmax(-1) == target).all())))
+        return results
+
+    def _run(self, inputs: dict[str, Tensor], setting: Setting, **arguments: Any) -> tuple[Any, Any]:
+        """What `generate()` returns, on the device, and the run of the block, if there is one."""
         on_device = {
             name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
@@ -110,14 +156,7 @@ class Answerer:
         if setting.compresses and "pixel_values" in inputs:
             block = compress(self.model, method=setting.method, **setting.options)
         with block as run:
-            out = self.model.generate(**on_device, **{**greedy, **arguments}).cpu()  # waits for the device
-        new = out[:, inputs["input_ids"].shape[1] :]
-        texts = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
-        kept = None if run is None else run.tokens_after
-        if run is None and "pixel_values" in inputs:
-            image = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-            kept = (inputs["input_ids"] == image).sum().item() / len(inputs["input_ids"])
-        return texts, [self._length(row) for row in new], kept
+            return self.model.generate(**on_device, **{**greedy, **arguments}), run
 
     def _length(self, new: Tensor) -> int:
         """The number of tokens of one row up to and with the first end of sequence."""

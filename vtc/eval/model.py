@@ -50,12 +50,15 @@ class ModelSpec:
         As on the command line, resolved: "cuda:0", "float16".
     revision : str, optional
         Of the hub.
+    attn_implementation : str, optional
+        Of transformers; by default its own choice.
     """
 
     model: str = BUNDLED
     device: str = "cpu"
     dtype: str = "float32"
     revision: str | None = None
+    attn_implementation: str | None = None
 
     @property
     def source(self) -> str:
@@ -96,7 +99,10 @@ class ModelSpec:
         self.config()
         with _load_errors(self.model):
             model = AutoModelForImageTextToText.from_pretrained(
-                self.source, revision=self.revision, dtype=getattr(torch, self.dtype)
+                self.source,
+                revision=self.revision,
+                dtype=getattr(torch, self.dtype),
+                attn_implementation=self.attn_implementation,
             )
         return model.eval().to(self.device)
 

@@ -16,10 +16,26 @@ SYSTEM = (
 
 
 class Prompt(NamedTuple):
-    """What is asked: the images, then the text."""
+    """What is asked in one turn: the images, then the text. Or, if `placed`, the text with each image where it stands.
+
+    Attributes
+    ----------
+    text : str
+    images : sequence of Image
+    placed : bool
+        The text holds one placeholder an image, in the order of the images.
+    """
 
     text: str
     images: Sequence[Image.Image] = ()
+    placed: bool = False
+
+
+class Turn(NamedTuple):
+    """One message of a chat: texts and images in the order in which they are said."""
+
+    role: str
+    content: Sequence[str | Image.Image]
 
 
 class Protocol:
@@ -51,6 +67,21 @@ class Protocol:
         """
         raise NotImplementedError
 
+    def continuation(self, prompt: Prompt, text: str) -> list[int]:
+        """The token ids of a text that follows the prompt, a space at its beginning included.
+
+        They are what the text adds to the ids of the prompt. If its beginning and the prompt's end become one token,
+        the text is tokenised alone.
+        """
+        self.require_text(text)
+        end = self.end(prompt)
+        before, both = self._tokens(end), self._tokens(end + text)
+        return both[len(before) :] if both[: len(before)] == before else self._tokens(text)
+
+    def end(self, prompt: Prompt) -> str:
+        """The text of the prompt after its last image, from which the model goes on."""
+        raise NotImplementedError
+
     def fingerprint(self) -> dict[str, Any]:
         """What of it can change an answer."""
         images = self.processor.image_processor
@@ -61,6 +92,23 @@ class Protocol:
         if self.processor.image_token in text:
             placeholder = self.processor.image_token
             raise ValueError(f"the text {text!r} holds {placeholder}, which stands for an image; leave it out")
+
+    def texts(self, prompt: Prompt) -> list[str]:
+        """What stands before, between and after the images. Raises ValueError if their number does not fit the text."""
+        if not prompt.placed:
+            self.require_text(prompt.text)
+            return [*("" for _ in prompt.images), prompt.text]
+        texts = prompt.text.split(self.processor.image_token)
+        if len(texts) != len(prompt.images) + 1:
+            raise ValueError(
+                f"the text {prompt.text!r} holds {self.processor.image_token} {len(texts) - 1} times, and there are "
+                f"{len(prompt.images)} images; give one image for each"
+            )
+        return texts
+
+    def _tokens(self, text: str, first: bool = False) -> list[int]:
+        ids: list[int] = self.processor.tokenizer(text, add_special_tokens=first)["input_ids"]
+        return ids
 
 
 class LlavaProtocol(Protocol):
@@ -107,19 +155,20 @@ class LlavaProtocol(Protocol):
 
     def ids(self, prompt: Prompt) -> list[int]:
         """The token ids of one prompt, its visual tokens included."""
-        self.require_text(prompt.text)
-        before, after = f"{SYSTEM} USER: ", f"{prompt.text} ASSISTANT:"
-        if not prompt.images:
-            return self._tokens(before + after, first=True)[: self.max_length]
-        ids = self._tokens(before, first=True)
-        for number in range(len(prompt.images)):
-            last = number == len(prompt.images) - 1
-            ids += [self.image_id] * self.num_visual + self._tokens("\n" + (after if last else ""), first=False)
+        first, *others = self.pieces(prompt)
+        ids = self._tokens(first, first=True)
+        for piece in others:
+            ids += [self.image_id] * self.num_visual + self._tokens(piece)
         return ids[: self.max_length]
 
-    def _tokens(self, text: str, first: bool) -> list[int]:
-        ids: list[int] = self.processor.tokenizer(text, add_special_tokens=first)["input_ids"]
-        return ids
+    def pieces(self, prompt: Prompt) -> list[str]:
+        """The prompt, cut at its images."""
+        first, *others = self.texts(prompt)
+        pieces = [f"{SYSTEM} USER: {first}", *(each if prompt.placed else f"\n{each}" for each in others)]
+        return [*pieces[:-1], f"{pieces[-1]} ASSISTANT:"]
+
+    def end(self, prompt: Prompt) -> str:
+        return self.pieces(prompt)[-1]
 
     def padded(self, image: Image.Image) -> Image.Image:
         """The image on a square of the background colour."""
@@ -131,7 +180,7 @@ class LlavaProtocol(Protocol):
 
     def fingerprint(self) -> dict[str, Any]:
         # The ids around the image show how the tokenizer treats the pieces: … 29901 29871 | 29871 13 … with Llama's.
-        first, second = self._tokens("USER: ", first=False), self._tokens("\nx", first=False)
+        first, second = self._tokens("USER: "), self._tokens("\nx")
         return {**super().fingerprint(), "system": SYSTEM, "ids_around_image": [first[-2:], second[:2]]}
 
 
@@ -141,8 +190,17 @@ class HFProtocol(Protocol):
     name: ClassVar[str] = "hf"
 
     def prepare(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        texts = [self.text(prompt) for prompt in prompts]
-        images = [image.convert("RGB") for prompt in prompts for image in prompt.images]
+        return self._inputs(
+            [self.text(prompt) for prompt in prompts], [image for prompt in prompts for image in prompt.images]
+        )
+
+    def prepare_chats(self, chats: Sequence[Sequence[Turn]]) -> dict[str, Tensor]:
+        """As `prepare`, for messages of any number and role. Raises ValueError if there is no chat template."""
+        images = [part for chat in chats for turn in chat for part in turn.content if not isinstance(part, str)]
+        return self._inputs([self.chat(turns) for turns in chats], images)
+
+    def _inputs(self, texts: list[str], images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        images = [image.convert("RGB") for image in images]
         if self.floor:
             texts, images = [text.replace(self.processor.image_token, "") for text in texts], []
         self.processor.tokenizer.padding_side = "left"
@@ -155,15 +213,32 @@ class HFProtocol(Protocol):
 
     def text(self, prompt: Prompt) -> str:
         """The prompt as text, with one placeholder an image."""
-        self.require_text(prompt.text)
+        texts = self.texts(prompt)
         if not getattr(self.processor, "chat_template", None):
-            images = f"{self.processor.image_token}\n" * len(prompt.images)
-            return f"USER: {images}{prompt.text} ASSISTANT:"
-        content = [*({"type": "image"} for _ in prompt.images), {"type": "text", "text": prompt.text}]
-        text: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+            placeholder = self.processor.image_token + ("" if prompt.placed else "\n")
+            return f"USER: {placeholder.join(texts)} ASSISTANT:"
+        parts: list[str | Image.Image] = [texts[0]]
+        for image, text in zip(prompt.images, texts[1:], strict=True):
+            parts += [image, text]
+        return self.chat([Turn("user", [part for part in parts if part != ""])])
+
+    def chat(self, turns: Sequence[Turn]) -> str:
+        """Messages as text, with one placeholder an image. Raises ValueError if there is no chat template."""
+        if not getattr(self.processor, "chat_template", None):
+            raise ValueError("messages need a chat template, and this model has none; add its chat_template.jinja")
+        messages = []
+        for turn in turns:
+            content = []
+            for part in turn.content:
+                if isinstance(part, str):
+                    self.require_text(part)
+                content.append({"type": "text", "text": part} if isinstance(part, str) else {"type": "image"})
+            messages.append({"role": turn.role, "content": content})
+        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return text
+
+    def end(self, prompt: Prompt) -> str:
+        return self.text(prompt).rpartition(self.processor.image_token)[2]
 
     def fingerprint(self) -> dict[str, Any]:
         return {**super().fingerprint(), "chat_template": getattr(self.processor, "chat_template", None)}
