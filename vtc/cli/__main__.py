@@ -188,6 +188,9 @@ def evaluate(
     check_batch: Annotated[
         bool, typer.Option("--check-batch", help="Also answer one by one, and count the answers that differ.")
     ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer in tokens, for a quick try.", show_default="the task's")
+    ] = None,
     out: Annotated[
         str, typer.Option(help="The folder of answers and tables. A run goes on where it stopped.")
     ] = "vtc-eval",
@@ -231,7 +234,16 @@ def evaluate(
                 evaluation.settings_of(method, methods, all_methods, sweep, baselines, keep, given),
                 evaluation.Machine(model, revision, device, dtype, engine, actors),
                 evaluation.Options(
-                    Path(out), batch_size, limit, protocol, skip_bad, partial, workers, check_batch, quiet=as_json
+                    Path(out),
+                    batch_size,
+                    limit,
+                    protocol,
+                    skip_bad,
+                    partial,
+                    workers,
+                    max_new_tokens,
+                    check_batch,
+                    as_json,
                 ),
                 plots,
             )

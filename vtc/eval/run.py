@@ -46,6 +46,8 @@ class Options:
     workers : int, optional
         Processes that prepare inputs, for each model. By default LLaVA's four on a GPU, and none on a CPU, which has no
         time for them.
+    max_new_tokens : int, optional
+        The longest answer in tokens, for a quick try; by default the task's.
     check_batch : bool
         Also answer with batch size 1, and count the answers that differ.
     quiet : bool
@@ -64,11 +66,12 @@ class Options:
     skip_bad: bool = False
     partial: bool = False
     workers: int | None = None
+    max_new_tokens: int | None = None
     check_batch: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("limit", 1), ("workers", 0)):
+        for name, least in (("batch_size", 1), ("limit", 1), ("workers", 0), ("max_new_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -100,7 +103,8 @@ class Run:
         self.task, self.setting, self.spec, self.options = task, setting, spec, options
         self.engine, self.processes = engine or LocalEngine(), processes or Processes()
         workers = (4 if spec.device.startswith("cuda") else 0) if options.workers is None else options.workers
-        self.job = Job(spec, options.protocol or task.protocol, setting, task.max_new_tokens, workers)
+        longest = options.max_new_tokens or task.max_new_tokens
+        self.job = Job(spec, options.protocol or task.protocol, setting, longest, workers)
         self.questions = sample(task.questions, options.limit)
         self.ids = {question.line: question.id for question in self.questions}
         self.folder = options.out / task.name / self.label
@@ -116,6 +120,8 @@ class Run:
             parts.append(f"batch{self.options.batch_size}")
         if self.options.limit:
             parts.append(f"limit{self.options.limit}")
+        if self.job.max_new_tokens != self.task.max_new_tokens:
+            parts.append(f"max{self.job.max_new_tokens}")
         return "-".join(parts)
 
     def run(self) -> Result | None:
@@ -202,6 +208,8 @@ class Run:
             files += self.task.submission(answers, made, f"{Path(self.spec.model).name}-{self.setting.label}")
         kept = [answer.visual_tokens for answer in journal if answer.visual_tokens is not None]
         notes = list(score.notes)
+        if self.job.max_new_tokens != self.task.max_new_tokens:
+            notes.append(f"answers end at {self.job.max_new_tokens} tokens, not at {self.task.max_new_tokens}")
         if smaller := self._smaller_batches(journal):
             notes.append(f"{smaller} answers come from smaller batches, because the memory was full")
         return Result(
