@@ -377,15 +377,28 @@ MUTANTS = [
         "hf/test_prune",
         {
             "a layer too late": ("if number == self.config.prune_after:", "if number == self.config.prune_after + 1:"),
-            "the first token's query": ("last = length - 1 - self.real", "last = 0 * self.real"),
             "the first row's indices for every beam": ("order += [*range(first, first + count)] * copies", "order += [*range(count)] * copies"),
-            "early layers stay long": ('if self.config.kv == "compact":\n            self._compact_cache()', "if False:\n            self._compact_cache()"),
+            "early layers stay long": ('if self.config.kept_kv == "compact":\n            self._compact_cache()', "if False:\n            self._compact_cache()"),
+        },
+    ),
+    *_of(
+        "vtc/hf/prune_layers.py",
+        "hf/test_prune",
+        {"the first token's query": ("last = length - 1 - self.real", "last = 0 * self.real")},
+    ),
+    *_of(
+        "vtc/hf/prune_mask.py",
+        "hf/test_prune",
+        {
+            "the mask a layer too late": ("if number >= self.layer:", "if number > self.layer:"),
+            "padding is selected": ("stays & self.real.to(device), cache", "stays, cache"),
         },
     ),
     *_of(
         "vtc/hf/prune_decode.py",
         "hf/test_prune",
         {
+            "selected once": ("note.is_image is None or note.keep is None", "True"),
             "positions of the short prompt": ("note.position.to(tokens.device) + seen", "0 * note.position.to(tokens.device) + note.kept + seen"),
         },
     ),

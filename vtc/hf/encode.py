@@ -190,7 +190,7 @@ def count(settings: Settings, plan: Plan, used: list[str], images: int, before: 
     run.images += images
     ranked = () if plan.method.prunes_only_language() else used
     operations = dict.fromkeys((*ranked, *plan.method.operations))
-    if config.prune_after and config.kv == "compact":
+    if config.prune_after and config.kept_kv == "compact":
         operations |= {"compact_kv": None}
     device = settings.base.vision_tower.device
     run.backend = {op: ops.backend_for(op, device, config.backend)[0] for op in operations}

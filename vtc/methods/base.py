@@ -112,6 +112,8 @@ class Method:
         What it needs from the vision tower.
     prunes : tuple of str
         Where it can drop tokens: "tower", before the projector; "language", after a layer of the language model.
+    kv : str
+        What the KV cache keeps by default in the layers before the one that prunes; see `VTCConfig`.
     adaptive : bool
         Whether the images of a batch can end up with different counts.
     operations : tuple of str
@@ -125,6 +127,7 @@ class Method:
     paper: ClassVar[str]
     needs: ClassVar[Needs] = Needs()
     prunes: ClassVar[tuple[str, ...]] = ("tower",)
+    kv: ClassVar[str] = "compact"
     adaptive: ClassVar[bool] = False
     operations: ClassVar[tuple[str, ...]] = ("topk", "compact")
     selects: ClassVar[bool] = True
