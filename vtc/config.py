@@ -196,9 +196,9 @@ SHARED = tuple(field.name for field in dataclasses.fields(VTCConfig) if field.na
 
 
 def kept_count(config: VTCConfig, num_tokens: int) -> int:
-    """Number of visual tokens kept of an image's `num_tokens`: `keep`, or ceil(ratio * num_tokens).
+    """Number of visual tokens kept of an image's `num_tokens`: `keep`, or ceil(ratio * num_tokens), at least 1.
 
-    If neither is given: 128, or a quarter of at most 128 tokens, which is logged once.
+    "fastv" rounds as its authors do: round(ratio * num_tokens), and a half to the even number. If neither is given: 128, or a quarter of at most 128 tokens, which is logged once.
 
     Raises
     ------
@@ -211,6 +211,8 @@ def kept_count(config: VTCConfig, num_tokens: int) -> int:
         if ratio and config.compresses and not torch.compiler.is_compiling():
             _say_default(num_tokens)
     if keep is None:
+        if not METHODS[config.method].rounds_up:
+            return round((ratio or 1) * num_tokens) or 1
         # Rounded first: else 0.07 * 100 = 7.000000000000001 would keep 8. Never 0, and num_tokens for ratio 1.
         return math.ceil(round((ratio or 1) * num_tokens, 6)) or 1
     if keep > num_tokens:

@@ -47,8 +47,13 @@ class Seen:
         self.hidden = torch.cat([out.hidden_states[layer][0] for layer in layers], -1).double()
         self.attentions = [layer[0].double() for layer in out.attentions]
         self.queries, self.keys = ([x.double() for x in each] for each in (self.queries, self.keys))
-        self.image, self.end = image, min(max(layers), DEPTH - 1)
+        self.image, self.end = image, max(layers)
         assert len(self.queries) == len(self.keys) == DEPTH
+
+    def before_the_last(self, count):
+        """The attentions of `count` layers that end at the feature layer, but never at the tower's last."""
+        end = min(self.end, DEPTH - 1)
+        return self.attentions[end - count : end]
 
     @property
     def last(self):
@@ -68,10 +73,10 @@ def visionzip(seen, dominant, contextual):
 
 # By name: the settings, and of an image which patches are kept (None: not to be said) and the features.
 CASES = {
-    "vtc-cls": ({}, lambda s: golden_methods.vtc_cls(s.hidden, s.attentions[s.end - 3 : s.end], KEEP)),
+    "vtc-cls": ({}, lambda s: golden_methods.vtc_cls(s.hidden, s.before_the_last(3), KEEP)),
     "vtc-cls max": (
         {"ensemble": "max", "ensemble_layers": 2},
-        lambda s: golden_methods.vtc_cls(s.hidden, s.attentions[s.end - 2 : s.end], KEEP, max),
+        lambda s: golden_methods.vtc_cls(s.hidden, s.before_the_last(2), KEEP, max),
     ),
     "fastervlm": ({}, lambda s: golden_methods.fastervlm(s.hidden, s.attentions[s.end - 1], KEEP)),
     "visionzip": ({}, lambda s: visionzip(s, KEEP - 1, 1)),
@@ -348,10 +353,10 @@ def test_a_tower_without_cls(built, case):
     check_features(model, eager, case, transcription)
 
 
-@pytest.mark.parametrize("case", ["visionzip", "prumerge", "fastervlm"])
+@pytest.mark.parametrize("case", ["visionzip", "visionzip contextual", "prumerge", "fastervlm", "vtc-cls max"])
 @pytest.mark.parametrize("layer", [-1, -3, 2])
 def test_feature_layers(built, case, layer):
-    """The last layer's keys whatever the feature layer is; scores of the feature layer, never of the last."""
+    """The last layer's keys, or scores and keys of the feature layer, whichever it is. VTC-CLS leaves out the last."""
     model, eager = built(vision_feature_layer=layer)
     check_features(model, eager, case, CASES[case][1], feature_layer=layer % (DEPTH + 1))
 

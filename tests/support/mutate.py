@@ -228,6 +228,11 @@ MUTANTS = [
         },
     ),
     *_of(
+        "vtc/methods/vtc_cls.py",
+        "methods/test_methods",
+        {"the last layer is scored": ("end = min(end, depth - 1)", "end = min(end, depth)")},
+    ),
+    *_of(
         "vtc/methods/visionzip.py",
         "methods/test_methods",
         {
@@ -544,7 +549,6 @@ MUTANTS = [
         "hf/test_families hf/test_encode",
         {
             "shares not proportional": ('if how == "mass":', "if False:"),
-            "the last layer is scored": ("end = min(max(feature_layers), depth - 1)", "end = max(feature_layers)"),
         },
     ),
     *_of(

@@ -116,6 +116,8 @@ class Method:
         What the KV cache keeps by default in the layers before the one that prunes; see `VTCConfig`.
     adaptive : bool
         Whether the images of a batch can end up with different counts.
+    rounds_up : bool
+        Whether `ratio` rounds up to a number of tokens, or else to the nearest; see `vtc.config.kept_count`.
     operations : tuple of str
         The operations of `vtc.ops` that it runs.
     selects : bool
@@ -129,6 +131,7 @@ class Method:
     prunes: ClassVar[tuple[str, ...]] = ("tower",)
     kv: ClassVar[str] = "compact"
     adaptive: ClassVar[bool] = False
+    rounds_up: ClassVar[bool] = True
     operations: ClassVar[tuple[str, ...]] = ("topk", "compact")
     selects: ClassVar[bool] = True
 
@@ -169,18 +172,20 @@ class Method:
         """Whether its tokens are exactly the top-scoring patches. Only such a method works across tiles and frames."""
         return cls.select is not Method.select and cls.reduce is Method.reduce
 
-    def scored_layers(self, end: int) -> range:
+    def scored_layers(self, end: int, depth: int) -> range:
         """The vision layers, counted from 0, whose attention gives `cls_probs` and the keys of the feature layer.
 
         Parameters
         ----------
         end : int
-            `end - 1` is the last layer that may be scored: the feature layer, but never the tower's last layer.
+            `end - 1` is the feature layer.
+        depth : int
+            Number of layers of the tower.
 
         Returns
         -------
         range
-            Empty if the method needs neither, else only `end - 1`.
+            Empty if the method needs neither, else only the feature layer, whichever it is.
 
         Raises
         ------

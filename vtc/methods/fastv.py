@@ -22,7 +22,8 @@ class FastV(Method):
 
     From layer k on, a prompt has its K image tokens with the largest s, and all its text. These tokens keep their order
     and their rotary positions. k is `prune_layer`, 2 by default as in the paper (3 in its demonstration).
-    The paper's R is the share of tokens that is dropped: K = round((1 - R) · N).
+    The paper's R is the share of tokens that is dropped, and `ratio` is the kept one: K = round((1 - R) · N) =
+    round(`ratio` · N), to the even number where two are equally near.
 
     Its authors ran three variants, which give different answers from the second new token on:
 
@@ -47,6 +48,7 @@ class FastV(Method):
     kv: ClassVar[str] = "full"
     operations: ClassVar[tuple[str, ...]] = ("row_scores", "compact")
     selects: ClassVar[bool] = False
+    rounds_up: ClassVar[bool] = False
 
     reselect: bool = False
 

@@ -25,6 +25,7 @@ class VisionZip(Method):
         context_c = x[target] + mean of x over the tokens whose metric has its largest cosine with this target's
 
     The dominant tokens come first, in their order, then the contextual ones. K is `keep` and counts the [CLS] token.
+    Its authors take features, scores and keys from one layer, the last but one, which is LLaVA's feature layer.
     The reported scores are means over heads, which have the same order.
 
     Parameters
