@@ -198,7 +198,8 @@ SHARED = tuple(field.name for field in dataclasses.fields(VTCConfig) if field.na
 def kept_count(config: VTCConfig, num_tokens: int) -> int:
     """Number of visual tokens kept of an image's `num_tokens`: `keep`, or ceil(ratio * num_tokens), at least 1.
 
-    "fastv" rounds as its authors do: round(ratio * num_tokens), and a half to the even number. If neither is given: 128, or a quarter of at most 128 tokens, which is logged once.
+    "fastv" rounds as its authors do: round(ratio * num_tokens), and a half to the even number. If neither is given:
+    128, or a quarter of at most 128 tokens, which is logged once.
 
     Raises
     ------

@@ -453,15 +453,49 @@ def test_configure_refuses(built, build, settings, says):
     assert not hasattr(model.config, "vtc")
 
 
-@pytest.mark.refused(
-    '`"prumerge+"` that keeps all patches of an image, because the extra token then has no placeholder',
-    instead="a smaller `keep`",
-)
-def test_more_tokens_than_places_are_explained(model, call):
-    """PruMerge+ may keep every patch of an image, and then there is the extra token."""
-    vtc.enable(model, keep=KEEP, method="prumerge+", adaptive_count=True)
-    with pytest.raises(ValueError, match=f"made {TOKENS + 1} tokens of image 0: .* a prompt has {TOKENS} placeholders"):
-        model.generate(**{**call, "pixel_values": models.images(4)})
+@pytest.mark.supported("forward()", '`"prumerge+"` that keeps all patches of an image, and has one token more')
+@pytest.mark.supported("generate()", '`"prumerge+"` that keeps all patches of an image, and has one token more')
+def test_one_token_more_than_placeholders(model, eager, call):
+    """PruMerge+ keeps every patch of images with many outliers, and then there is the extra token."""
+    case = "prumerge+ adaptive"
+    vtc.enable(model, **options(case))
+    pixels = torch.cat([models.images(4)[:2], call["pixel_values"][:2]])
+    seen, own = [Seen(eager, image) for image in pixels], {**call, "pixel_values": pixels}
+    assert [len(CASES[case][1](s)[1]) for s in seen].count(TOKENS + 1) in (1, 2, 3)
+    embeds = spliced(eager, seen, CASES[case][1])
+    check_generated(model.generate(**own, **detailed()), own, eager, embeds)
+    with torch.no_grad():
+        logits = model(**own).logits
+    assert logits.shape[1] == call["input_ids"].shape[1]
+    left, rows = list(seen), [ids(*row, seed=i) for i, row in enumerate(ROWS)]
+    for i, row in enumerate(rows):
+        columns, at = [], 0
+        while at < len(row):  # the last placeholder stands for two tokens
+            count = len(CASES[case][1](left.pop(0))[1]) if row[at] == IMAGE else 1
+            size = TOKENS if row[at] == IMAGE else 1
+            columns += [at + min(number, size - 1) for number in range(count)]
+            at += size
+        golden.close(logits[i, -len(row) :], golden.spread(golden.logits(eager, embeds[i]), columns, len(row)).detach())
+
+
+@torch.no_grad()
+def test_attention_to_a_placeholder_of_two_tokens_is_their_sum(model, eager, call):
+    case = "prumerge+ adaptive"
+    vtc.enable(model, **options(case))
+    model.set_attn_implementation({"text_config": "eager"})
+    row, pixels = ids(2, "image", 3), models.images(4)[:1]
+    (attention,) = model(**models.batch([row]), pixel_values=pixels, output_attentions=True).attentions[:1]
+    model.set_attn_implementation({"text_config": "sdpa"})
+    (embeds,) = spliced(eager, [Seen(eager, pixels[0])], CASES[case][1], [row])
+    assert embeds.shape[1] == len(row) + 1
+    positions = torch.arange(embeds.shape[1])[None]
+    stock = eager.model.language_model(inputs_embeds=embeds, position_ids=positions, output_attentions=True)
+    inside = stock.attentions[0]
+    last = 3 + TOKENS - 1  # the last placeholder's column
+    golden.close(attention[0, :, -1, :last], inside[0, :, -1, :last])
+    golden.close(attention[0, :, -1, last], inside[0, :, -1, last : last + 2].sum(-1))
+    golden.close(attention[0, :, last], torch.cat([inside[0, :, last + 1, :last], attention[0, :, last, last:]], 1))
+    golden.close(attention.sum(-1), torch.ones(1, 4, len(row)))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "pool"])

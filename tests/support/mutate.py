@@ -335,8 +335,10 @@ MUTANTS = [
         "hf/test_prompt",
         {
             "part of a merged image hidden": ("if own.any() and not own.all():", "if False:"),
-            "left-aligned": ("[:, stays.shape[1] - longest :]", "[:, :longest]"),
-            "positions not closed up": ("return shortening.take(given - before, 0)", "return shortening.take(given, 0)"),
+            "left-aligned": ("- longest + ends[:, -1:]", "+ 0 * ends[:, -1:]"),
+            "positions not closed up": ("shortening.take(given + shift, 0)", "shortening.take(given, 0)"),
+            "one position for two tokens": ("- 1 - places\n", "* 0\n"),
+            "no place for one token more": ("stays[-1:] += max(count - tokens, 0)", "pass"),
             "samples share their dropped tokens": ("        if packed:\n            starts", "        if False:\n            starts"),
             "packed rows get a mask": ("elif not (shortening.is_even or packed):", "elif not shortening.is_even:"),
             "unequal rows get no mask": ("elif not (shortening.is_even or packed):", "elif False:"),
