@@ -31,8 +31,10 @@ class FastV(Method):
       (`kv="full"`). This is their version with a KV cache, and the default here. `kv="compact"` is not theirs.
     - `use_cache=False` in `generate()`: every step runs the whole sequence again, and its last token selects. This is
       their original version.
-    - `reselect=True`: a KV cache holds all tokens in all layers, and every new token selects those that it sees. This
-      is the version with a token mask, which the paper's ablation was measured with.
+    - `reselect=True`: the KV cache holds all tokens in all layers, and every new token selects those that it sees. This
+      is their version with a token mask.
+
+    The paper's figures come from the variants that select at every step.
 
     Parameters
     ----------
