@@ -224,6 +224,19 @@ def kept_count(config: VTCConfig, num_tokens: int) -> int:
     return keep
 
 
+def kept_per_view(config: VTCConfig, num_tokens: int, views: int, view_tokens: int) -> int:
+    """Number of tokens kept of each view of an image of `num_tokens` whose views are reduced one by one.
+
+    It is an equal share of `kept_count`, rounded down, and at most a view's `view_tokens`.
+
+    Raises
+    ------
+    ValueError
+        As `kept_count`.
+    """
+    return min(kept_count(config, num_tokens) // views, view_tokens)
+
+
 @functools.cache
 def _say_default(num_tokens: int) -> None:
     _log.warning(

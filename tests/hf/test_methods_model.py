@@ -412,14 +412,71 @@ def test_a_tower_without_cls_is_explained(built, method):
         vtc.configure(model, keep=KEEP, method=method)
 
 
-@pytest.mark.refused("merging methods on tiles and frames", instead='`"vtc-cls"`, `"fastervlm"`, `"random"`')
-@pytest.mark.parametrize("method", ["visionzip", "prumerge", "prumerge+", "pool"])
-@pytest.mark.parametrize("family", ["llava_next", "llava_next_video"])
+TILED = {(50, 120): (1, 2), (168, 168): (2, 2)}  # (height, width) -> rows and columns of tiles
+
+
+@pytest.mark.parametrize(
+    ("given", "splits"),  # of each image's views: the dominant and contextual tokens
+    [
+        ({"keep": 30}, [(9, 1), (6, 0)]),
+        ({"keep": 31, "contextual": 2}, [(8, 2), (4, 2)]),
+        ({"ratio": 0.5}, [(17, 2), (17, 2)]),
+        ({"ratio": 1.0}, [(31, 5), (31, 5)]),
+    ],
+)
+def test_visionzip_reduces_every_tile_alone(built, given, splits):
+    """As many tokens of the base image as of each tile, one after the other, and no newline."""
+    model, eager = built("llava_next")
+    sizes = [golden.tile_tokens(GRID, *TILED[size], size) for size in TILED]
+    views, rows = models.images(3 + 5), [[1, 7, *[IMAGE] * len(own), 8, 9] for own in sizes]
+    seen = [Seen(eager, view) for view in views]
+    visuals = []
+    for own, placeholders, (dominant, contextual) in zip((seen[:3], seen[3:]), map(len, sizes), splits, strict=True):
+        tokens = torch.cat([visionzip(view, dominant, contextual)[1] for view in own])
+        assert len(tokens) <= placeholders
+        visuals.append((placeholders, projected(eager, tokens)))
+    call = {
+        **models.batch([*rows, [*rows[0], *rows[1]]]),
+        "pixel_values": torch.nn.utils.rnn.pad_sequence([views[:3], views[3:]] * 2, batch_first=True),
+        "image_sizes": torch.tensor(list(TILED) * 2),
+    }
+    with torch.no_grad():
+        embeds = [golden.splice_features(eager, row, [own]) for row, own in zip(rows, visuals, strict=True)]
+        embeds.append(golden.splice_features(eager, [*rows[0], *rows[1]], visuals))
+    with vtc.compress(model, method="visionzip", **given) as run:
+        check_generated(model.generate(**call, **detailed()), call, eager, embeds)
+    assert (run.images, run.tokens_after) == (4, len(visuals[1][1]))
+
+
+def test_a_view_with_too_few_tokens_is_explained(built):
+    model, _ = built("llava_next")
+    call = {"pixel_values": models.images(5)[None], "image_sizes": torch.tensor([[168, 168]])}
+    with (
+        vtc.compress(model, method="visionzip", keep=9),
+        pytest.raises(
+            ValueError, match=r"each of the 5 views of an image gets keep // 5 = 1 tokens, .*use keep=2 or more"
+        ),
+    ):
+        model.get_image_features(**call)
+
+
+@pytest.mark.refused(
+    'merging methods on tiles and frames, except `"visionzip"` on tiles',
+    instead='`"vtc-cls"`, `"fastervlm"`, `"random"`',
+)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *(("llava_next", method) for method in ("prumerge", "prumerge+", "pool")),
+        *(("llava_next_video", method) for method in ("visionzip", "prumerge", "prumerge+", "pool")),
+    ],
+)
 def test_merging_across_tiles_and_frames_is_explained(built, family, method):
     model, _ = built(family)
+    zips = "'visionzip', " if family == "llava_next" else ""
     says = (
         rf"method '{re.escape(method)}' makes new tokens .* several views; "
-        "methods that work with it: 'vtc-cls', 'fastervlm', 'random', 'none'"
+        f"methods that work with it: 'vtc-cls', 'fastervlm', {zips}'random', 'none'"
     )
     with pytest.raises(ValueError, match=says):
         vtc.configure(model, keep=KEEP, method=method)

@@ -449,6 +449,16 @@ MUTANTS = [
         },
     ),
     *_of(
+        "vtc/methods/base.py",
+        "hf/test_methods_model",
+        {"scores of the first views": ("self.cls_probs[:, views]", "self.cls_probs[:, : len(self.hidden[views])]")},
+    ),
+    *_of(
+        "vtc/config.py",
+        "hf/test_methods_model",
+        {"views of more tokens than there are": ("min(kept_count(config, num_tokens) // views, view_tokens)", "kept_count(config, num_tokens) // views")},
+    ),
+    *_of(
         "vtc/hf/views.py",
         "hf/test_arguments",
         {

@@ -70,6 +70,12 @@ class VisionOutputs(NamedTuple):
         """`hidden` without the [CLS] token, `[B, N, C]`."""
         return self.hidden[:, 1:] if self.cls else self.hidden
 
+    def of_views(self, views: slice) -> VisionOutputs:
+        """The same of some of the B images."""
+        keys, query, pixels = (x if x is None else x[views] for x in (self.keys, self.query, self.pixel_values))
+        probs = None if self.cls_probs is None else self.cls_probs[:, views]
+        return VisionOutputs(self.hidden[views], self.grid, probs, keys, query, pixels, self.cls)
+
 
 class Tokens(NamedTuple):
     """The visual tokens that B images keep, before the projector.
@@ -116,6 +122,8 @@ class Method:
         What the KV cache keeps by default in the layers before the one that prunes; see `VTCConfig`.
     adaptive : bool
         Whether the images of a batch can end up with different counts.
+    per_view : bool
+        Whether an image's base image and tiles can be reduced one by one, each to exactly the same number of tokens.
     rounds_up : bool
         Whether `ratio` rounds up to a number of tokens, or else to the nearest; see `vtc.config.kept_count`.
     operations : tuple of str
@@ -131,6 +139,7 @@ class Method:
     prunes: ClassVar[tuple[str, ...]] = ("tower",)
     kv: ClassVar[str] = "compact"
     adaptive: ClassVar[bool] = False
+    per_view: ClassVar[bool] = False
     rounds_up: ClassVar[bool] = True
     operations: ClassVar[tuple[str, ...]] = ("topk", "compact")
     selects: ClassVar[bool] = True

@@ -28,6 +28,9 @@ class VisionZip(Method):
     Its authors take features, scores and keys from one layer, the last but one, which is LLaVA's feature layer.
     The reported scores are means over heads, which have the same order.
 
+    An image of LLaVA-NeXT has `keep` // V tokens of each of its V views, which are the base image and the tiles, but at
+    most N. Each view is reduced alone. The tokens follow each other, the base image's first, without newline tokens.
+
     Parameters
     ----------
     contextual : int, optional
@@ -40,6 +43,7 @@ class VisionZip(Method):
     paper: ClassVar[str] = "arXiv 2412.04467"
     needs: ClassVar[Needs] = Needs(cls_probs=True, keys="feature")
     operations: ClassVar[tuple[str, ...]] = ("topk", "compact", "merge_nearest")
+    per_view: ClassVar[bool] = True
 
     contextual: int | None = None
 
