@@ -194,8 +194,23 @@ def test_ratio_rounds_up(ratio, tokens, kept):
     assert kept_count(VTCConfig(ratio=ratio), tokens) == kept
 
 
+@pytest.mark.parametrize(
+    ("ratio", "tokens", "kept"),
+    [
+        *((0.5, 576, 288), (0.25, 576, 144), (0.1, 576, 58), (0.11, 576, 63), (1 / 9, 576, 64), (0.07, 100, 7)),
+        *((0.125, 36, 4), (0.375, 36, 14), (0.5, 5, 2), (0.5, 7, 4), (1e-9, 576, 1), (1, 576, 576), (None, 25, 6)),
+    ],
+)
+def test_ratio_rounds_in_fastv_as_its_authors_round(ratio, tokens, kept):
+    """To the nearest number, and a half to the even one, as Python does: they drop a share of 1 - ratio."""
+    assert kept_count(VTCConfig(method="fastv", ratio=ratio), tokens) == kept
+    if ratio and ratio > 1e-3:
+        assert kept == round(tokens * (1 - (1 - ratio)))
+
+
 @given(st.floats(0, 1, exclude_min=True), st.integers(1, 5000))
 def test_ratio_keeps_at_least_one_and_at_most_all(ratio, tokens):
+    assert 1 <= kept_count(VTCConfig(method="fastv", ratio=ratio), tokens) <= tokens
     kept = kept_count(VTCConfig(ratio=ratio), tokens)
     assert 1 <= kept <= tokens
     assert ratio * tokens - 1e-5 <= kept <= ratio * tokens + 1

@@ -45,9 +45,9 @@ class VTCConfig:
     prune_layer : int, optional
         0: tokens are dropped before the language model. r > 0: they are dropped after its r-th layer (only "vtc-cls"
         and "fastv"). None: 2 with "fastv", 0 otherwise.
-    kv : str
+    kv : str, optional
         For `prune_layer` > 0, what the KV cache keeps in the layers before it. "compact": the kept tokens, so that all
-        layers are equally short. "full": everything.
+        layers are equally short. "full": everything. None: "full" with "fastv", as in its paper, "compact" otherwise.
     tiles : str
         How the tiles of an image (LLaVA-NeXT) share its `keep`. "mass": in proportion to the sum of each tile's scores.
         "equal": the same number each.
@@ -72,7 +72,7 @@ class VTCConfig:
     keep: int | None = None
     ratio: float | None = None
     prune_layer: int | None = None
-    kv: str = "compact"
+    kv: str | None = None
     tiles: str = "mass"
     backend: str = "auto"
     fused: bool | None = None
@@ -84,7 +84,8 @@ class VTCConfig:
         check_one_of("method", self.method, tuple(METHODS))
         check_one_of("tiles", self.tiles, TILES)
         check_one_of("backend", self.backend, ops.BACKENDS)
-        check_one_of("kv", self.kv, KV)
+        if self.kv is not None:
+            check_one_of("kv", self.kv, KV)
         self._check_prune_layer()
         if self.keep is not None and self.ratio is not None:
             raise ValueError(f"got both keep={self.keep!r} and ratio={self.ratio!r}; give one of them")
@@ -100,6 +101,10 @@ class VTCConfig:
         object.__setattr__(self, "options", options)
         methods.check_options(self.method, self.options)
         self.build_method()  # checks the values
+        if self.reselects and self.kv == "compact":
+            raise ValueError(
+                'reselect=True needs all tokens in the KV cache, got kv="compact"; use kv="full" or reselect=False'
+            )
 
     def _check_prune_layer(self) -> None:
         if self.prune_layer is not None:
@@ -138,6 +143,16 @@ class VTCConfig:
         if self.prune_layer is not None:
             return self.prune_layer
         return DEFAULT_PRUNE_LAYER if METHODS[self.method].prunes_only_language() else 0
+
+    @property
+    def kept_kv(self) -> str:
+        """What the KV cache keeps in the layers before `prune_after`, "compact" or "full"."""
+        return METHODS[self.method].kv if self.kv is None else self.kv
+
+    @property
+    def reselects(self) -> bool:
+        """Whether every new token selects again, and dropped tokens are masked: the option `reselect` of "fastv"."""
+        return bool(self.options.get("reselect"))
 
     def build_method(self) -> Method:
         """The method with its options and `backend`."""
@@ -181,9 +196,10 @@ SHARED = tuple(field.name for field in dataclasses.fields(VTCConfig) if field.na
 
 
 def kept_count(config: VTCConfig, num_tokens: int) -> int:
-    """Number of visual tokens kept of an image's `num_tokens`: `keep`, or ceil(ratio * num_tokens).
+    """Number of visual tokens kept of an image's `num_tokens`: `keep`, or ceil(ratio * num_tokens), at least 1.
 
-    If neither is given: 128, or a quarter of at most 128 tokens, which is logged once.
+    "fastv" rounds as its authors do: round(ratio * num_tokens), and a half to the even number. If neither is given:
+    128, or a quarter of at most 128 tokens, which is logged once.
 
     Raises
     ------
@@ -196,6 +212,8 @@ def kept_count(config: VTCConfig, num_tokens: int) -> int:
         if ratio and config.compresses and not torch.compiler.is_compiling():
             _say_default(num_tokens)
     if keep is None:
+        if not METHODS[config.method].rounds_up:
+            return round((ratio or 1) * num_tokens) or 1
         # Rounded first: else 0.07 * 100 = 7.000000000000001 would keep 8. Never 0, and num_tokens for ratio 1.
         return math.ceil(round((ratio or 1) * num_tokens, 6)) or 1
     if keep > num_tokens:
@@ -204,6 +222,19 @@ def kept_count(config: VTCConfig, num_tokens: int) -> int:
             f"set keep to at most {num_tokens}, e.g. vtc.configure(model, keep={max(num_tokens // 4, 1)}), or use ratio"
         )
     return keep
+
+
+def kept_per_view(config: VTCConfig, num_tokens: int, views: int, view_tokens: int) -> int:
+    """Number of tokens kept of each view of an image of `num_tokens` whose views are reduced one by one.
+
+    It is an equal share of `kept_count`, rounded down, and at most a view's `view_tokens`.
+
+    Raises
+    ------
+    ValueError
+        As `kept_count`.
+    """
+    return min(kept_count(config, num_tokens) // views, view_tokens)
 
 
 @functools.cache

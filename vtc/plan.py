@@ -92,7 +92,6 @@ class Plan(NamedTuple):
         method = config.build_method()
         feature_layers = _feature_layers(model_config, depth, feature_layer)
         _require_strategy(strategy or getattr(model_config, "vision_feature_select_strategy", None), has_cls)
-        end = min(max(feature_layers), depth - 1)  # the last layer is never scored
         rows, columns = patch_grid(vision, size)
         grid = (rows // pool, columns // pool)
         if not grid[0] * grid[1]:
@@ -103,7 +102,7 @@ class Plan(NamedTuple):
         num_tokens = grid[0] * grid[1] + num_registers
         kept = 0 if shares_keep else kept_count(config, num_tokens)
         outputs = 0 if shares_keep else method.num_outputs(num_tokens, kept)
-        scored = method.scored_layers(end)
+        scored = method.scored_layers(max(feature_layers), depth)
         return cls(config, method, grid, num_tokens, kept, outputs, feature_layers, scored, pool)
 
 

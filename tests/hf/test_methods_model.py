@@ -47,8 +47,13 @@ class Seen:
         self.hidden = torch.cat([out.hidden_states[layer][0] for layer in layers], -1).double()
         self.attentions = [layer[0].double() for layer in out.attentions]
         self.queries, self.keys = ([x.double() for x in each] for each in (self.queries, self.keys))
-        self.image, self.end = image, min(max(layers), DEPTH - 1)
+        self.image, self.end = image, max(layers)
         assert len(self.queries) == len(self.keys) == DEPTH
+
+    def before_the_last(self, count):
+        """The attentions of `count` layers that end at the feature layer, but never at the tower's last."""
+        end = min(self.end, DEPTH - 1)
+        return self.attentions[end - count : end]
 
     @property
     def last(self):
@@ -68,10 +73,10 @@ def visionzip(seen, dominant, contextual):
 
 # By name: the settings, and of an image which patches are kept (None: not to be said) and the features.
 CASES = {
-    "vtc-cls": ({}, lambda s: golden_methods.vtc_cls(s.hidden, s.attentions[s.end - 3 : s.end], KEEP)),
+    "vtc-cls": ({}, lambda s: golden_methods.vtc_cls(s.hidden, s.before_the_last(3), KEEP)),
     "vtc-cls max": (
         {"ensemble": "max", "ensemble_layers": 2},
-        lambda s: golden_methods.vtc_cls(s.hidden, s.attentions[s.end - 2 : s.end], KEEP, max),
+        lambda s: golden_methods.vtc_cls(s.hidden, s.before_the_last(2), KEEP, max),
     ),
     "fastervlm": ({}, lambda s: golden_methods.fastervlm(s.hidden, s.attentions[s.end - 1], KEEP)),
     "visionzip": ({}, lambda s: visionzip(s, KEEP - 1, 1)),
@@ -348,10 +353,10 @@ def test_a_tower_without_cls(built, case):
     check_features(model, eager, case, transcription)
 
 
-@pytest.mark.parametrize("case", ["visionzip", "prumerge", "fastervlm"])
+@pytest.mark.parametrize("case", ["visionzip", "visionzip contextual", "prumerge", "fastervlm", "vtc-cls max"])
 @pytest.mark.parametrize("layer", [-1, -3, 2])
 def test_feature_layers(built, case, layer):
-    """The last layer's keys whatever the feature layer is; scores of the feature layer, never of the last."""
+    """The last layer's keys, or scores and keys of the feature layer, whichever it is. VTC-CLS leaves out the last."""
     model, eager = built(vision_feature_layer=layer)
     check_features(model, eager, case, CASES[case][1], feature_layer=layer % (DEPTH + 1))
 
@@ -407,14 +412,71 @@ def test_a_tower_without_cls_is_explained(built, method):
         vtc.configure(model, keep=KEEP, method=method)
 
 
-@pytest.mark.refused("merging methods on tiles and frames", instead='`"vtc-cls"`, `"fastervlm"`, `"random"`')
-@pytest.mark.parametrize("method", ["visionzip", "prumerge", "prumerge+", "pool"])
-@pytest.mark.parametrize("family", ["llava_next", "llava_next_video"])
+TILED = {(50, 120): (1, 2), (168, 168): (2, 2)}  # (height, width) -> rows and columns of tiles
+
+
+@pytest.mark.parametrize(
+    ("given", "splits"),  # of each image's views: the dominant and contextual tokens
+    [
+        ({"keep": 30}, [(9, 1), (6, 0)]),
+        ({"keep": 31, "contextual": 2}, [(8, 2), (4, 2)]),
+        ({"ratio": 0.5}, [(17, 2), (17, 2)]),
+        ({"ratio": 1.0}, [(31, 5), (31, 5)]),
+    ],
+)
+def test_visionzip_reduces_every_tile_alone(built, given, splits):
+    """As many tokens of the base image as of each tile, one after the other, and no newline."""
+    model, eager = built("llava_next")
+    sizes = [golden.tile_tokens(GRID, *TILED[size], size) for size in TILED]
+    views, rows = models.images(3 + 5), [[1, 7, *[IMAGE] * len(own), 8, 9] for own in sizes]
+    seen = [Seen(eager, view) for view in views]
+    visuals = []
+    for own, placeholders, (dominant, contextual) in zip((seen[:3], seen[3:]), map(len, sizes), splits, strict=True):
+        tokens = torch.cat([visionzip(view, dominant, contextual)[1] for view in own])
+        assert len(tokens) <= placeholders
+        visuals.append((placeholders, projected(eager, tokens)))
+    call = {
+        **models.batch([*rows, [*rows[0], *rows[1]]]),
+        "pixel_values": torch.nn.utils.rnn.pad_sequence([views[:3], views[3:]] * 2, batch_first=True),
+        "image_sizes": torch.tensor(list(TILED) * 2),
+    }
+    with torch.no_grad():
+        embeds = [golden.splice_features(eager, row, [own]) for row, own in zip(rows, visuals, strict=True)]
+        embeds.append(golden.splice_features(eager, [*rows[0], *rows[1]], visuals))
+    with vtc.compress(model, method="visionzip", **given) as run:
+        check_generated(model.generate(**call, **detailed()), call, eager, embeds)
+    assert (run.images, run.tokens_after) == (4, len(visuals[1][1]))
+
+
+def test_a_view_with_too_few_tokens_is_explained(built):
+    model, _ = built("llava_next")
+    call = {"pixel_values": models.images(5)[None], "image_sizes": torch.tensor([[168, 168]])}
+    with (
+        vtc.compress(model, method="visionzip", keep=9),
+        pytest.raises(
+            ValueError, match=r"each of the 5 views of an image gets keep // 5 = 1 tokens, .*use keep=2 or more"
+        ),
+    ):
+        model.get_image_features(**call)
+
+
+@pytest.mark.refused(
+    'merging methods on tiles and frames, except `"visionzip"` on tiles',
+    instead='`"vtc-cls"`, `"fastervlm"`, `"random"`',
+)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *(("llava_next", method) for method in ("prumerge", "prumerge+", "pool")),
+        *(("llava_next_video", method) for method in ("visionzip", "prumerge", "prumerge+", "pool")),
+    ],
+)
 def test_merging_across_tiles_and_frames_is_explained(built, family, method):
     model, _ = built(family)
+    zips = "'visionzip', " if family == "llava_next" else ""
     says = (
         rf"method '{re.escape(method)}' makes new tokens .* several views; "
-        "methods that work with it: 'vtc-cls', 'fastervlm', 'random', 'none'"
+        f"methods that work with it: 'vtc-cls', 'fastervlm', {zips}'random', 'none'"
     )
     with pytest.raises(ValueError, match=says):
         vtc.configure(model, keep=KEEP, method=method)
@@ -448,15 +510,49 @@ def test_configure_refuses(built, build, settings, says):
     assert not hasattr(model.config, "vtc")
 
 
-@pytest.mark.refused(
-    '`"prumerge+"` that keeps all patches of an image, because the extra token then has no placeholder',
-    instead="a smaller `keep`",
-)
-def test_more_tokens_than_places_are_explained(model, call):
-    """PruMerge+ may keep every patch of an image, and then there is the extra token."""
-    vtc.enable(model, keep=KEEP, method="prumerge+", adaptive_count=True)
-    with pytest.raises(ValueError, match=f"made {TOKENS + 1} tokens of image 0: .* a prompt has {TOKENS} placeholders"):
-        model.generate(**{**call, "pixel_values": models.images(4)})
+@pytest.mark.supported("forward()", '`"prumerge+"` that keeps all patches of an image, and has one token more')
+@pytest.mark.supported("generate()", '`"prumerge+"` that keeps all patches of an image, and has one token more')
+def test_one_token_more_than_placeholders(model, eager, call):
+    """PruMerge+ keeps every patch of images with many outliers, and then there is the extra token."""
+    case = "prumerge+ adaptive"
+    vtc.enable(model, **options(case))
+    pixels = torch.cat([models.images(4)[:2], call["pixel_values"][:2]])
+    seen, own = [Seen(eager, image) for image in pixels], {**call, "pixel_values": pixels}
+    assert [len(CASES[case][1](s)[1]) for s in seen].count(TOKENS + 1) in (1, 2, 3)
+    embeds = spliced(eager, seen, CASES[case][1])
+    check_generated(model.generate(**own, **detailed()), own, eager, embeds)
+    with torch.no_grad():
+        logits = model(**own).logits
+    assert logits.shape[1] == call["input_ids"].shape[1]
+    left, rows = list(seen), [ids(*row, seed=i) for i, row in enumerate(ROWS)]
+    for i, row in enumerate(rows):
+        columns, at = [], 0
+        while at < len(row):  # the last placeholder stands for two tokens
+            count = len(CASES[case][1](left.pop(0))[1]) if row[at] == IMAGE else 1
+            size = TOKENS if row[at] == IMAGE else 1
+            columns += [at + min(number, size - 1) for number in range(count)]
+            at += size
+        golden.close(logits[i, -len(row) :], golden.spread(golden.logits(eager, embeds[i]), columns, len(row)).detach())
+
+
+@torch.no_grad()
+def test_attention_to_a_placeholder_of_two_tokens_is_their_sum(model, eager, call):
+    case = "prumerge+ adaptive"
+    vtc.enable(model, **options(case))
+    model.set_attn_implementation({"text_config": "eager"})
+    row, pixels = ids(2, "image", 3), models.images(4)[:1]
+    (attention,) = model(**models.batch([row]), pixel_values=pixels, output_attentions=True).attentions[:1]
+    model.set_attn_implementation({"text_config": "sdpa"})
+    (embeds,) = spliced(eager, [Seen(eager, pixels[0])], CASES[case][1], [row])
+    assert embeds.shape[1] == len(row) + 1
+    positions = torch.arange(embeds.shape[1])[None]
+    stock = eager.model.language_model(inputs_embeds=embeds, position_ids=positions, output_attentions=True)
+    inside = stock.attentions[0]
+    last = 3 + TOKENS - 1  # the last placeholder's column
+    golden.close(attention[0, :, -1, :last], inside[0, :, -1, :last])
+    golden.close(attention[0, :, -1, last], inside[0, :, -1, last : last + 2].sum(-1))
+    golden.close(attention[0, :, last], torch.cat([inside[0, :, last + 1, :last], attention[0, :, last, last:]], 1))
+    golden.close(attention.sum(-1), torch.ones(1, 4, len(row)))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "pool"])

@@ -45,7 +45,7 @@ def shorten_slowly(rows, counts):
         while at < len(row):
             if row[at] in left:
                 size, keep = left[row[at]].pop(0)
-                kept += range(at, at + keep)
+                kept += [at + min(number, size - 1) for number in range(keep)]
                 at += size
             else:
                 kept.append(at)
@@ -87,10 +87,15 @@ def test_shortened_is_what_stays_of_each_row(batch, data):
     rows, counts, left, length = batch
     ids, mask = tensors(rows, left, length)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    merges = data.draw(st.booleans())  # a method whose tokens are no patches: the first K, and maybe one more than N
+    if merges:
+        more = {token: [(n, k + data.draw(st.integers(0, k == n))) for n, k in own] for token, own in counts.items()}
+        counts = more
     prompt = Prompt.read(ids, mask, sizes(counts))
-    kept, stays = choose(rows, counts, data.draw)
-    if data.draw(st.booleans()):  # a method whose tokens are no patches: the first K
+    if merges:
         kept, stays = dict.fromkeys(counts), shorten_slowly(rows, counts)
+    else:
+        kept, stays = choose(rows, counts, data.draw)
     assert prompt.num_tokens == [len(row) for row in rows]
     assert prompt.lengths(counts) == [len(own) for own in stays]
     shortening, short = shorten(prompt, counts, kept, mask, positions)
@@ -106,8 +111,7 @@ def test_shortened_is_what_stays_of_each_row(batch, data):
         pad = width - len(own)
         assert short["input_ids"][i].tolist() == [PAD] * pad + [row[at] for at in own]
         assert short["attention_mask"][i].tolist() == [0] * pad + [1] * len(own)
-        dropped = [sum(before not in own for before in range(at + 1)) for at in own]
-        assert short["position_ids"][i].tolist() == [0] * pad + [at - n for at, n in zip(own, dropped, strict=True)]
+        assert short["position_ids"][i].tolist() == [0] * pad + list(range(len(own)))
         assert counted[i].tolist() == [0] * pad + list(range(len(own)))
         places = [max(sum(at <= j - left[i] for at in own) - 1, 0) for j in range(length)]
         assert full[i].tolist() == places
@@ -202,6 +206,16 @@ def test_packed_rows_get_no_mask_and_padding_is_a_sample():
     _, short = shorten(prompt, {IMAGE: [(2, 1)]}, {IMAGE: None}, None, positions, packed=True)
     assert "attention_mask" not in short
     assert short["position_ids"].tolist() == [[0, 0, 1, 2, 0, 1], [0, 1, 2, 3, 0, 1]]
+
+
+def test_one_token_more_than_placeholders_moves_its_own_sample_only():
+    ids = torch.tensor([[1, IMAGE, IMAGE, 2, 1, 3, 4, 1, 5]])
+    positions = torch.tensor([[4, 5, 6, 7, 0, 1, 2, 0, 1]])
+    prompt = Prompt.read(ids, None, {IMAGE: [2]})
+    shortening, short = shorten(prompt, {IMAGE: [(2, 3)]}, {IMAGE: None}, None, positions, packed=True)
+    assert short["input_ids"].tolist() == [[1, IMAGE, IMAGE, IMAGE, 2, 1, 3, 4, 1, 5]]
+    assert short["position_ids"].tolist() == [[4, 5, 6, 7, 8, 0, 1, 2, 0, 1]]
+    assert shortening.stays.tolist() == [[1, 1, 2, 1, 1, 1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("name", ["mask", "position_ids"])

@@ -15,7 +15,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 import vtc
 from vtc import ops
 from vtc.config import VTCConfig
-from vtc.hf import conversation, prune
+from vtc.hf import conversation, prune_layers
 
 SCORED = (2, 3, 4)  # vision layers, of 6
 LAYERS = 4  # of the language model
@@ -62,12 +62,12 @@ def model(stock):
     return model
 
 
-def goldens(eager, rows, pixels, method, layer, kv, keep=KEEP):
+def goldens(eager, rows, pixels, method, layer, kv, keep=KEEP, fastv=golden_prune.Pruned):
     """The golden path of each row."""
     pixels, result = list(pixels), []
     for row in rows:
         own, pixels = pixels[: count_images(row)], pixels[count_images(row) :]
-        args = (keep, SCORED, TOKENS, method, layer, kv == "compact")
+        args = (keep, SCORED, TOKENS, method, layer, kv == "compact", fastv)
         result.append(golden_prune.prompt(eager, row, own, *args))
     return result
 
@@ -190,7 +190,7 @@ def test_the_prompt_needs_no_cls_token():
         features = eager.get_image_features(call["pixel_values"]).pooler_output
     embeds = golden.splice_features(eager, rows[0], [(TOKENS, features[0])])
     path = golden_prune.Pruned(eager, embeds, is_image, 2, True, keep=KEEP)
-    vtc.enable(model, keep=KEEP, method="fastv")
+    vtc.enable(model, keep=KEEP, method="fastv", kv="compact")
     check_generated(model.generate(**call, **detailed()), call, [path])
 
 
@@ -233,7 +233,7 @@ def test_beams(model, eager, name, method, layer, kv):
 @pytest.mark.parametrize("method", ["vtc-cls", "fastv"])
 @pytest.mark.parametrize("name", PROMPTS)
 def test_static_cache(model, eager, name, method):
-    vtc.configure(model, keep=KEEP, method=method, prune_layer=2)
+    vtc.configure(model, keep=KEEP, method=method, prune_layer=2, kv="compact")
     rows = prompts(name)
     call = inputs(rows)
     paths = goldens(eager, rows, call["pixel_values"], method, 2, "compact")
@@ -254,7 +254,7 @@ def test_static_cache(model, eager, name, method):
 
 def test_decoding_with_a_static_cache_compiles_once(model):
     """transformers compiles the decoding step by itself where there is a GPU; here it is told to."""
-    vtc.configure(model, keep=KEEP, method="fastv", prune_layer=2)
+    vtc.configure(model, keep=KEEP, method="fastv", prune_layer=2, kv="compact")
     call = inputs(prompts("left_padded"))
     static = dict(max_new_tokens=STEPS, do_sample=False, cache_implementation="static")
     expected = model.generate(**call, **static)
@@ -302,9 +302,10 @@ def test_a_cache_that_was_reset_forgets(model):
         cache.reset()
 
 
-def test_a_static_cache_has_one_length(model):
-    vtc.configure(model, keep=KEEP, prune_layer=2, kv="full")
-    with pytest.raises(ValueError, match='kv="compact"'):
+@pytest.mark.parametrize("options", [{"kv": "full"}, {"method": "fastv"}, {"method": "fastv", "reselect": True}])
+def test_a_static_cache_has_one_length(model, options):
+    vtc.configure(model, keep=KEEP, prune_layer=2, **options)
+    with pytest.raises(ValueError, match=r'static cache does not support; use .*kv="compact"'):
         model.generate(**inputs(prompts("one")), **detailed(cache_implementation="static"))
 
 
@@ -314,9 +315,91 @@ def test_no_cache(model, eager):
     call = inputs(rows)
     paths = goldens(eager, rows, call["pixel_values"], "vtc-cls", 2, "full")
     check_generated(model.generate(**call, **detailed(use_cache=False)), call, paths)
-    for options in ({"kv": "compact"}, {"method": "fastv"}):
+    for options in ({"kv": "compact"}, {"kv": None}, {"method": "fastv", "kv": "compact"}):
         with vtc.compress(model, **options), pytest.raises(ValueError, match="use_cache=True"):
             model.generate(**call, **detailed(use_cache=False))
+
+
+# How FastV selects at every step, and the golden path.
+RESELECT = {
+    "without a cache": ({}, {"use_cache": False}, golden_prune.Reselected),
+    "by a mask": ({"reselect": True}, {}, golden_prune.Masked),
+    "by a mask, without a cache": ({"reselect": True}, {"use_cache": False}, golden_prune.MaskedAtOnce),
+}
+
+
+@pytest.mark.supported(
+    "generate()", '`"fastv"` that selects again at every step: `use_cache=False`, or `reselect=True`'
+)
+@pytest.mark.parametrize("how", RESELECT)
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_fastv_that_selects_again_at_every_step(model, eager, name, layer, how):
+    options, given, path = RESELECT[how]
+    vtc.configure(model, keep=KEEP, method="fastv", prune_layer=layer, **options)
+    rows = prompts(name)
+    call = inputs(rows)
+    paths = goldens(eager, rows, call["pixel_values"], "fastv", layer, "full", fastv=path)
+    out = model.generate(**call, **detailed(**given))
+    check_generated(out, call, paths)
+    if not given:
+        assert lengths(out.past_key_values) == [call["input_ids"].shape[1] + STEPS - 1] * LAYERS
+
+
+def test_the_variants_of_fastv_differ(eager):
+    """Guards the guards: from the second new token on, three variants give three answers, and all select again."""
+    row, pixels = prompts("one")[0], models.images(1)
+    variants = (golden_prune.Pruned, golden_prune.Reselected, golden_prune.Masked)
+    paths = [goldens(eager, [row], pixels, "fastv", 2, "full", fastv=each)[0] for each in variants]
+    tokens = paths[0].decode(STEPS)[0]
+    with torch.no_grad():
+        for number in range(STEPS):
+            last = [path.logits(path.after(tokens[:number]))[-1] for path in paths]
+            for a in range(3):
+                for b in range(a):
+                    assert ((last[a] - last[b]).abs().max() > 0.05) == (number > 0), (number, a, b)
+
+
+@pytest.mark.parametrize("name", ["one", "unequal_images"])
+def test_beams_that_select_again(model, eager, name):
+    vtc.configure(model, keep=KEEP, method="fastv", reselect=True)
+    rows = prompts(name)
+    call = inputs(rows)
+    options = dict(max_new_tokens=3, num_beams=3, num_return_sequences=3, do_sample=False)
+    out = model.generate(**call, **options)[:, call["input_ids"].shape[1] :].view(len(rows), 3, 3)
+    paths = goldens(eager, rows, call["pixel_values"], "fastv", 2, "full", fastv=golden_prune.Masked)
+    for own, path in zip(out, paths, strict=True):
+        assert own.tolist() == path.beams(3, 3)
+
+
+def test_a_further_turn_selects_again(model, eager):
+    """The question's last token selects for all of the question."""
+    vtc.configure(model, keep=KEEP, method="fastv", reselect=True)
+    rows = prompts("unequal_images")
+    call = inputs(rows)
+    first = model.generate(**call, **detailed())
+    question = torch.tensor([ids(3, seed=30 + i)[1:] for i in range(len(rows))])
+    whole, length = torch.cat([first.sequences, question], 1), call["input_ids"].shape[1]
+    mask = torch.ones_like(whole)
+    mask[:, :length] = call["attention_mask"]
+    out = model.generate(whole, attention_mask=mask, past_key_values=first.past_key_values, **detailed())
+    paths = goldens(eager, rows, call["pixel_values"], "fastv", 2, "full", fastv=golden_prune.Masked)
+    for i, path in enumerate(paths):
+        said, own = whole[i, length:].tolist(), len(rows[i])
+        path.ends = [*range(own, own + STEPS), own + len(said)]
+        new, logits = path.decode(STEPS, said)
+        assert out.sequences[i, whole.shape[1] :].tolist() == new
+        golden.close(torch.stack(out.logits)[:, i], logits)
+
+
+def test_a_masked_prompt_counts_as_whole(model):
+    call = inputs(prompts("one"))
+    with vtc.compress(model, keep=KEEP, method="fastv", reselect=True) as run:
+        outputs = model(**call)
+    assert (run.tokens_before, run.tokens_after) == (TOKENS, KEEP)
+    assert run.prompt_before == run.prompt_after == call["input_ids"].shape[1]
+    assert run.kv_bytes_before == run.kv_bytes_after
+    assert run.kv_bytes_after == sum(x.nbytes for own in outputs.past_key_values.layers for x in (own.keys, own.values))
 
 
 @pytest.mark.supported("Caches", 'a further turn with `prune_layer` > 0, `kv="full"` and no new image')
@@ -436,7 +519,7 @@ def record(monkeypatch, *names):
 
 def test_one_score_and_one_launch_a_prompt(model, eager, monkeypatch):
     """FastV's scores are those of eager attention, whatever is padded; both operations run once, in the prefill."""
-    vtc.configure(model, keep=KEEP, method="fastv", prune_layer=2)
+    vtc.configure(model, keep=KEEP, method="fastv", prune_layer=2, kv="compact")
     calls = record(monkeypatch, "row_scores", "compact_kv")
     rows = prompts("unequal_images")
     call = inputs(rows)
@@ -481,7 +564,7 @@ def test_a_hook_half_put_there_leaves_other_calls_alone(model):
     language_model = model.model.language_model
     embeds = torch.randn(1, 5, language_model.config.hidden_size)
     expected = language_model(inputs_embeds=embeds).last_hidden_state
-    with prune.hooked(language_model.layers, object()):
+    with prune_layers.hooked(language_model.layers, object()):
         for layer in language_model.layers:
             layer._forward_pre_hooks_with_kwargs.clear()
         assert torch.equal(language_model(inputs_embeds=embeds).last_hidden_state, expected)
@@ -564,6 +647,8 @@ def test_what_cannot_be_done_says_so(model, stock):
         ({"prune_layer": 2, "method": "random"}, "does not prune inside the language model"),
         ({"method": "fastv", "prune_layer": 0}, "use prune_layer=2"),
         ({"kv": "short"}, "kv must be one of 'compact', 'full'"),
+        ({"method": "fastv", "kv": "compact", "options": {"reselect": True}}, 'reselect=True needs .*use kv="full"'),
+        ({"method": "fastv", "options": {"reselect": 1}}, "reselect must be True or False, got 1"),
     ],
 )
 def test_settings_that_do_not_go_together(options, message):
@@ -576,6 +661,17 @@ def test_where_a_method_prunes_by_default():
     fastv = VTCConfig(method="fastv")
     assert (VTCConfig().prune_after, fastv.prune_after, fastv.updated(method="vtc-cls").prune_after) == (0, 2, 0)
     assert fastv.updated(prune_layer=3).updated(method="vtc-cls").prune_after == 3
+
+
+def test_what_the_cache_keeps_by_default():
+    """FastV's layers before the one that prunes keep everything, as its authors' do."""
+    fastv = VTCConfig(method="fastv")
+    assert (VTCConfig(prune_layer=2).kept_kv, fastv.kept_kv, fastv.updated(kv="compact").kept_kv) == (
+        "compact",
+        "full",
+        "compact",
+    )
+    assert fastv.updated(method="vtc-cls").kept_kv == "compact"
 
 
 @pytest.mark.parametrize("layer", [LAYERS, LAYERS + 1])

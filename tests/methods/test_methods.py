@@ -29,7 +29,7 @@ class Images:
 
     def outputs(self, method, images=slice(None), mean=False, dtype=torch.float32):
         """What the method needs, as it gets it from a model, and nothing else."""
-        needs, scored = method.needs, method.scored_layers(LAYERS)
+        needs, scored = method.needs, method.scored_layers(LAYERS, LAYERS + 1)
         query, key = (
             x[:, images].to(DEVICE, dtype).unflatten(3, (self.num_heads, -1)).transpose(2, 3)
             for x in (self.query, self.key)
@@ -445,24 +445,27 @@ def test_options_are_the_fields_without_the_backend():
 
 
 def test_scored_layers():
-    """`end - 1` is the last layer that may be scored."""
+    """`end - 1` is the feature layer. Only VTC-CLS leaves out the last of the tower."""
     vtc_cls = METHODS["vtc-cls"]
-    assert vtc_cls().scored_layers(23) == range(20, 23)
-    assert vtc_cls(ensemble_layers=23).scored_layers(23) == range(23)
-    assert vtc_cls(start_layer=22, ensemble_layers=5).scored_layers(23) == range(22, 23)
+    assert vtc_cls().scored_layers(23, 24) == range(20, 23)
+    assert vtc_cls(ensemble_layers=23).scored_layers(23, 24) == range(23)
+    assert vtc_cls(start_layer=22, ensemble_layers=5).scored_layers(23, 24) == range(22, 23)
+    assert vtc_cls().scored_layers(24, 24) == range(20, 23)
+    assert vtc_cls(start_layer=16).scored_layers(24, 24) == range(16, 23)
     for name in ("fastervlm", "visionzip"):
-        assert METHODS[name]().scored_layers(23) == range(22, 23)
+        assert METHODS[name]().scored_layers(23, 24) == range(22, 23)
+        assert METHODS[name]().scored_layers(24, 24) == range(23, 24)
     for name in ("prumerge", "prumerge+", "fastv", "random", "pool", "none"):
-        assert not METHODS[name]().scored_layers(23)
+        assert not METHODS[name]().scored_layers(23, 24)
 
     class Keys(methods.Method):
         needs = methods.Needs(keys="feature")
 
-    assert Keys().scored_layers(23) == range(22, 23)
+    assert Keys().scored_layers(23, 24) == range(22, 23)
     with pytest.raises(ValueError, match=r"layers -1 to 4: .* ensemble_layers 1 to 5 or start_layer 0 to 4, got .*=6"):
-        vtc_cls(ensemble_layers=6).scored_layers(5)
+        vtc_cls(ensemble_layers=6).scored_layers(5, 6)
     with pytest.raises(ValueError, match=r"layers 5 to 4: .*got ensemble_layers=3, start_layer=5"):
-        vtc_cls(start_layer=5).scored_layers(5)
+        vtc_cls(start_layer=5).scored_layers(5, 6)
 
 
 def test_what_a_method_needs():

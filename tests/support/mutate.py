@@ -228,6 +228,11 @@ MUTANTS = [
         },
     ),
     *_of(
+        "vtc/methods/vtc_cls.py",
+        "methods/test_methods",
+        {"the last layer is scored": ("end = min(end, depth - 1)", "end = min(end, depth)")},
+    ),
+    *_of(
         "vtc/methods/visionzip.py",
         "methods/test_methods",
         {
@@ -330,8 +335,10 @@ MUTANTS = [
         "hf/test_prompt",
         {
             "part of a merged image hidden": ("if own.any() and not own.all():", "if False:"),
-            "left-aligned": ("[:, stays.shape[1] - longest :]", "[:, :longest]"),
-            "positions not closed up": ("return shortening.take(given - before, 0)", "return shortening.take(given, 0)"),
+            "left-aligned": ("- longest + ends[:, -1:]", "+ 0 * ends[:, -1:]"),
+            "positions not closed up": ("shortening.take(given + shift, 0)", "shortening.take(given, 0)"),
+            "one position for two tokens": ("- 1 - places\n", "* 0\n"),
+            "no place for one token more": ("stays[-1:] += max(count - tokens, 0)", "pass"),
             "samples share their dropped tokens": ("        if packed:\n            starts", "        if False:\n            starts"),
             "packed rows get a mask": ("elif not (shortening.is_even or packed):", "elif not shortening.is_even:"),
             "unequal rows get no mask": ("elif not (shortening.is_even or packed):", "elif False:"),
@@ -377,15 +384,28 @@ MUTANTS = [
         "hf/test_prune",
         {
             "a layer too late": ("if number == self.config.prune_after:", "if number == self.config.prune_after + 1:"),
-            "the first token's query": ("last = length - 1 - self.real", "last = 0 * self.real"),
             "the first row's indices for every beam": ("order += [*range(first, first + count)] * copies", "order += [*range(count)] * copies"),
-            "early layers stay long": ('if self.config.kv == "compact":\n            self._compact_cache()', "if False:\n            self._compact_cache()"),
+            "early layers stay long": ('if self.config.kept_kv == "compact":\n            self._compact_cache()', "if False:\n            self._compact_cache()"),
+        },
+    ),
+    *_of(
+        "vtc/hf/prune_layers.py",
+        "hf/test_prune",
+        {"the first token's query": ("last = length - 1 - self.real", "last = 0 * self.real")},
+    ),
+    *_of(
+        "vtc/hf/prune_mask.py",
+        "hf/test_prune",
+        {
+            "the mask a layer too late": ("if number >= self.layer:", "if number > self.layer:"),
+            "padding is selected": ("stays & self.real.to(device), cache", "stays, cache"),
         },
     ),
     *_of(
         "vtc/hf/prune_decode.py",
         "hf/test_prune",
         {
+            "selected once": ("note.is_image is None or note.keep is None", "True"),
             "positions of the short prompt": ("note.position.to(tokens.device) + seen", "0 * note.position.to(tokens.device) + note.kept + seen"),
         },
     ),
@@ -445,6 +465,16 @@ MUTANTS = [
             "image_sizes is a tensor": ("sizes = torch.stack([torch.as_tensor(size, device=\"cpu\") for size in each])", "sizes = each.clone()"),
             "sizes of any shape": ("sizes.ndim != 2 or sizes.shape[1] != 2 or not (sizes > 0).all()", "False"),
         },
+    ),
+    *_of(
+        "vtc/methods/base.py",
+        "hf/test_methods_model",
+        {"scores of the first views": ("self.cls_probs[:, views]", "self.cls_probs[:, : len(self.hidden[views])]")},
+    ),
+    *_of(
+        "vtc/config.py",
+        "hf/test_methods_model",
+        {"views of more tokens than there are": ("min(kept_count(config, num_tokens) // views, view_tokens)", "kept_count(config, num_tokens) // views")},
     ),
     *_of(
         "vtc/hf/views.py",
@@ -549,7 +579,6 @@ MUTANTS = [
         "hf/test_families hf/test_encode",
         {
             "shares not proportional": ('if how == "mass":', "if False:"),
-            "the last layer is scored": ("end = min(max(feature_layers), depth - 1)", "end = max(feature_layers)"),
         },
     ),
     *_of(

@@ -51,8 +51,12 @@ def run(
         typer.Option(help="Drop them after this layer of the language model.", show_default="0: before; fastv: 2"),
     ] = None,
     kv: Annotated[
-        str, typer.Option(help="With --prune-layer, the cache of the layers before: compact, or full as in FastV.")
-    ] = "compact",
+        str | None,
+        typer.Option(
+            help="With --prune-layer, the cache of the layers before: compact or full.",
+            show_default="full with fastv, else compact",
+        ),
+    ] = None,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,

@@ -17,7 +17,8 @@ def family_refusal(family: Family, method: str) -> str | None:
     about = METHODS[method]
     if not family.is_one_view and about.prunes == ("language",):
         return f"prunes inside the language model, which cannot tell the tiles of an image of {family.name} apart"
-    if not family.is_one_view and not about.keeps_patches() and method != "none":
+    by_view = about.per_view and not family.has_frames
+    if not family.is_one_view and not about.keeps_patches() and not by_view and method != "none":
         return f"makes new tokens of an image's patches, and a {family.name} image or video has several views"
     if family.stacked and about.adaptive:
         return f"gives images different numbers of tokens, and {family.name} takes the same number from each"

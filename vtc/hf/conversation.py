@@ -367,6 +367,12 @@ class PrunedConversation(Conversation):
         Which columns of the shortened and of the full prompt are not hidden by the mask; None if all are.
     position : Tensor[B, 1], int64
         Of the first token after the prompt.
+    method : Method or None
+        If later tokens select again by a token mask: the method that does. S is L then.
+    is_image : Tensor[B, L], bool, or None
+        For `method`: which columns are image tokens.
+    keep : Tensor[B], int64, or None
+        For `method`: how many of them each row sees.
     """
 
     layer: int
@@ -376,6 +382,9 @@ class PrunedConversation(Conversation):
     valid: Tensor | None
     real: Tensor | None
     position: Tensor
+    method: Any = None
+    is_image: Tensor | None = None
+    keep: Tensor | None = None
 
     @property
     def num_rows(self) -> int:

@@ -151,12 +151,6 @@ def reduce(
     counts, after = [plan.num_outputs] * len(views), plan.num_outputs
     if tokens.counts is not None:
         counts = tokens.counts.tolist()
-        if max(counts) > plan.num_tokens:
-            raise ValueError(
-                f"{plan.config.method} made {max(counts)} tokens of image {counts.index(max(counts))}: it kept all "
-                f"{plan.num_tokens} patches and has an extra token, but a prompt has {plan.num_tokens} placeholders "
-                "for an image; use another method, or a smaller keep and no adaptive_count"
-            )
         after = round(sum(counts) / len(counts))
     count(settings, plan, used, len(views), plan.num_tokens, after)
     return tokens, counts
@@ -187,7 +181,7 @@ def count(settings: Settings, plan: Plan, used: list[str], images: int, before: 
     run.images += images
     ranked = () if plan.method.prunes_only_language() else used
     operations = dict.fromkeys((*ranked, *plan.method.operations))
-    if config.prune_after and config.kv == "compact":
+    if config.prune_after and config.kept_kv == "compact":
         operations |= {"compact_kv": None}
     device = settings.base.vision_tower.device
     run.backend = {op: ops.backend_for(op, device, config.backend)[0] for op in operations}

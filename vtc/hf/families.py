@@ -40,6 +40,11 @@ class Family(NamedTuple):
         """Whether the vision tower sees an image in one pass, neither as tiles nor as frames."""
         return all(each.layout == IMAGE.layout for each in self.inputs)
 
+    @property
+    def has_frames(self) -> bool:
+        """Whether it takes videos."""
+        return any(each.layout == VIDEO.layout for each in self.inputs)
+
     def inputs_of(self, call: dict[str, Any]) -> tuple[VisualInput, ...]:
         """The visual inputs whose pixels are among the arguments of a call."""
         return tuple(each for each in self.inputs if call.get(each.pixels) is not None)

@@ -1,7 +1,8 @@
 """The prompt: read once, shortened to the kept placeholders, and put back in front of what `generate()` returns.
 
-Placeholder number p of an image stands for its patch p, so a shortened prompt says where each kept patch was. This
-module works on tensors and knows no model.
+Placeholder number p of an image stands for its patch p, so a shortened prompt says where each kept patch was. An image
+with more tokens than placeholders (all patches and an extra token) has its last placeholder several times. This module
+works on tensors and knows no model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-Counts = Sequence[tuple[int, int]]  # of each image: N placeholders, of which K stay
+Counts = Sequence[tuple[int, int]]  # of each image: N placeholders, of which K stay; or K > N tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +143,13 @@ class Prompt:
         """
         if all(tokens == count for own in counts.values() for tokens, count in own):
             return None
-        stays = ~self.padding
+        stays = (~self.padding).long()
         for token, own in counts.items():
             found, flat = self.is_image[token], kept[token]
             if flat is None or flat.is_meta:  # which patches are kept is unknown
                 self._require_whole_images(token, own)
-                flat = torch.cat([torch.arange(tokens) < count for tokens, count in own] or [torch.zeros(0).bool()])
-            stays = stays & ~found | torch.zeros_like(found).masked_scatter(found, flat.to(found.device))
+                flat = torch.cat([_first(*each) for each in own] or [torch.zeros(0)])
+            stays = stays.masked_scatter(found, flat.to(found.device, stays.dtype))
         lengths = self.lengths(counts)
         return Shortening.of(stays, max(lengths), min(lengths))
 
@@ -202,16 +203,21 @@ class Prompt:
         """The positions `[B, L']` of the short prompt: 0, 1, 2, ... in each row, or the `given` ones `[B or 1, L]`.
 
         The given ones are closed up: less the number of placeholders dropped before each, of samples that are `packed`
-        in a row those of its own sample. Padding has the position 0.
+        in a row those of its own sample. A placeholder that is there again moves those after it. Padding has the
+        position 0.
         """
+        places = shortening.filled.cumsum(1) - 1  # in the row of the short prompt
         if given is None:
-            return shortening.take((shortening.stays.cumsum(1) - 1).clamp(min=0), 0)
-        dropped = ~shortening.stays & ~self.padding
-        before, given = dropped.cumsum(1), given.expand(dropped.shape)
+            return places.clamp(min=0)
+        more = torch.where(self.padding, 0, shortening.stays - 1)
+        shift, given = more.cumsum(1), given.expand(more.shape)
         if packed:
             starts = given.diff(dim=1, prepend=given[:, :1]) != 1
-            before = before - torch.where(starts, before - dropped.long(), 0).cummax(1).values
-        return shortening.take(given - before, 0)
+            start = torch.where(starts, torch.arange(starts.shape[1], device=starts.device), 0).cummax(1).values
+            shift = shift - (shift - more).gather(1, start)
+        # Of a column that is there several times, `given + shift` is the last one's position.
+        later = shortening.stays.cumsum(1).gather(1, shortening.columns) - 1 - places
+        return (shortening.take(given + shift, 0) - later).masked_fill(~shortening.filled, 0)
 
     def _require_whole_images(self, token: int, counts: Counts) -> None:
         if not self.hides_images:
@@ -233,7 +239,9 @@ class Shortening(NamedTuple):
 
     Attributes
     ----------
-    stays : Tensor[B, L], bool
+    stays : Tensor[B, L], int64
+        How many columns of the short prompt come from each column: 0 or 1, more for an image of more tokens than
+        placeholders.
     columns : Tensor[B, L'], int64
         Where each column of the short prompt comes from.
     filled : Tensor[B, L'], bool
@@ -250,8 +258,10 @@ class Shortening(NamedTuple):
     @classmethod
     def of(cls, stays: Tensor, longest: int, shortest: int) -> Shortening:
         """The shortening that keeps the tokens that stay, of which a row has `shortest` to `longest`."""
-        columns = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, stays.shape[1] - longest :]
-        return cls(stays, columns, stays.gather(1, columns), shortest == longest)
+        ends = stays.cumsum(1)
+        places = torch.arange(longest, device=stays.device) - longest + ends[:, -1:]
+        columns = torch.searchsorted(ends, places, right=True).clamp(max=stays.shape[1] - 1)
+        return cls(stays, columns, places >= 0, shortest == longest)
 
     def take(self, full: Tensor, padding: int | bool) -> Tensor:
         """The short version `[B, L']` of `[B, L]`."""
@@ -287,10 +297,18 @@ class Shortening(NamedTuple):
             )
 
     def _spread_attention(self, attention: Tensor) -> Tensor:
-        """`[B, H, L', L']` to `[B, H, L, L]`."""
-        keys = self.spread(attention.permute(0, 3, 2, 1))  # [B, L, L', H]
-        keys = keys.masked_fill(~self.stays[:, :, None, None].to(keys.device), 0)
-        return self.spread(keys.transpose(1, 2)).permute(0, 3, 1, 2)
+        """`[B, H, L', L']` to `[B, H, L, L]`; a column that is there several times gets the sum."""
+        filled, columns = (each[:, None, None].to(attention.device) for each in (self.filled, self.columns))
+        keys = attention.new_zeros(*attention.shape[:3], self.stays.shape[1])
+        keys = keys.scatter_add(3, columns.expand_as(attention), attention.masked_fill(~filled, 0))
+        return self.spread(keys.transpose(1, 2)).transpose(1, 2)
+
+
+def _first(tokens: int, count: int) -> Tensor:
+    """How often each of an image's `tokens` placeholders is there for `count` tokens, [tokens] int64."""
+    stays = (torch.arange(tokens) < count).long()
+    stays[-1:] += max(count - tokens, 0)
+    return stays
 
 
 def require_ids(call: dict[str, Any]) -> None:

@@ -7,24 +7,19 @@
 With `kv="full"`, layers before r keep the KV of all L columns and later layers have S. With `kv="compact"`, the dropped
 columns are removed from the former too, in one launch after the prefill: the cache has S columns in every layer.
 
-No modeling code is copied, and no class changes. One call of the language model carries an object of this module as an
-argument, which is passed to every layer. The hooks on the layers exist during the call and act only if that argument is
-their own object, so two threads may use one model. A note on the cache (`PrunedConversation`) tells decoding steps what
-they need.
+With `reselect=True` of "fastv" nothing is removed, see `vtc.hf.prune_mask`. A note on the cache (`PrunedConversation`)
+tells decoding steps what they need.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import create_causal_mask
 
 from vtc import methods, ops
 from vtc.config import kept_count
@@ -32,40 +27,10 @@ from vtc.hf import conversation
 from vtc.hf.conversation import PrunedConversation
 from vtc.hf.names import CACHE, cache_of
 from vtc.hf.prompt import Prompt, Shortening, require_ids
+from vtc.hf.prune_layers import ARGUMENT, LastToken, causal_mask, hooked
 from vtc.hf.prune_limits import is_static
+from vtc.hf.prune_mask import Masking
 from vtc.hf.settings import Settings
-
-ARGUMENT = "vtc_pruning"  # the argument of a layer that carries the object of the call
-
-
-class Pruning(Protocol):
-    """One call of the language model."""
-
-    def before(self, number: int, layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """The hidden states that layer `number` gets instead of `hidden`; its `arguments` are changed in place."""
-
-
-@contextlib.contextmanager
-def hooked(layers: Any, owner: Pruning) -> Iterator[None]:
-    """While the block runs, `owner.before` changes each layer's input in the call that carries `owner`."""
-
-    def make(number: int) -> Callable[..., Any]:
-        def hook(layer: Any, args: tuple[Any, ...], arguments: dict[str, Any] | None = None) -> Any:
-            # None: a concurrent call saw this hook mid-registration.
-            if arguments is None or arguments.get(ARGUMENT) is not owner:
-                return None
-            arguments = {name: value for name, value in arguments.items() if name != ARGUMENT}
-            hidden, *rest = args
-            return (owner.before(number, layer, hidden, arguments), *rest), arguments
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(make(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Prefill:
@@ -81,9 +46,7 @@ class _Prefill:
         self.indices = None if indices is None else _expand_for_beams(indices, self.images)
         lengths = prompt.lengths({token: counts})
         self.longest, self.shortest = max(lengths), min(lengths)
-        self.query: Tensor | None = None  # of the last prompt token in layer r - 1, [B, H, D]
-        self.keys: Tensor | None = None  # of that layer, [B, Hkv, L, D], if no cache holds them
-        self.scale: float | None = None
+        self.last = LastToken(self.real, self.config.backend)
         self.shorter: dict[str, Any] = {}  # the arguments of layers from r on
         self.cache: Any = None
         self.shortening: Shortening | None = None
@@ -92,46 +55,19 @@ class _Prefill:
     def before(self, number: int, layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The hidden states that layer `number` gets instead of `hidden`; its `arguments` are changed in place."""
         if number == self.config.prune_after - 1 and self.indices is None:
-            self._read_last_query(layer, hidden, arguments)
+            self.last.read(layer, hidden, arguments)
         if number == self.config.prune_after:
             hidden = self._shorten(hidden, arguments)
         if number >= self.config.prune_after:
             arguments |= self.shorter
         return hidden
 
-    def _read_last_query(self, layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        """The last prompt token's query in `layer`: recomputed here, because the layer does not expose it."""
-        attention = layer.self_attn
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
-        device = layer.input_layernorm.weight.device  # the first layer on a device gets its input from another one
-        hidden = hidden if device.type == "meta" else hidden.to(device)
-        cos, sin = (part.expand(len(hidden), -1, -1).to(hidden.device) for part in arguments["position_embeddings"])
-        length = hidden.shape[1]
-        last = length - 1 - self.real.to(hidden.device).flip(1).int().argmax(1, keepdim=True)  # [B, 1]
-
-        def project(projection: Any, states: Tensor, *angles: Tensor) -> Tensor:
-            heads = projection(layer.input_layernorm(states)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            rotated: Tensor = rotate(heads, heads, *angles)[0]
-            return rotated
-
-        with torch.no_grad():
-            row = ops.compact((hidden, cos, sin), last, backend=self.config.backend)
-            self.query, self.scale = project(attention.q_proj, *row)[:, :, 0], attention.scaling
-            if arguments.get(CACHE) is None:
-                self.keys = project(attention.k_proj, hidden, cos, sin)
-
     def _keep_mask(self, device: torch.device) -> Tensor:
         """Which columns `[B, L]` bool stay."""
-        is_image, real, backend = self.is_image.to(device), self.real.to(device), self.config.backend
-        text = ~self.padding.to(device)
+        is_image, text = self.is_image.to(device), ~self.padding.to(device)
         if self.indices is not None:
             return methods.keep_patches(is_image, self.indices.to(device), self.num_tokens) & text
-        keys, query = self.keys, self.query
-        if keys is None:
-            keys = self.cache.layers[self.config.prune_after - 1].keys[:, :, : real.shape[1]]
-        if query is None:
-            raise RuntimeError("the layer before the one that prunes did not run")
-        scores = ops.row_scores(query, keys, scale=self.scale, mask=real.to(keys.device), backend=backend)
+        scores = self.last.scores(self.cache, self.config.prune_after - 1, self.real)
         keep = is_image.sum(1) // self.num_tokens * self.keep
         method: Any = self.config.build_method()
         stays: Tensor = method.keep_prompt(scores.to(device), is_image, keep)
@@ -140,8 +76,8 @@ class _Prefill:
     def _shorten(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         batch, length = hidden.shape[:2]
         self.cache = arguments.get(CACHE)
-        is_static(self.cache, self.config.kv == "compact")
-        shortening = Shortening.of(self._keep_mask(hidden.device), self.longest, self.shortest)
+        is_static(self.cache, self.config.kept_kv == "compact")
+        shortening = Shortening.of(self._keep_mask(hidden.device).long(), self.longest, self.shortest)
         valid = (
             shortening.take(self.real.to(hidden.device), False) if self.is_masked or not shortening.is_even else None
         )
@@ -155,7 +91,7 @@ class _Prefill:
             layer=self.config.prune_after,
             length=length,
             kept=self.longest,
-            compact=self.config.kv == "compact",
+            compact=self.config.kept_kv == "compact",
             valid=valid,
             real=self.real if self.is_masked else None,
             position=positions[:, -1:] + 1,
@@ -167,7 +103,7 @@ class _Prefill:
         """After the last layer: with `kv="compact"` shorten the KV of the layers before r; leave the note."""
         if self.cache is None:
             return
-        if self.config.kv == "compact":
+        if self.config.kept_kv == "compact":
             self._compact_cache()
         conversation.leave(self.cache, self.note)
 
@@ -205,12 +141,6 @@ def _expand_for_beams(indices: Tensor, images: list[int]) -> Tensor:
     return indices[order]
 
 
-def causal_mask(text: Any, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:
-    """The mask for hidden states `[B, S, D]` in `layer`, in the form that the language model's attention takes."""
-    arguments = {"config": text, "inputs_embeds": hidden, "attention_mask": mask, CACHE: cache, "layer_idx": layer}
-    return create_causal_mask(**arguments)
-
-
 @functools.partial(torch.compiler.disable, reason="hooks on layers; use prune_layer=0 to compile forward()")
 def prefill(stock: Callable[..., Any], settings: Settings, call: dict[str, Any]) -> Any:
     """Run the `forward` of the model without a head on a prompt with encoded images, pruned after layer `prune_after`.
@@ -241,8 +171,12 @@ def prefill(stock: Callable[..., Any], settings: Settings, call: dict[str, Any])
         return stock(**call)
     token, static = getattr(base.config, visual.token), bool(getattr(cache, "is_compileable", False))
     prompt = Prompt.read(call["input_ids"], call.get("attention_mask"), {token: sizes}, static)
-    pruning = _Prefill(settings, prompt, token, [(size, keep) for size in sizes], indices)
     returns_tuple = call.pop("return_dict", base.config.return_dict) is False
+    if config.reselects:
+        kept = torch.tensor(prompt.images[token], device=prompt.input_ids.device) * keep
+        result = _prefill_masked(stock, settings, call, prompt, prompt.is_image[token], kept)
+        return result.to_tuple() if returns_tuple else result
+    pruning = _Prefill(settings, prompt, token, [(size, keep) for size in sizes], indices)
     with hooked(base.language_model.layers, pruning):
         result = stock(**call, return_dict=True, **{ARGUMENT: pruning})
     pruning.finish()
@@ -250,5 +184,40 @@ def prefill(stock: Callable[..., Any], settings: Settings, call: dict[str, Any])
         pruning.shortening.spread_outputs(result, config.prune_after)
     if settings.run is not None:
         settings.run.count_prompt(prompt.shape[1], pruning.longest)
-        settings.run.count_cache(cache_of(result), config.prune_after if config.kv == "full" else 0)
+        settings.run.count_cache(cache_of(result), config.prune_after if config.kept_kv == "full" else 0)
     return result.to_tuple() if returns_tuple else result
+
+
+def _prefill_masked(
+    stock: Callable[..., Any], settings: Settings, call: dict[str, Any], prompt: Prompt, is_image: Tensor, keep: Tensor
+) -> Any:
+    """As `prefill`, by a token mask: every column stays. `keep` `[B]` counts the image tokens that a row sees."""
+    base, config = settings.base, settings.config
+    if is_static(call.get("cache"), True):
+        raise ValueError(
+            "reselect=True masks tokens by hooks on layers, which a static cache does not support; use a dynamic "
+            'cache, or reselect=False and kv="compact"'
+        )
+    method, text, length = config.build_method(), base.language_model.config, prompt.shape[1]
+    masking = Masking(method, text, config.prune_after, is_image, prompt.real, keep, length)
+    with hooked(base.language_model.layers, masking):
+        result = stock(**call, return_dict=True, **{ARGUMENT: masking})
+    cache, real = cache_of(result), prompt.real if prompt.is_padded or prompt.hides_images else None
+    if cache is not None:
+        note = PrunedConversation(
+            layer=config.prune_after,
+            length=length,
+            kept=length,
+            compact=False,
+            valid=real,
+            real=real,
+            position=masking.position,
+            method=method,
+            is_image=is_image,
+            keep=keep,
+        )
+        conversation.leave(cache, note)
+    if settings.run is not None:
+        settings.run.count_prompt(length, length)
+        settings.run.count_cache(cache)
+    return result

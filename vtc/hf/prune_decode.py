@@ -11,8 +11,9 @@ from torch import Tensor
 
 from vtc.hf.conversation import PrunedConversation
 from vtc.hf.names import CACHE
-from vtc.hf.prune import ARGUMENT, causal_mask, hooked
+from vtc.hf.prune_layers import ARGUMENT, Pruning, causal_mask, hooked
 from vtc.hf.prune_limits import is_static
+from vtc.hf.prune_mask import Masking
 from vtc.hf.settings import Settings
 
 
@@ -66,10 +67,14 @@ def decode(stock: Callable[..., Any], settings: Settings, call: dict[str, Any], 
         return stock(**call)
     if mask is None and note.real is not None:
         call["attention_mask"] = torch.cat([note.real.to(after.device), after], 1)
-    return _in_two_lengths(stock, language_model, call, _Decode(language_model.config, note, short))
+    if note.is_image is None or note.keep is None:
+        return _hooked(stock, language_model, call, _Decode(language_model.config, note, short))
+    is_image = torch.cat([note.is_image.to(after.device), torch.zeros_like(after)], 1)
+    real, text = note.extended_mask(after), language_model.config
+    return _hooked(stock, language_model, call, Masking(note.method, text, note.layer, is_image, real, note.keep, new))
 
 
 @functools.partial(torch.compiler.disable, reason='hooks on layers; use kv="compact" to compile forward()')
-def _in_two_lengths(stock: Callable[..., Any], language_model: Any, call: dict[str, Any], decode: _Decode) -> Any:
-    with hooked(language_model.layers, decode):
-        return stock(**call, **{ARGUMENT: decode})
+def _hooked(stock: Callable[..., Any], language_model: Any, call: dict[str, Any], pruning: Pruning) -> Any:
+    with hooked(language_model.layers, pruning):
+        return stock(**call, **{ARGUMENT: pruning})

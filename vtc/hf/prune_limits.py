@@ -12,7 +12,6 @@ from vtc.hf import conversation
 from vtc.hf.conversation import PrunedConversation
 from vtc.hf.prompt import require_ids
 from vtc.hf.settings import Settings
-from vtc.methods import METHODS
 
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2")  # by model_type; their layers are alike
 
@@ -70,12 +69,10 @@ def require_generate(settings: Settings, call: dict[str, Any], images: bool, opt
     if not images:
         return
     require_ids(call)
-    inside = METHODS[config.method].prunes_only_language()
-    if option("use_cache") is False and (config.kv == "compact" or inside):
+    if option("use_cache") is False and config.kept_kv == "compact":
         raise ValueError(
-            f"method={config.method!r} with kv={config.kv!r} and prune_layer={config.prune_after} drops tokens once, "
-            "when the prompt is read, and needs the cache to remember; use use_cache=True, or "
-            'method="vtc-cls" and kv="full"'
+            f'method={config.method!r} with kv="compact" and prune_layer={config.prune_after} drops tokens once, when '
+            'the prompt is read, and needs the cache to remember; use use_cache=True, or kv="full"'
         )
     for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):
         if call.get(name) is not None or option(name):
@@ -95,7 +92,7 @@ def is_static(cache: Any, compact: bool) -> bool:
     static = kinds == {StaticLayer}
     if static and not compact:
         raise ValueError(
-            'kv="full" gives layers of two lengths, which a static cache does not support; use '
-            'vtc.configure(model, kv="compact"), or a dynamic cache'
+            'kv="full", the default of method "fastv", gives layers of two lengths, which a static cache does not '
+            'support; use vtc.configure(model, kv="compact"), or a dynamic cache'
         )
     return static

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vtc import ops
-from vtc.config import VTCConfig, kept_count
+from vtc.config import VTCConfig, kept_count, kept_per_view
 from vtc.hf import compatibility, encode
 from vtc.hf.families import VisualInput
 from vtc.hf.settings import Settings
@@ -248,7 +248,7 @@ class Frames(Views):
 
 @dataclasses.dataclass
 class Tiles(Views):
-    """An image is a base image and tiles, which share its K."""
+    """An image is a base image and tiles, which share its K: by their scores, or each gets the same number."""
 
     tiles: list[Tiling]
     layout, shares_keep = "tiles", True
@@ -267,10 +267,26 @@ class Tiles(Views):
                 f"tiles of {views.shape[-2]} x {views.shape[-1]} pixels do not fit {settings.family.name}, which puts "
                 f"tiles of {vision.image_size} together; use the model's processor"
             )
-        counts = [(len(tiling.layout), kept_count(plan.config, len(tiling.layout))) for tiling in tiles]
+        counts = [(len(tiling.layout), _kept_of_tiles(plan, tiling)) for tiling in tiles]
         return cls(settings, plan, views, counts, _tower_arguments(call), tiles)
 
     def project(self) -> Tensor:
+        return self._project_each() if self.plan.method.per_view else self._project_best()
+
+    def _project_each(self) -> Tensor:
+        """The tokens of each view, reduced alone; the base image's first."""
+        plan, rows, first = self.plan, [], 0
+        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
+        for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
+            own = vision.of_views(slice(first, first + tiling.num_tiles))
+            rows.append(plan.method.reduce(own, kept // tiling.num_tiles).features.flatten(0, 1))
+            first += tiling.num_tiles
+            encode.count(self.settings, plan, used, 1, tokens, kept)
+        visual = self.settings.base.multi_modal_projector(torch.cat(rows))
+        return torch.nn.utils.rnn.pad_sequence(visual.split([kept for _, kept in self.counts]), batch_first=True)
+
+    def _project_best(self) -> Tensor:
+        """The best tokens of all views."""
         base, plan, backend = self.settings.base, self.plan, self.plan.config.backend
         vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
         features, scores = vision.patches, plan.method.select(vision, 1)[1]  # [T, N, D], [T, N]
@@ -293,6 +309,20 @@ class Tiles(Views):
             visual = base.multi_modal_projector(visual)
         visual = torch.where(numbers[:, None] < 0, base.image_newline.to(visual), visual)
         return torch.nn.utils.rnn.pad_sequence(visual.split([kept for _, kept in self.counts]), batch_first=True)
+
+
+def _kept_of_tiles(plan: Plan, tiling: Tiling) -> int:
+    """K of an image with tiles."""
+    tokens, views = len(tiling.layout), tiling.num_tiles
+    if not plan.method.per_view:
+        return kept_count(plan.config, tokens)
+    keep = kept_per_view(plan.config, tokens, views, plan.num_tokens)
+    try:
+        return views * plan.method.num_outputs(plan.num_tokens, keep)
+    except ValueError as error:
+        raise ValueError(
+            f"each of the {views} views of an image gets keep // {views} = {keep} tokens, which is too few: {error}"
+        ) from error
 
 
 LAYOUTS: dict[str, type[Views]] = {each.layout: each for each in (Whole, Tiles, Frames)}

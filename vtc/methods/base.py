@@ -70,6 +70,12 @@ class VisionOutputs(NamedTuple):
         """`hidden` without the [CLS] token, `[B, N, C]`."""
         return self.hidden[:, 1:] if self.cls else self.hidden
 
+    def of_views(self, views: slice) -> VisionOutputs:
+        """The same of some of the B images."""
+        keys, query, pixels = (x if x is None else x[views] for x in (self.keys, self.query, self.pixel_values))
+        probs = None if self.cls_probs is None else self.cls_probs[:, views]
+        return VisionOutputs(self.hidden[views], self.grid, probs, keys, query, pixels, self.cls)
+
 
 class Tokens(NamedTuple):
     """The visual tokens that B images keep, before the projector.
@@ -112,8 +118,14 @@ class Method:
         What it needs from the vision tower.
     prunes : tuple of str
         Where it can drop tokens: "tower", before the projector; "language", after a layer of the language model.
+    kv : str
+        What the KV cache keeps by default in the layers before the one that prunes; see `VTCConfig`.
     adaptive : bool
         Whether the images of a batch can end up with different counts.
+    per_view : bool
+        Whether an image's base image and tiles can be reduced one by one, each to exactly the same number of tokens.
+    rounds_up : bool
+        Whether `ratio` rounds up to a number of tokens, or else to the nearest; see `vtc.config.kept_count`.
     operations : tuple of str
         The operations of `vtc.ops` that it runs.
     selects : bool
@@ -125,7 +137,10 @@ class Method:
     paper: ClassVar[str]
     needs: ClassVar[Needs] = Needs()
     prunes: ClassVar[tuple[str, ...]] = ("tower",)
+    kv: ClassVar[str] = "compact"
     adaptive: ClassVar[bool] = False
+    per_view: ClassVar[bool] = False
+    rounds_up: ClassVar[bool] = True
     operations: ClassVar[tuple[str, ...]] = ("topk", "compact")
     selects: ClassVar[bool] = True
 
@@ -166,18 +181,20 @@ class Method:
         """Whether its tokens are exactly the top-scoring patches. Only such a method works across tiles and frames."""
         return cls.select is not Method.select and cls.reduce is Method.reduce
 
-    def scored_layers(self, end: int) -> range:
+    def scored_layers(self, end: int, depth: int) -> range:
         """The vision layers, counted from 0, whose attention gives `cls_probs` and the keys of the feature layer.
 
         Parameters
         ----------
         end : int
-            `end - 1` is the last layer that may be scored: the feature layer, but never the tower's last layer.
+            `end - 1` is the feature layer.
+        depth : int
+            Number of layers of the tower.
 
         Returns
         -------
         range
-            Empty if the method needs neither, else only `end - 1`.
+            Empty if the method needs neither, else only the feature layer, whichever it is.
 
         Raises
         ------

@@ -20,7 +20,7 @@ class FasterVLM(Method):
 
         s[n] = 1/H Σ_h softmax_j(q_fh[CLS] · k_fh[j] / √d)[n]      j over all 1 + N keys
 
-    The K patches with the largest s stay, in their order. It has no options.
+    The K patches with the largest s stay, in their order. f may be the tower's last layer. It has no options.
     """
 
     name: ClassVar[str] = "fastervlm"

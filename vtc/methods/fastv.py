@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.methods.base import Method
+from vtc.methods.checks import check_bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +22,40 @@ class FastV(Method):
 
     From layer k on, a prompt has its K image tokens with the largest s, and all its text. These tokens keep their order
     and their rotary positions. k is `prune_layer`, 2 by default as in the paper (3 in its demonstration).
-    The paper's R is the share of tokens that is dropped: K = round((1 - R) · N). It has no options.
+    The paper's R is the share of tokens that is dropped, and `ratio` is the kept one: K = round((1 - R) · N) =
+    round(`ratio` · N), to the even number where two are equally near.
+
+    Its authors ran three variants, which give different answers from the second new token on:
+
+    - The prompt's last token selects once, and the others are removed. Layers before k keep all tokens in the KV cache
+      (`kv="full"`). This is their version with a KV cache, and the default here. `kv="compact"` is not theirs.
+    - `use_cache=False` in `generate()`: every step runs the whole sequence again, and its last token selects. This is
+      their original version.
+    - `reselect=True`: the KV cache holds all tokens in all layers, and every new token selects those that it sees. This
+      is their version with a token mask.
+
+    The paper's figures come from the variants that select at every step.
+
+    Parameters
+    ----------
+    reselect : bool
+        Default False: select once. True: select again for every new token. Dropped tokens are masked in the layers from
+        k on and not removed, so nothing gets faster or smaller.
     """
 
     name: ClassVar[str] = "fastv"
     scores: ClassVar[str] = "the last prompt token's attention, one language-model layer"
     paper: ClassVar[str] = "arXiv 2403.06764"
     prunes: ClassVar[tuple[str, ...]] = ("language",)
+    kv: ClassVar[str] = "full"
     operations: ClassVar[tuple[str, ...]] = ("row_scores", "compact")
     selects: ClassVar[bool] = False
+    rounds_up: ClassVar[bool] = False
+
+    reselect: bool = False
+
+    def check(self) -> None:
+        check_bool("reselect", self.reselect)
 
     def keep_prompt(self, scores: Tensor, is_image: Tensor, keep: int | Tensor) -> Tensor:
         """Which tokens of the prompts stay.

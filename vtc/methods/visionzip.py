@@ -25,7 +25,11 @@ class VisionZip(Method):
         context_c = x[target] + mean of x over the tokens whose metric has its largest cosine with this target's
 
     The dominant tokens come first, in their order, then the contextual ones. K is `keep` and counts the [CLS] token.
+    Its authors take features, scores and keys from one layer, the last but one, which is LLaVA's feature layer.
     The reported scores are means over heads, which have the same order.
+
+    An image of LLaVA-NeXT has `keep` // V tokens of each of its V views, which are the base image and the tiles, but at
+    most N. Each view is reduced alone. The tokens follow each other, the base image's first, without newline tokens.
 
     Parameters
     ----------
@@ -39,6 +43,7 @@ class VisionZip(Method):
     paper: ClassVar[str] = "arXiv 2412.04467"
     needs: ClassVar[Needs] = Needs(cls_probs=True, keys="feature")
     operations: ClassVar[tuple[str, ...]] = ("topk", "compact", "merge_nearest")
+    per_view: ClassVar[bool] = True
 
     contextual: int | None = None
 

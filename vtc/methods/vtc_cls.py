@@ -22,7 +22,11 @@ class VTCCLS(Method):
         s[n] = ensemble_l  1/H Σ_h softmax_j(q_lh[CLS] · k_lh[j] / √d)[n]      j over all 1 + N keys
 
     The K patches with the largest s stay, in their order. They can be selected before the projector, or after a layer
-    of the language model.
+    of the language model. The tower's last layer is never scored: if it is the feature layer, the scored layers end
+    before it.
+
+    The layers are VTC's choice. The authors recommend none, and their programs sum the layers 16 to 22 of LLaVA-1.5
+    by default: `start_layer=16`.
 
     Parameters
     ----------
@@ -31,7 +35,8 @@ class VTCCLS(Method):
     ensemble_layers : int
         Number of scored layers. They end at the feature layer. Default 3.
     start_layer : int, optional
-        The first scored layer, counted from 0; it overrides `ensemble_layers`. Default None: not used.
+        The first scored layer, counted from 0; it overrides `ensemble_layers`. Default None: not used. 16 is the
+        default of the authors' programs.
     """
 
     name: ClassVar[str] = "vtc-cls"
@@ -50,13 +55,14 @@ class VTCCLS(Method):
         if self.start_layer is not None:
             check_integer("start_layer", self.start_layer, 0)
 
-    def scored_layers(self, end: int) -> range:
+    def scored_layers(self, end: int, depth: int) -> range:
+        end = min(end, depth - 1)
         first = end - self.ensemble_layers if self.start_layer is None else self.start_layer
         if not 0 <= first < end:
             raise ValueError(
-                f"cannot score vision layers {first} to {end - 1}: scored layers end at the feature layer, here "
-                f"{end - 1}, counted from 0; use ensemble_layers 1 to {end} or start_layer 0 to {end - 1}, "
-                f"got ensemble_layers={self.ensemble_layers}, start_layer={self.start_layer}"
+                f"cannot score vision layers {first} to {end - 1}: scored layers end at the feature layer, or before "
+                f"the tower's last, here at {end - 1}, counted from 0; use ensemble_layers 1 to {end} or start_layer "
+                f"0 to {end - 1}, got ensemble_layers={self.ensemble_layers}, start_layer={self.start_layer}"
             )
         return range(first, end)
 

@@ -10,6 +10,22 @@ from support.golden import llava as golden
 from support.golden import methods as golden_methods
 
 
+def run_layer(text, layer, hidden, seen, positions):
+    """Output `[1, S, D]` and attention `[H, S, S]` of one layer, whose tokens attend where `seen` `[S, S]` is True."""
+    attentions = []
+    hook = layer.self_attn.register_forward_hook(lambda _, args, out: attentions.append(out[1]))
+    where = torch.tensor([positions])
+    hidden = layer(
+        hidden,
+        attention_mask=torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None],
+        position_ids=where,
+        position_embeddings=text.rotary_emb(hidden, where),
+        use_cache=False,
+    )
+    hook.remove()
+    return hidden, attentions[0][0]
+
+
 class Pruned:
     """One prompt's embeddings `[1, L, D]`, all of its patches among them, pruned after layer `layer`.
 
@@ -35,20 +51,10 @@ class Pruned:
                 kept = self.kept_set()
                 dropped = torch.tensor([at < self.length and at not in kept for at in positions])
                 seen &= ~(new[:, None] & dropped)
-            attentions = []
-            hook = layer.self_attn.register_forward_hook(lambda _, args, out, to=attentions: to.append(out[1]))
-            where = torch.tensor([positions])
-            hidden = layer(
-                hidden,
-                attention_mask=torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None],
-                position_ids=where,
-                position_embeddings=text.rotary_emb(hidden, where),
-                use_cache=False,
-            )
-            hook.remove()
+            hidden, attention = run_layer(text, layer, hidden, seen, positions)
             if number == self.layer - 1 and self.kept is None:
-                self.scores = attentions[0][0, :, -1].mean(0)
-                self.kept = golden_methods.fastv(attentions[0][0].double(), self.is_image, self.keep)
+                self.scores = attention[:, -1].mean(0)
+                self.kept = golden_methods.fastv(attention.double(), self.is_image, self.keep)
         return self.model.lm_head(text.norm(hidden))[0]
 
     def kept_set(self):
@@ -84,13 +90,62 @@ class Pruned:
         return [tokens for _, tokens in beams]
 
 
-def prompt(model, row, images, keep, layers, tokens, method, layer, compact):
-    """A `Pruned` for one unpadded prompt (list of ids) with `images` of `tokens` patches each."""
+class Reselected(Pruned):
+    """FastV that selects again at every step: the last of all tokens so far selects, and the others are dropped."""
+
+    def logits(self, embeds):
+        """Logits `[S', V]` of all tokens so far without those that the last one drops."""
+        text, length = self.model.model.language_model, embeds.shape[1]
+        is_image = self.is_image + [False] * (length - self.length)
+        hidden, positions, attention = embeds, list(range(length)), None
+        for number, layer in enumerate(text.layers):
+            if number == self.layer:
+                positions = golden_methods.fastv(attention.double(), is_image, self.keep)
+                hidden = hidden[:, positions]
+            seen = torch.ones(len(positions), len(positions)).tril().bool()
+            hidden, attention = run_layer(text, layer, hidden, seen, positions)
+        return self.model.lm_head(text.norm(hidden))[0]
+
+
+class Masked(Pruned):
+    """FastV by a token mask: nothing is dropped, and every token hides image tokens from itself in the later layers.
+
+    `ends`: where the first calls of the language model end, the prompt's by default. The last token of a call selects
+    for all of the call. Each later token is a call of its own.
+    """
+
+    ends = ()
+
+    def logits(self, embeds):
+        """Logits `[S, V]` of all tokens so far."""
+        text, length = self.model.model.language_model, embeds.shape[1]
+        is_image = self.is_image + [False] * (length - self.length)
+        ends = [*self.ends] or [self.length]
+        ends = [end for end in ends if end < length] + list(range(max(ends) + 1, length)) + [length]
+        hidden, positions, attention = embeds, list(range(length)), None
+        seen = torch.ones(length, length).tril().bool()
+        for number, layer in enumerate(text.layers):
+            if number == self.layer:
+                for start, end in zip([0, *ends], ends, strict=False):
+                    kept = golden_methods.fastv(attention[:, :end, :end].double(), is_image[:end], self.keep)
+                    seen[start:end] &= torch.tensor([at in kept for at in positions])
+            hidden, attention = run_layer(text, layer, hidden, seen, positions)
+        return self.model.lm_head(text.norm(hidden))[0]
+
+
+class MaskedAtOnce(Masked):
+    """Without a cache: every step is one call of all tokens so far."""
+
+    ends = (2**31,)
+
+
+def prompt(model, row, images, keep, layers, tokens, method, layer, compact, fastv=Pruned):
+    """A `Pruned` for one unpadded prompt (list of ids) with `images` of `tokens` patches each; for FastV a `fastv`."""
     with torch.no_grad():
         embeds, _ = golden.splice(model, row, images, tokens, layers, tokens)
         is_image = [token == model.config.image_token_id for token in row]
         if method == "fastv":
-            return Pruned(model, embeds, is_image, layer, compact, keep=keep * len(images))
+            return fastv(model, embeds, is_image, layer, compact, keep=keep * len(images))
         kept, images, at = [], list(images), 0
         while at < len(row):
             if is_image[at]:
