@@ -37,7 +37,7 @@ class LocalEngine:
     Attributes
     ----------
     largest : int, optional
-        The largest batch that fits into memory; None as long as none was too large.
+        The largest batch that fits into memory in this run; None as long as none was too large.
     """
 
     models = 1
@@ -50,8 +50,9 @@ class LocalEngine:
         """The answers to each batch, in the order of the batches."""
         if not batches:
             return
+        self.largest = None  # another setting may need less
         prompting = job.prompting()
-        answerer = self._answerer(job, cost)
+        answerer = self.answerer(job, cost)
         # The default of collate_fn for batch_size=None leaves a Batch as it is.
         prepared = iter(DataLoader(Prepared(prompting, batches), batch_size=None, num_workers=job.workers))
         while True:
@@ -62,7 +63,8 @@ class LocalEngine:
                 return
             yield [*batch.skipped, *self.answer(answerer, batch, job)]
 
-    def _answerer(self, job: Job, cost: Cost) -> Answerer:
+    def answerer(self, job: Job, cost: Cost) -> Answerer:
+        """The model of the job, loaded when it is not the last one."""
         if self._loaded is None or self._loaded[0] != job.spec:
             begun = time.perf_counter()
             self._loaded = job.spec, Answerer(job.spec.load(), job.spec.processor())
