@@ -108,7 +108,7 @@ class Journal:
             return
         try:
             before = dict(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{file} is damaged ({error}); delete it, it is written again, and answers of another run are "
                 "recognised without it"
