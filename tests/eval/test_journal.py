@@ -165,7 +165,7 @@ def test_lines_of_another_run_are_refused(tmp_path):
 def test_a_folder_of_another_run_is_refused_by_writers_and_readers_with_what_changed(tmp_path):
     write(tmp_path, 0)
     changed = journal(tmp_path, keep=16)
-    message = "holds answers that were made otherwise: keep was 8, is 16. Choose another --out"
+    message = r"holds answers that were made otherwise: keep was 8, is 16\. Choose another --out"
     with pytest.raises(ValueError, match=message), changed:
         pass
     with pytest.raises(ValueError, match=message):

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-
 import transformers.models.clip.modeling_clip
 import transformers.models.llama.modeling_llama
 import transformers.models.llava.modeling_llava  # noqa: F401  what an attempt would import
+
 from vtc.eval import processes
 from vtc.eval.local import LocalEngine
 from vtc.eval.model import ModelSpec
@@ -97,8 +97,9 @@ def lines(out: Path) -> Counter[int]:
 
 
 def texts(out: Path) -> dict[int, str]:
-    """The answers below `out`, by question."""
-    entries = [json.loads(line) for file in out.rglob("answers-*.jsonl") for line in file.read_bytes().splitlines()]
+    """The answers in whole lines below `out`, by question."""
+    files = out.rglob("answers-*.jsonl")
+    entries = [json.loads(line) for file in files for line in file.read_bytes().split(b"\n")[:-1]]
     return {entry["line"]: entry["text"] for entry in entries}
 
 
