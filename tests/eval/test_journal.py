@@ -182,7 +182,7 @@ def test_a_damaged_run_json_is_named_and_written_again_once_it_is_deleted(tmp_pa
         with pytest.raises(ValueError, match=r"run.json is damaged .*delete it"), journal(tmp_path):
             pass
     file.unlink()
-    with pytest.raises(ValueError, match="line 1 of .* is of another run"), journal(tmp_path, keep=16):
+    with pytest.raises(ValueError, match=r"line 1 of .* is of another run"), journal(tmp_path, keep=16):
         pass
     file.unlink()
     write(tmp_path, 1)

@@ -91,7 +91,7 @@ class RayEngine:
             )
         return kind
 
-    def _rows(self, job: Job, batches: Sequence[Sequence[Question]], resources: dict[str, int]) -> Iterator[Any]:
+    def _rows(self, job: Job, batches: Sequence[Sequence[Question]], resources: dict[str, Any]) -> Iterator[Any]:
         import ray
 
         context = ray.data.DataContext.get_current().copy()
