@@ -24,6 +24,7 @@ from vtc.eval.run import Options, Run  # noqa: E402
 from vtc.eval.setting import Setting  # noqa: E402
 from vtc.eval.tasks.scenes import Scenes  # noqa: E402
 
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import this file
 JOB = Job(ModelSpec(), "hf", Setting("vtc-cls", {"keep": 8}), 3)
 COUNT = 16
 
@@ -31,7 +32,7 @@ COUNT = 16
 @pytest.fixture(scope="module")
 def cluster():
     """The address of a cluster on this machine."""
-    context = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 << 20)
+    context = ray.init(num_cpus=4, include_dashboard=False)
     yield context.address_info["address"]
     ray.shutdown()
 
@@ -42,7 +43,7 @@ def actors():
     return [each for each in everyone if "ray::MapWorker" in " ".join(each.info["cmdline"] or [])]
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     """Wait until it holds."""
     end = time.monotonic() + seconds
     while not condition():

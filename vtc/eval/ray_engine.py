@@ -96,12 +96,14 @@ class RayEngine:
 
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
+        context.raise_original_map_exception = True  # else the exception of an actor arrives as text alone
         logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # it takes an actor's bug for one of Ray's
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are none
         with ray.data.DataContext.current(context):
             # One batch is one block: the answers of a block come back together.
             data = ray.data.from_items(
-                [{"batch": pickle.dumps(list(batch))} for batch in batches], override_num_blocks=len(batches)
+                [{"batch": ray.cloudpickle.dumps(list(batch))} for batch in batches], override_num_blocks=len(batches)
             )
             # The defaults restart an actor whose process died, repeat its batch, and end the run on an exception.
             done = data.map_batches(
