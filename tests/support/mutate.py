@@ -821,6 +821,37 @@ MUTANTS = [
             "placed images come first": ('texts = prompt.text.split(self.processor.image_token)', 'texts = [*("" for _ in prompt.images), prompt.text.replace(self.processor.image_token, "")]'),
         },
     ),
+    *_of(
+        "vtc/eval/journal.py",
+        "eval/test_journal",
+        {
+            "cut line kept": ("if whole < len(content):", "if False:"),
+            "conflict accepted": ("elif before.text != answer.text and not answer.skipped:", "elif False:"),
+            "a full disk leaves a cut line": ("self._file.truncate(size)", "pass"),
+            "an orphan writes along": ("if self.writer == 0:", "if False:"),
+            "two runs begin at once": ('with FileLock(self.folder / "run.lock"):', "with contextlib.nullcontext():"),
+            "an answer given again": ("if not self.is_done(a.line) and self", "if self"),
+            "lines of another run": ("if (task, digest) != (self.task, self.digest):", "if task != self.task:"),
+        },
+    ),
+    *_of(
+        "vtc/eval/local.py",
+        "eval/test_local",
+        {
+            "smaller batches for ever": ("self.largest = None  # another", "pass  # another"),
+            "half of a batch lost": ("for i in range(0, size, self.largest)]", "for i in range(0, size - 1, self.largest)]"),
+        },
+    ),
+    *_of("vtc/eval/progress.py", "eval/test_progress", {"a line an answer": (">= INTERVAL", ">= 0")}),
+    *_of("vtc/eval/processes.py", "eval/test_distributed", {"no group on a CPU": ("PartialState(cpu=True, ", "PartialState(")}),
+    *_of(
+        "vtc/eval/ray_engine.py",
+        "eval/test_ray",
+        {
+            "answers at the end only": ("override_num_blocks=len(batches)", "override_num_blocks=1"),
+            "an actor waits for ever": ("if there < self.models:", "if False:"),
+        },
+    ),
 ]  # fmt: skip
 
 

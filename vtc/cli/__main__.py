@@ -223,37 +223,34 @@ def evaluate(
 
         folder = Path(data) if data is not None else None
         chosen = evaluation.tasks_of(tasks or [], everything, folder)
+        machine = evaluation.Machine(model, revision, device, dtype, engine, actors)
+        failures: list[str] = []
         if answers is not None:
             if len(chosen) != 1:
                 raise ValueError(f"--answers is a file of one task, got {len(chosen)} tasks")
             results = [evaluation.score_file(chosen[0], Path(answers), partial)]
-            failures: list[str] = []
         else:
             quieten(model)
-            options = evaluation.options_of(option or [])
-            options |= {"ratio": ratio, "start_layer": start_layer, "prune_layer": prune_layer}
-            given = {name: value for name, value in options.items() if value is not None}
-            results, failures = evaluation.evaluate(
-                chosen,
-                evaluation.settings_of(method, methods, all_methods, sweep, baselines, keep, given),
-                evaluation.Machine(model, revision, device, dtype, engine, actors),
-                evaluation.Options(
-                    Path(out),
-                    batch_size,
-                    limit,
-                    protocol,
-                    skip_bad,
-                    partial,
-                    workers,
-                    max_new_tokens,
-                    check_batch,
-                    as_json,
-                ),
-                plots,
+            given = {"ratio": ratio, "start_layer": start_layer, "prune_layer": prune_layer}
+            given = {name: value for name, value in given.items() if value is not None}
+            given |= evaluation.options_of(option or [])
+            settings = evaluation.settings_of(method, methods, all_methods, sweep, baselines, keep, given)
+            options = evaluation.Options(
+                Path(out),
+                batch_size=batch_size,
+                limit=limit,
+                protocol=protocol,
+                skip_bad=skip_bad,
+                partial=partial,
+                workers=workers,
+                max_new_tokens=max_new_tokens,
+                check_batch=check_batch,
+                quiet=as_json,
             )
-        if as_json:
+            results, failures = evaluation.evaluate(chosen, settings, machine, options, plots)
+        if machine.processes.is_main and as_json:
             print_json(evaluation.document(results, failures))
-        else:
+        elif machine.processes.is_main:
             for title, columns, rows, notes in evaluation.report.tables(results):
                 print_table(title, columns, rows)
                 for line in notes:

@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vtc.config import SHARED
 from vtc.eval import report
 from vtc.eval.answers_file import read_answers
 from vtc.eval.engine import Engine
 from vtc.eval.local import LocalEngine, is_out_of_memory
 from vtc.eval.model import BUNDLED, ModelSpec, pick_device, pick_dtype
-from vtc.eval.processes import Processes
+from vtc.eval.processes import Processes, current
 from vtc.eval.result import Result, Timing, environment
 from vtc.eval.run import Options, Run
 from vtc.eval.setting import FLOOR, NONE, Setting, sweep
@@ -24,6 +26,7 @@ from vtc.methods import METHODS
 
 _log = logging.getLogger("vtc")
 DEFAULT_KEEP = 64
+ENGINES = ("local", "ray")
 
 
 def tasks_of(names: Sequence[str], everything: bool, data: Path | None) -> list[Task]:
@@ -121,18 +124,40 @@ class Machine:
     dtype: str
     engine: str
     actors: int
+    processes: Processes = dataclasses.field(default_factory=current)
 
     def spec(self) -> ModelSpec:
-        """The model as it runs in this process."""
-        where = pick_device(self.device)
+        """The model as it runs in this process, or in actors on other machines, which may have what this one lacks.
+
+        Raises
+        ------
+        ValueError
+            If the device or the dtype cannot be used.
+        """
+        if self.engine == "ray" and self.device is not None:
+            where = torch.device(self.device)
+        else:
+            where = pick_device(self.processes.device(self.device))
         dtype = str(pick_dtype(self.dtype, where)).removeprefix("torch.")
         return ModelSpec(self.model or BUNDLED, str(where), dtype, self.revision)
 
     def build_engine(self) -> Engine:
-        """The engine by its name. Raises ValueError for an unknown one."""
-        if self.engine != "local":
-            raise ValueError(f"unknown engine {self.engine!r}; there are local, ray")
-        return LocalEngine()
+        """The engine by its name.
+
+        Raises
+        ------
+        ValueError
+            If it is unknown, cannot be used here, or does not go together with several processes.
+        """
+        if self.engine not in ENGINES:
+            raise ValueError(f"unknown engine {self.engine!r}; there are {', '.join(ENGINES)}")
+        if self.engine == "local":
+            return LocalEngine()
+        if self.processes.world > 1:
+            raise ValueError("--engine ray starts its own processes; run it without accelerate launch or torchrun")
+        from vtc.eval.ray_engine import RayEngine
+
+        return RayEngine(self.actors)
 
 
 def evaluate(
@@ -149,7 +174,7 @@ def evaluate(
         from vtc.eval.plots import draw, require_matplotlib
 
         require_matplotlib()
-    return run_all(tasks, settings, machine.spec(), options, machine.build_engine(), Processes(), write)
+    return run_all(tasks, settings, machine.spec(), options, machine.build_engine(), machine.processes, write)
 
 
 def run_all(

@@ -37,7 +37,7 @@ class LocalEngine:
     Attributes
     ----------
     largest : int, optional
-        The largest batch that fits into memory; None as long as none was too large.
+        The largest batch that fits into memory in this run; None as long as none was too large.
     """
 
     models = 1
@@ -50,6 +50,7 @@ class LocalEngine:
         """The answers to each batch, in the order of the batches."""
         if not batches:
             return
+        self.largest = None  # another setting may need less
         prompting = job.prompting()
         answerer = self.answerer(job.spec, cost)
         # The default of collate_fn for batch_size=None leaves a Batch as it is.

@@ -149,7 +149,8 @@ def read(file: Path) -> list[Result]:
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, device and date."""
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()  # it may be on another machine
+    gpu = torch.cuda.get_device_name(device) if on_gpu else None
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {**versions(), "device": device, "gpu": gpu, "date": now}
 

@@ -142,10 +142,12 @@ class Run:
             journal.read()
             return self._conclude(journal) if self.processes.is_main else None
         _require_images(self.questions, self.options.skip_bad)
-        with Journal(self.folder, self.task.name, self.fingerprint, writer=self.processes.rank) as journal:
-            self.processes.wait()
+        rank, world, gather = self.processes.rank, self.processes.world, self.processes.gather
+        with Journal(self.folder, self.task.name, self.fingerprint, rank, world) as journal:
+            journal.require_same(gather([journal.fingerprint]))
+            journal.merge(gather(journal.entries(self.ids)), self.ids)  # folders of other machines have answers, too
             self._ask(journal)
-            journal.merge(self.processes.gather(list(journal)), self.ids)
+            journal.merge(gather(journal.entries(self.ids)), self.ids)
             if not self.processes.is_main:
                 result = None
             else:
@@ -244,7 +246,7 @@ class Run:
 
     def _timing(self, answers: Sequence[Answer]) -> Timing:
         lines = [
-            [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            [session for line in file.read_bytes().split(b"\n") if (session := _session(line))]
             for file in sorted(self.folder.glob("sessions-*.jsonl"))
         ]
         sessions = [session for writer in lines for session in writer]
@@ -279,6 +281,14 @@ class Run:
         journal = Journal(self.folder, self.task.name, self.fingerprint)
         journal.read()
         return journal.answers
+
+
+def _session(line: bytes) -> dict[str, Any] | None:
+    """What `_note_session` wrote; None if a full disk cut it. The time of the run is then unknown."""
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return None
 
 
 def sample(questions: Sequence[Question], limit: int | None) -> list[Question]:
