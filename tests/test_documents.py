@@ -22,10 +22,12 @@ import yaml
 from packaging.requirements import Requirement
 from PIL import Image
 from support import mutate
+from support.eval_data import write_all
 
 from bench import __main__ as bench_command
 from bench import calls, parts, readme, record, speedups
 from vtc import config, tiny
+from vtc.eval.tasks import TASKS
 from vtc.tiny.scenes import Scene
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +37,9 @@ METHODS = ROOT / "vtc/methods/README.md"
 PAGES = readme.documents()
 HUB_ID = '"llava-hf/llava-1.5-7b-hf"'
 WHEELS = "transformers-5.24.0-py3-none-any.whl wrapt-2.5.2-py3-none-any.whl"
+
+TORCHRUN = "torchrun --standalone --nproc-per-node 2 --no-python vtc eval scenes --keep 64 --limit 40"
+EVAL_FILES = f"--data playground/data/eval --model {HUB_ID[1:-1]}"
 
 # Commands of the documents that no test of this file runs as they stand, and why.
 NOT_RUN = {
@@ -50,6 +55,13 @@ NOT_RUN = {
     "python tests/ops/test_compile.py --write": "rewrites the budgets",
     "python -m bench quality --sweep --out bench/results/quality": "takes hours",
     "python -m bench readme": "rewrites the documents; test_generated_blocks_are_current runs it on a copy",
+    "pip install -c tests/constraints.txt '.[eval]'": "installs a part of what the tests have",
+    "pip install -c tests/constraints.txt '.[ray]'": ".ci/run installs it",
+    "pip install '.[lmms]'": ".ci/run installs it, with the constraints",
+    TORCHRUN: "tests/eval/test_distributed.py runs one like it",
+    f"accelerate launch --multi_gpu --num_processes 2 -m vtc.cli eval gqa {EVAL_FILES}": "needs two GPUs",
+    f"python -m lmms_eval --model vtc_llava --model_args pretrained={HUB_ID[1:-1]},method=vtc-cls,keep=64 "
+    "--tasks mme --batch_size 8": "tests/eval/test_lmms.py runs one like it",
     "python3 -m pip install -q --no-index --no-deps --no-build-isolation -e .": "see test_installing_without_a_network",
     f"python3 -m pip install -q --no-index --no-deps --target carried {WHEELS}": "needs the wheels",
     "PYTHONPATH=carried python3 -m bench gpu --out DIR": "needs a GPU",
@@ -266,7 +278,32 @@ def test_python_snippet(fence: Fence, tmp_path: Path) -> None:
         assert Image.open(tmp_path / "scene.png").tobytes() == Scene("test", 1).image.tobytes()
 
 
-@pytest.mark.parametrize("command", VTC)
+@pytest.mark.parametrize("command", [command for command in VTC if command.startswith("vtc eval ")])
+def test_evaluation(command: str, tmp_path: Path) -> None:
+    """With the bundled model, one question a task, on generated data."""
+    if "ray" in command:
+        pytest.importorskip("ray")
+    words = shlex.split(command.replace(HUB_ID[1:-1], str(tiny.CHECKPOINT)))
+    short = ["--limit", "1", "--max-new-tokens", "1", "--device", "cpu"]
+    if "--sweep" in words:
+        short += ["--sweep", "keep=64"]
+    if "playground/data/eval" in words:
+        write_all(tmp_path / "playground/data/eval")
+    if "--answers" in words:
+        task = TASKS[words[2]](tmp_path / "playground/data/eval")
+        made = task.submission({question.line: "yes" for question in task.questions}, tmp_path, "model")
+        made[0].rename(tmp_path / words[words.index("--answers") + 1])
+    commands = [words]
+    if "--partial" in words:  # of a run that is there
+        commands.insert(0, [word for word in words if word != "--partial"])
+    for each in commands:
+        done = subprocess.run([vtc_script(), *each[1:], *short], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert ("--answers" in words) != (tmp_path / "vtc-eval/report.md").exists()
+
+
+@pytest.mark.parametrize("command", [command for command in VTC if not command.startswith("vtc eval ")])
 def test_command(command: str, tmp_path: Path) -> None:
     """In a folder that has the scene.png of README's snippet."""
     Scene("test", 1).image.save(tmp_path / "scene.png")
@@ -342,8 +379,12 @@ def test_options_are_known(command: str) -> None:
         words = shlex.split(part)
         while "=" in words[0]:
             words.pop(0)
+        if words[0] in ("torchrun", "accelerate"):
+            words = ["vtc", *words[words.index("eval") :]]
         options = [word for word in words if word.startswith("--")]
         program = words[0].replace("python3", "python")
+        if words[1:3] == ["-m", "lmms_eval"]:
+            continue
         if program in ("pip", "ruff", "mypy") or words[1:3] == ["-m", "pip"]:
             continue  # other people's
         if program == "pytest":
