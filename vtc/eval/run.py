@@ -187,7 +187,7 @@ class Run:
         return {"world": self.processes.world, "models": self.engine.models, "workers": self.job.workers}
 
     def _note(self, entry: dict[str, Any]) -> None:
-        """Append to the sessions of this process: where one runs, once it has an answer, and what it took at its end."""
+        """Append to the sessions of this process: where one runs, and what it took at its end."""
         with (self.folder / f"sessions-{self.processes.rank}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
