@@ -294,6 +294,8 @@ def test_options_are_checked(tmp_path):
             Options(tmp_path, **{name: 0})
     with pytest.raises(ValueError, match="unknown protocol 'best'; there are llava, hf"):
         Options(tmp_path, protocol="best")
+    with pytest.raises(ValueError, match="give a batch_size"):
+        Options(tmp_path, check_batch=True)
 
 
 def test_new_tokens_are_counted_up_to_the_end_of_sequence(engine, spec):

@@ -56,7 +56,7 @@ class Options:
     Raises
     ------
     ValueError
-        If a number is too small, or the protocol unknown.
+        If a number is too small, the protocol unknown, or `check_batch` has nothing to compare.
     """
 
     out: Path
@@ -77,6 +77,8 @@ class Options:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.protocol is not None and self.protocol not in PROTOCOLS:
             raise ValueError(f"unknown protocol {self.protocol!r}; there are {', '.join(PROTOCOLS)}")
+        if self.check_batch and (self.batch_size == 1 or self.partial):
+            raise ValueError("check_batch compares batches with single questions; give a batch_size, and not partial")
 
 
 class Run:
