@@ -151,6 +151,10 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
         (("scenes", "--sweep", "layer=1"), "--sweep takes numbers of tokens"),
         (("scenes", "--sweep", "keep=4", "--keep", "3"), "got both --keep 3 and --sweep keep=4"),
         (("scenes", "--keep", "3", "--ratio", "0.5"), "give one of them"),
+        (("scenes", "--methods", "random", "--keep", "0"), "keep"),
+        (("scenes", "--methods", "random", "--all-methods"), "got both --all-methods and --methods random"),
+        (("scenes", "--methods", "none", "--no-baselines"), "nothing is left to run"),
+        (("scenes", "--option", "method=fastv"), "--option takes name=value with a name among"),
         (("scenes", "--option", "depth=3"), "--option takes name=value with a name among"),
         (("scenes", "--option", "seed"), "--option takes name=value"),
         (("scenes", "--method", "random", "--start-layer", "2"), "start_layer is an option of 'vtc-cls'"),
@@ -185,6 +189,8 @@ def test_one_setting_or_a_table():
     assert labels(ratio=0.25) == ["vtc-cls-0.25"]
     assert labels(swept="keep=8,4") == ["none", "vtc-cls-8", "vtc-cls-4", "floor"]
     assert labels(methods="random,none", baselines=False) == ["random-64"]
+    assert labels(methods="random,pool", baselines=False, ratio=0.25) == ["random-0.25", "pool-0.25"]
+    assert labels(methods="pool,pool", swept="keep=8,8", baselines=False) == ["pool-8"]
     assert labels(methods="random,pool", keep=9, seed=1) == ["none", "random-9-seed=1", "pool-9", "floor"]
     assert labels(methods="prumerge,vtc-cls", swept="keep=8,4", start_layer=2) == [
         *("none", "prumerge-8", "vtc-cls-8-start_layer=2", "vtc-cls-4-start_layer=2", "floor")

@@ -214,6 +214,8 @@ def test_memory_is_freed_before_the_smaller_batch(monkeypatch):
 
 def test_is_out_of_memory_knows_the_errors_of_torch():
     assert local.is_out_of_memory(torch.cuda.OutOfMemoryError("x"))
+    assert local.is_out_of_memory(RuntimeError("CUDA error: out of memory\nCompile with"))  # outside of the allocator
+    assert local.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
     assert local.is_out_of_memory(caught.value)

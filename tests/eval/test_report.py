@@ -331,7 +331,7 @@ def test_the_table_of_time():
         ["120.0", "9.0"], ["3018.0", "-"], ["80.0", "9.0"], ["1750.0", "-"], ["-", "-"]
     ]  # fmt: skip
     assert table.title == f"Time of {LLAVA_7B} (GPU A, protocol llava, float16, batch 1, processes 1, workers 0)"
-    assert "No whole time: a process was killed, and what it spent on unfinished answers is unknown." in table.notes
+    assert any(note.startswith("No whole time: a process was killed") for note in table.notes)
     assert any("whether loading the model counts is not stated" in note for note in table.notes)
 
 

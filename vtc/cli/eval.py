@@ -63,7 +63,8 @@ def settings_of(
     Raises
     ------
     ValueError
-        For an unknown method, an option that is not accepted, or a sweep of something else than `keep`.
+        For an unknown method, an option that is not accepted, a sweep of something else than `keep`, or if nothing is
+        left to run.
     """
     if methods is None and not all_methods and swept is None:
         fixed = method in (NONE, FLOOR) or "ratio" in options
@@ -71,9 +72,17 @@ def settings_of(
         return [Setting(method, {"keep": chosen, **options})]
     if keep is not None and swept is not None:
         raise ValueError(f"got both --keep {keep} and --sweep {swept}; give one of them")
-    names = list(METHODS) if all_methods else (methods or method).split(",")
+    if all_methods and methods is not None:
+        raise ValueError(f"got both --all-methods and --methods {methods}; give one of them")
+    names = list(METHODS) if all_methods else list(dict.fromkeys((methods or method).split(",")))
     compared = [name for name in names if name not in (NONE, FLOOR)]
-    keeps = [keep or DEFAULT_KEEP] if swept is None else _keeps(swept)
+    if not compared and not baselines:
+        raise ValueError("nothing is left to run: --no-baselines leaves none and floor out of tables; use --method")
+    keeps: list[int | None] = [keep]
+    if swept is not None:
+        keeps = [*_keeps(swept)]
+    elif keep is None and "ratio" not in options:
+        keeps = [DEFAULT_KEEP]
     return sweep([NONE, *compared, FLOOR] if baselines else compared, keeps, **options)
 
 
@@ -81,7 +90,7 @@ def _keeps(swept: str) -> list[int]:
     name, _, values = swept.partition("=")
     if name != "keep" or not all(value.isdigit() for value in values.split(",")):
         raise ValueError(f"--sweep takes numbers of tokens, such as keep=256,128,64, got {swept!r}")
-    return [int(value) for value in values.split(",")]
+    return list(dict.fromkeys(int(value) for value in values.split(",")))
 
 
 def options_of(given: Sequence[str]) -> dict[str, Any]:
@@ -92,7 +101,7 @@ def options_of(given: Sequence[str]) -> dict[str, Any]:
     ValueError
         If one has no `=`, or no method has it.
     """
-    known = {*SHARED, *(option for each in METHODS.values() for option in each.options())}
+    known = {*SHARED, *(option for each in METHODS.values() for option in each.options())} - {"method", "keep"}
     found = {}
     for text in given:
         name, equals, value = text.partition("=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def fingerprint(task: Task, job: Job, batch_size: int, limit: int | None) -> dic
         "weights": weights(spec.source, getattr(spec.config(), "_commit_hash", None)),
         "dtype": spec.dtype,
         "device": spec.device.partition(":")[0],
+        "attn_implementation": spec.attn_implementation,
+        "VTC_BACKEND": os.environ.get("VTC_BACKEND"),  # overrides the backend of the setting
         **job.prompting().fingerprint(),
         **job.setting.fingerprint(),
         "max_new_tokens": job.max_new_tokens,

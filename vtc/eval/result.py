@@ -27,8 +27,8 @@ class Timing:
     prepare_seconds : float
         Per question: reading and preparing the image and the prompt. Workers do it while the model generates.
     whole_seconds : float, optional
-        Of the whole run without loading the model, all processes side by side. None if a process was killed: what it
-        had spent on unfinished answers is unknown.
+        Of the whole run without loading the model, all processes side by side. None if a process was killed, since what
+        it had spent on unfinished answers is unknown, or if the number of processes or workers changed on the way.
     wait_seconds : float, optional
         How much of it the model waited for prepared inputs.
     load_seconds : float, optional
@@ -88,7 +88,7 @@ class Result:
     fingerprint : dict
         Everything that can change an answer, `protocol`, `dtype` and `batch_size` among it.
     environment : dict
-        Versions, device and date.
+        Versions, device and date of the last answers, and the GPUs of all.
     files : tuple of str
         The answers, and the files for servers and judges.
     """

@@ -56,7 +56,7 @@ class Options:
     Raises
     ------
     ValueError
-        If a number is too small, or the protocol unknown.
+        If a number is too small, the protocol unknown, or `check_batch` has nothing to compare.
     """
 
     out: Path
@@ -77,6 +77,8 @@ class Options:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.protocol is not None and self.protocol not in PROTOCOLS:
             raise ValueError(f"unknown protocol {self.protocol!r}; there are {', '.join(PROTOCOLS)}")
+        if self.check_batch and (self.batch_size == 1 or self.partial):
+            raise ValueError("check_batch compares batches with single questions; give a batch_size, and not partial")
 
 
 class Run:
@@ -171,16 +173,25 @@ class Run:
         try:
             with Progress(f"{self.task.title} {self.label}", total, total - left, quiet) as progress:
                 for answers in self.engine.answers(self.job, todo, cost):
-                    count += journal.append(answers, self.ids)
+                    if not count:
+                        self._note({"environment": environment(self.spec.device)})
+                    new = sum(not answer.skipped and not journal.is_done(answer.line) for answer in answers)
+                    journal.append(answers, self.ids)
+                    count += new
                     progress.advance(len(answers))
         finally:  # an interrupted run has its time, too, but not one that was killed
             if count:
-                self._note_session(count, time.perf_counter() - begun - cost.load, cost)
+                whole = time.perf_counter() - begun - cost.load
+                self._note({"answers": count, "whole": whole, **self._side_by_side(), **dataclasses.asdict(cost)})
 
-    def _note_session(self, count: int, whole: float, cost: Cost) -> None:
-        session = {"answers": count, "whole": whole, "models": self.engine.models, "workers": self.job.workers}
+    def _side_by_side(self) -> dict[str, int]:
+        """What must be the same in all sessions whose times are added."""
+        return {"world": self.processes.world, "models": self.engine.models, "workers": self.job.workers}
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        """Append to the sessions of this process: where one runs, and what it took at its end."""
         with (self.folder / f"sessions-{self.processes.rank}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**session, **dataclasses.asdict(cost)}) + "\n")
+            file.write(json.dumps(entry) + "\n")
 
     def _require_complete(self, journal: Journal) -> None:
         """Raise ValueError unless every question has an answer, or may be left out."""
@@ -208,6 +219,7 @@ class Run:
             made = self.folder / "submission"
             made.mkdir(exist_ok=True)
             files += self.task.submission(answers, made, f"{Path(self.spec.model).name}-{self.setting.label}")
+        sessions = self._sessions()
         kept = [answer.visual_tokens for answer in journal if answer.visual_tokens is not None]
         notes = list(score.notes)
         if self.job.max_new_tokens != self.task.max_new_tokens:
@@ -229,9 +241,9 @@ class Run:
             limit=self.options.limit,
             visual_tokens=round(statistics.fmean(kept), 2) if kept else None,
             notes=tuple(notes),
-            timing=self._timing([answer for answer in journal if not answer.skipped]),
+            timing=self._timing([answer for answer in journal if not answer.skipped], sessions),
             fingerprint=self.fingerprint,
-            environment=environment(self.spec.device),
+            environment=self._environment(sessions),
             files=tuple(map(str, files)),
         )
 
@@ -244,13 +256,25 @@ class Run:
             counts += sum(answer.batch < len(asked) for answer in asked)
         return counts
 
-    def _timing(self, answers: Sequence[Answer]) -> Timing:
-        lines = [
+    def _sessions(self) -> list[list[dict[str, Any]]]:
+        """What the processes noted, one list for each."""
+        return [
             [session for line in file.read_bytes().split(b"\n") if (session := _session(line))]
             for file in sorted(self.folder.glob("sessions-*.jsonl"))
         ]
+
+    def _environment(self, notes: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+        """Where the answers were made: the last environment, with the GPUs of all. This machine may be another one."""
+        made = [note["environment"] for writer in notes for note in writer if "environment" in note]
+        last = max(made, key=lambda each: str(each["date"]), default=environment(self.spec.device))
+        gpus = dict.fromkeys(each["gpu"] for each in made if each["gpu"])
+        return {**last, "gpu": " and ".join(gpus) or last["gpu"]}
+
+    def _timing(self, answers: Sequence[Answer], notes: Sequence[Sequence[dict[str, Any]]]) -> Timing:
+        lines = [ended for writer in notes if (ended := [note for note in writer if "answers" in note])]
         sessions = [session for writer in lines for session in writer]
-        known = sum(session["answers"] for session in sessions) == len(answers)
+        alike = len({tuple(session[name] for name in self._side_by_side()) for session in sessions}) == 1
+        known = alike and sum(session["answers"] for session in sessions) == len(answers)
         return Timing(
             answers=len(answers),
             generate_seconds=statistics.fmean(answer.generate_seconds for answer in answers),
@@ -260,7 +284,7 @@ class Run:
             wait_seconds=sum(s["wait"] for s in sessions) if known else None,
             load_seconds=max(sum(s["load"] for s in writer) for writer in lines) if known else None,
             processes=sum(max(s["models"] for s in writer) for writer in lines) if known else 1,
-            workers=self.job.workers,
+            workers=sessions[0]["workers"] if known else self.job.workers,
         )
 
     def _check_batch(self, result: Result | None) -> Result | None:
@@ -284,7 +308,7 @@ class Run:
 
 
 def _session(line: bytes) -> dict[str, Any] | None:
-    """What `_note_session` wrote; None if a full disk cut it. The time of the run is then unknown."""
+    """What `_note` wrote; None if a full disk cut it. The time of the run is then unknown."""
     try:
         return dict(json.loads(line))
     except ValueError:

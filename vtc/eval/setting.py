@@ -64,10 +64,10 @@ class Setting:
         return {**config.to_dict(), "prune_layer": config.prune_after, **own}
 
 
-def sweep(methods: Sequence[str], keeps: Sequence[int], **options: Any) -> list[Setting]:
+def sweep(methods: Sequence[str], keeps: Sequence[int | None], **options: Any) -> list[Setting]:
     """Every method at every number of tokens; once, if it ignores that number.
 
-    An option goes to every method that has it.
+    An option goes to every method that has it. A number of tokens that is None is left to the options.
 
     Raises
     ------

@@ -74,7 +74,10 @@ def time_table(results: Sequence[Result]) -> Table:
             lines.append([header, *name, *missing, *whole])
     notes = [*marks.legend(), *NOTES]
     if any(row.first.timing.whole_seconds is None for _, row in rows):
-        notes.append("No whole time: a process was killed, and what it spent on unfinished answers is unknown.")
+        notes.append(
+            "No whole time: a process was killed, and what it spent on unfinished answers is unknown, or the number of "
+            "processes or workers changed during the run."
+        )
     if theirs_shown:
         notes.append(f"Published, not measured here: {published.WHAT_TIME}.")
     return Table(titled(f"Time of {results[0].model}", common), list(COLUMNS), lines, notes)
