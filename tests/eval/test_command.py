@@ -195,3 +195,10 @@ def test_one_setting_or_a_table():
     assert labels(methods="prumerge,vtc-cls", swept="keep=8,4", start_layer=2) == [
         *("none", "prumerge-8", "vtc-cls-8-start_layer=2", "vtc-cls-4-start_layer=2", "floor")
     ]
+
+
+def test_the_report_keeps_the_runs_of_earlier_commands(tmp_path):
+    arguments = ("--limit", 1, "--max-new-tokens", 1, "--device", "cpu", "--out", tmp_path, "--keep", 8)
+    for method in ("random", "vtc-cls", "random"):
+        succeed("eval", "scenes", "--method", method, *arguments)
+    assert [result.method for result in read(tmp_path / "results.jsonl")] == ["vtc-cls", "random"]

@@ -220,3 +220,26 @@ def test_is_out_of_memory_knows_the_errors_of_torch():
         torch.empty(1 << 60)
     assert local.is_out_of_memory(caught.value)
     assert not local.is_out_of_memory(RuntimeError("x"))
+
+
+class Counting:
+    """Notes each line as often as it is answered."""
+
+    def __init__(self):
+        self.lines = []
+
+    def answer(self, batch, setting, max_new_tokens):
+        self.lines += batch.lines
+        return [Answer(line, "x") for line in batch.lines]
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cuda", [0, 0, 1]), ("cpu", [0, 1])])
+def test_a_gpu_answers_its_first_batch_once_before_time_counts(monkeypatch, device, asked):
+    fake, cost = Counting(), Cost()
+    engine = LocalEngine()
+    monkeypatch.setattr(engine, "answerer", lambda spec, cost: fake)
+    batches = batches_of(Scenes(count=2).questions, 1)
+    found = list(engine.answers(Job(dataclasses.replace(JOB.spec, device=device), "hf", Setting(), 1), batches, cost))
+    assert fake.lines == asked
+    assert [[answer.line for answer in answers] for answers in found] == [[0], [1]]
+    assert (cost.load > 0) == (device == "cuda")

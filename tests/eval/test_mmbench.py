@@ -316,10 +316,10 @@ def test_what_a_spreadsheet_cannot_hold_is_left_out_and_logged(task, tmp_path, c
     assert caplog.messages == [f"{file}: 2 cells lost characters that a spreadsheet cannot hold"]
 
 
-def test_a_missing_openpyxl_names_the_extra(task, tmp_path, monkeypatch):
+def test_a_missing_openpyxl_is_found_before_anything_is_asked(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     with pytest.raises(ValueError, match=r"pip install 'vtc-cls\[eval\]'"):
-        task.submission(right_answers(task), tmp_path, "model")
+        MMBench(tmp_path)
 
 
 def test_llava_s_file_of_answers(task, chinese, tmp_path):

@@ -17,7 +17,8 @@ from vtc.eval.engine import Engine
 from vtc.eval.local import LocalEngine, is_out_of_memory
 from vtc.eval.model import BUNDLED, ModelSpec, pick_device, pick_dtype
 from vtc.eval.processes import Processes, current
-from vtc.eval.result import Result, Timing, environment
+from vtc.eval.result import Result, Timing, environment, read
+from vtc.eval.rows import identity
 from vtc.eval.run import Options, Run
 from vtc.eval.setting import FLOOR, NONE, Setting, sweep
 from vtc.eval.task import Task
@@ -174,10 +175,14 @@ def evaluate(
 ) -> tuple[list[Result], list[str]]:
     """Run everything, and write the report after each run. Returns what `run_all` returns."""
 
+    before = read(options.out / "results.jsonl") if (options.out / "results.jsonl").exists() else []
+
     def write(results: list[Result]) -> None:
-        """Draw and write what there is: a run may be interrupted."""
-        drawable = plots and any(result.main and result.main.value is not None for result in results)
-        report.write(results, options.out, draw(results, options.out) if drawable else ())
+        """Draw and write what there is, with the results of earlier commands: this one may be interrupted."""
+        new = {(result.task, identity(result)) for result in results}
+        every = [result for result in before if (result.task, identity(result)) not in new] + results
+        drawable = plots and any(result.main and result.main.value is not None for result in every)
+        report.write(every, options.out, draw(every, options.out) if drawable else ())
 
     if plots:
         from vtc.eval.plots import draw, require_matplotlib
@@ -219,7 +224,9 @@ def run_all(
             try:
                 result = Run(task, setting, spec, options, engine, processes).run()
             except (ValueError, RuntimeError) as error:
-                if processes.world > 1 or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
+                # The system kills workers when the machine's memory is full.
+                expected = isinstance(error, ValueError) or is_out_of_memory(error) or "DataLoader worker" in str(error)
+                if processes.world > 1 or not expected:
                     raise
                 failures.append(f"{task.name} {setting.label}: {' '.join(str(error).split())}")
                 _log.warning("%s", failures[-1])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vtc.api import compress
@@ -54,7 +55,7 @@ def prepare(protocol: Protocol, questions: Sequence[Question]) -> Batch:
     lines, prompts, skipped = [], [], []
     for question in questions:
         try:
-            images = [] if question.image is None else [question.image.open()]
+            images = [] if question.image is None else [_rgb(question)]
         except ImageError as error:
             skipped.append(Answer(question.line, "", skipped=str(error)))
             continue
@@ -62,6 +63,17 @@ def prepare(protocol: Protocol, questions: Sequence[Question]) -> Batch:
         prompts.append(Prompt(question.text, images))
     inputs = protocol.prepare(prompts) if prompts else {}
     return Batch(lines, inputs, time.perf_counter() - begun, skipped)
+
+
+def _rgb(question: Question) -> Image.Image:
+    """The image of a question. Raises ImageError if it cannot be read, or not converted."""
+    if question.image is None:
+        raise ImageError(f"question {question.line} has no image")
+    image = question.image.open()
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ImageError(f"an image of mode {image.mode} cannot be converted to RGB ({error})") from error
 
 
 class Answerer:

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vtc.eval.answerer import Answerer
+from vtc.eval.local import is_out_of_memory
 from vtc.eval.model import ModelSpec, pick_device, pick_dtype
 from vtc.eval.protocol import PROTOCOLS, HFProtocol, Prompt, Turn
 from vtc.eval.question import ImageFile
@@ -234,8 +235,8 @@ class VTCLlava(lmms):
             try:
                 results += run(batch)
                 continue
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(batch) == 1:
                     raise
             # Outside of the handler, so that the error no longer holds the tensors of the batch.
             self.batch_size = len(batch) // 2

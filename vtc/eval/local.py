@@ -55,12 +55,20 @@ class LocalEngine:
         answerer = self.answerer(job.spec, cost)
         # The default of collate_fn for batch_size=None leaves a Batch as it is.
         prepared = iter(DataLoader(Prepared(prompting, batches), batch_size=None, num_workers=job.workers))
+        cold = job.spec.device.startswith("cuda")
         while True:
             begun = time.perf_counter()
             batch = next(prepared, None)
             cost.wait += time.perf_counter() - begun
             if batch is None:
                 return
+            if cold and batch.lines:
+                begun = time.perf_counter()
+                self.answer(
+                    answerer, batch, job
+                )  # kernels are compiled and libraries start, which no figure should show
+                cost.load += time.perf_counter() - begun
+                cold = False
             yield [*batch.skipped, *self.answer(answerer, batch, job)]
 
     def answerer(self, spec: ModelSpec, cost: Cost | None = None) -> Answerer:

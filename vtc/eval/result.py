@@ -157,7 +157,7 @@ def environment(device: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """The versions of what computes answers."""
-    return {name: _version(name) for name in ("torch", "triton", "transformers", "vtc-cls")}
+    return {name: _version(name) for name in ("torch", "triton", "transformers", "pillow", "vtc-cls")}
 
 
 def _version(name: str) -> str | None:

@@ -59,7 +59,7 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
     rows: list[Row] = []
     for r in results:
         for row in rows:
-            if _identity(row.first) == _identity(r) and r.task not in row.results:
+            if identity(row.first) == identity(r) and r.task not in row.results:
                 row.results[r.task] = r
                 break
         else:
@@ -129,5 +129,6 @@ def common_and_rest(all_conditions: Sequence[dict[str, str]]) -> tuple[str, list
     return ", ".join(first[name] for name in common if first[name]), rest
 
 
-def _identity(result: Result) -> tuple[object, ...]:
-    return (result.model, result.label, conditions(result))
+def identity(result: Result) -> tuple[object, ...]:
+    """What tells the rows of a table apart; hashable."""
+    return (result.model, result.label, *conditions(result).items())

@@ -108,9 +108,10 @@ class Run:
         longest = options.max_new_tokens or task.max_new_tokens
         self.job = Job(spec, options.protocol or task.protocol, setting, longest, workers)
         self.questions = sample(task.questions, options.limit)
+        self.limit = options.limit if len(self.questions) < len(task.questions) else None
         self.ids = {question.line: question.id for question in self.questions}
         self.folder = options.out / task.name / self.label
-        self.fingerprint = fingerprint(task, self.job, options.batch_size, options.limit)
+        self.fingerprint = fingerprint(task, self.job, options.batch_size, self.limit)
 
     @property
     def label(self) -> str:
@@ -120,8 +121,8 @@ class Run:
             parts.append(self.job.protocol)
         if self.options.batch_size > 1:
             parts.append(f"batch{self.options.batch_size}")
-        if self.options.limit:
-            parts.append(f"limit{self.options.limit}")
+        if self.limit:
+            parts.append(f"limit{self.limit}")
         if self.job.max_new_tokens != self.task.max_new_tokens:
             parts.append(f"max{self.job.max_new_tokens}")
         return "-".join(parts)
@@ -238,7 +239,7 @@ class Run:
             questions=len(self.ids),
             answered=len(answers),
             skipped=skipped,
-            limit=self.options.limit,
+            limit=self.limit,
             visual_tokens=round(statistics.fmean(kept), 2) if kept else None,
             notes=tuple(notes),
             timing=self._timing([answer for answer in journal if not answer.skipped], sessions),

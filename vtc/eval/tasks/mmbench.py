@@ -60,6 +60,7 @@ class MMBench(Task):
     }
 
     def __init__(self, data: Path) -> None:
+        require_openpyxl()
         super().__init__(data)
         self.path = self.found["questions"]
         self.rows = read_tsv(self.path, COLUMNS)
@@ -165,13 +166,7 @@ class MMBench(Task):
         } | {key: value for key, value in line.items() if key != "prompt"}
 
     def submission(self, answers: Mapping[int, str], folder: Path, model: str) -> list[Path]:
-        """Write LLaVA's file of answers and the spreadsheet that the server takes, `<task>.xlsx`.
-
-        Raises
-        ------
-        ValueError
-            If openpyxl is not installed.
-        """
+        """Write LLaVA's file of answers and the spreadsheet that the server takes, `<task>.xlsx`."""
         files = super().submission(answers, folder, model)
         table = []
         for question in self.questions:
@@ -229,13 +224,19 @@ def _share(right: Iterable[bool]) -> Figure:
     return Figure.share(sum(right), len(right))
 
 
+def require_openpyxl() -> None:
+    """Raise ValueError if the sheet cannot be written, before hours are spent on the answers."""
+    try:
+        import openpyxl  # noqa: F401
+    except ImportError as error:
+        raise ValueError("the file for MMBench's server needs openpyxl: pip install 'vtc-cls[eval]'") from error
+
+
 def _write_spreadsheet(path: Path, header: Sequence[str], rows: list[list[Any]]) -> Path:
     """One sheet with texts as texts: no formulas. What a spreadsheet cannot hold is left out, and logged."""
-    try:
-        from openpyxl import Workbook
-        from openpyxl.cell import WriteOnlyCell
-    except ImportError as error:
-        raise ValueError(f"{path.name} cannot be written without openpyxl: pip install 'vtc-cls[eval]'") from error
+    from openpyxl import Workbook
+    from openpyxl.cell import WriteOnlyCell
+
     book = Workbook(write_only=True)
     sheet = book.create_sheet("Sheet1")
     sheet.append(header)

@@ -83,9 +83,12 @@ class SEED(Task):
         return DataError(f"{path} has {problem}; the two files do not fit: {EVAL_ZIP}, and see {OFFICIAL}")
 
     def score(self, answers: Mapping[int, str]) -> Score:
+        # Of an id that occurs twice, the last answer counts for both questions, as in the official scorer.
+        last = {str(self.gold[line]["question_id"]): answers[line] for line in sorted(answers)}
         right: dict[int, list[bool]] = defaultdict(list)  # by type
-        for line, text in answers.items():
-            right[self.gold[line]["question_type_id"]].append(text == self.gold[line]["answer"])
+        for line in answers:
+            entry = self.gold[line]
+            right[entry["question_type_id"]].append(last[str(entry["question_id"])] == entry["answer"])
         figures = {"accuracy": Figure.share(sum(map(sum, right.values())), len(answers))}
         for number in sorted(right):
             figures[self.types[number]] = Figure.share(sum(right[number]), len(right[number]))
