@@ -190,7 +190,9 @@ def tasks(page: Path) -> str:
     """The benchmarks: name, what is scored, files in LLaVA's layout and where they come from."""
     rows = []
     for name, task in BENCHMARKS.items():
-        files = "<br>".join(f"`{file.paths[0]}`: {file.source}" for file in task.files)
+        sources = dict.fromkeys(file.source for file in task.files)
+        places = {source: [f"`{file.paths[0]}`" for file in task.files if file.source == source] for source in sources}
+        files = "<br>".join(f"{', '.join(paths)}: {source}" for source, paths in places.items())
         rows.append([f"`{name}`", task.title, sentence(inspect.getdoc(task) or ""), files])
     return plain(["task", "benchmark", "score", "files below `--data`"], rows)
 

@@ -87,7 +87,7 @@ def test_accuracy_and_its_types(task):
 @pytest.mark.parametrize("text", ["A.", "a", "A. one", "(A)", "one", "", "B", "AB"])
 def test_an_answer_is_right_only_as_the_exact_letter(task, text):
     assert task.gold[0]["answer"] == "A"
-    assert task.score(right_answers(task) | {0: text}).figures["accuracy"] == (100 * 8 / 9, 9)
+    assert task.score({1: "B", 0: text}).figures["accuracy"] == (50, 2)
 
 
 def test_the_id_that_occurs_twice_has_two_answers(task):
