@@ -500,3 +500,18 @@ def test_plots_without_matplotlib_or_figures_say_what_to_do(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"pip install 'vtc-cls\[eval\]'"):
         plots.draw([result()], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("whole", "wait", "processes", "bound"),
+    [
+        (100, 20, 1, "generation"),
+        (100, 21, 1, "preparation"),
+        (100, 40, 2, "generation"),
+        (100, 41, 2, "preparation"),
+        (None, 1, 1, None),
+        (100, None, 1, None),
+    ],
+)
+def test_preparation_bounds_a_run_whose_models_wait_for_more_than_a_fifth(whole, wait, processes, bound):
+    assert Timing(9, 0.1, 0.1, 2, whole, wait, 1, processes).bound == bound

@@ -59,7 +59,7 @@ class Cost:
     Attributes
     ----------
     load : float
-        Loading the model.
+        Loading the model, and on a GPU a first batch that starts its libraries.
     wait : float
         The model waited for prepared inputs.
     """

@@ -32,7 +32,7 @@ class Timing:
     wait_seconds : float, optional
         How much of it the model waited for prepared inputs.
     load_seconds : float, optional
-        Loading the model.
+        Loading the model, and on a GPU a first batch that starts its libraries.
     new_tokens : float
         Per question.
     processes : int

@@ -29,7 +29,7 @@ NOTES = (
     "preparation: per question, reading and preparing the image and the prompt. Workers do it while the model "
     "generates; without workers the model waits for it.",
     "whole: total times processes, divided by the questions, which is how published times are given. Loading the model "
-    "does not count.",
+    "does not count, nor does a first batch that starts a GPU's libraries.",
     "x none: how many times faster than all tokens with the same questions, device, dtype, batch, processes and "
     "workers. Only complete runs are compared.",
     "waiting: the share of the whole time in which the model waits for prepared inputs.",
