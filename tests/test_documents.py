@@ -286,7 +286,7 @@ def test_evaluation(command: str, tmp_path: Path) -> None:
     words = shlex.split(command.replace(HUB_ID[1:-1], str(tiny.CHECKPOINT)))
     short = ["--limit", "1", "--max-new-tokens", "1", "--device", "cpu"]
     if "--sweep" in words:
-        short += ["--sweep", "keep=64"]
+        short += ["--sweep", "keep=64", "--no-baselines"]
     if "playground/data/eval" in words:
         write_all(tmp_path / "playground/data/eval")
     if "--answers" in words:

@@ -13,9 +13,8 @@ def test_the_records_of_quality_are_of_the_bundled_model():
     records = quality.read(checkout.ROOT / "bench/results/quality/quality.jsonl")
     assert {r.checkpoint for r in records} == {quality.checkpoint()}
     assert all(r.questions >= 1000 and not r.dirty for r in records)
-    made = [(r.method, r.options, r.keep) for r in records[1:]]
-    settings = quality.settings(quality.KEEPS, METHODS, True, 6)
-    assert made == [(name, options, keep) for name, options, keeps in settings for keep in keeps]
+    made = [(r.method, {"keep": r.keep, **r.options}) for r in records[1:]]
+    assert made == [(setting.method, setting.options) for setting in quality.settings(quality.KEEPS, METHODS, True, 6)]
 
 
 RESULTS = checkout.ROOT / "bench/results"

@@ -121,7 +121,7 @@ def test_forty_scenes(method):
         call["input_ids"], call["attention_mask"], call["pixel_values"], out[:, -6:].tolist(), strict=True
     ):
         row = ids[mask.bool()].tolist()
-        path = golden_prune.prompt(eager, row, [image], 16, scored, tokens, method, 2, True)
+        path = golden_prune.prompt(eager, row, [image], 16, scored, tokens, method, 2, method == "vtc-cls")
         path.logits(path.embeds)  # FastV chooses here
         logits = path.logits(path.after(new[:-1]))[-6:]
         logits[:, model.generation_config.eos_token_id] = -torch.inf  # min_new_tokens forbids the end
