@@ -515,3 +515,11 @@ def test_plots_without_matplotlib_or_figures_say_what_to_do(tmp_path, monkeypatc
 )
 def test_preparation_bounds_a_run_whose_models_wait_for_more_than_a_fifth(whole, wait, processes, bound):
     assert Timing(9, 0.1, 0.1, 2, whole, wait, 1, processes).bound == bound
+
+
+def test_a_command_that_is_killed_while_it_writes_leaves_the_results_of_before(tmp_path, monkeypatch):
+    write([result()], tmp_path)
+    monkeypatch.setattr("pathlib.Path.replace", lambda self, target: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write([result(), result("pope")], tmp_path)
+    assert read(tmp_path / "results.jsonl") == [result()]

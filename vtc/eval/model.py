@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,14 +109,10 @@ class ModelSpec:
         return model.eval().to(self.device)
 
 
-class _load_errors:
+@contextlib.contextmanager
+def _load_errors(model: str) -> Iterator[None]:
     """Errors of loading become a ValueError in one line."""
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, SafetensorError)):
-            raise ValueError(f"model {self.model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -60,7 +60,9 @@ def write(results: Sequence[Result], folder: Path, plots: Sequence[Path] = ()) -
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    lines.write_text("".join(result.to_json() + "\n" for result in results), encoding="utf-8")
+    whole = lines.with_suffix(".tmp")
+    whole.write_text("".join(result.to_json() + "\n" for result in results), encoding="utf-8")
+    whole.replace(lines)  # at once: the next command reads it, also after this one was killed
     return [report, sheet, lines]
 
 

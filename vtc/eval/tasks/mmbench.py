@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vtc.eval.files import DataError, DataFile, read_tsv
+from vtc.eval.join import LETTER_ANSWER
 from vtc.eval.question import EncodedImage, Question
 from vtc.eval.task import Figure, Score, Task
 
@@ -53,7 +54,7 @@ class MMBench(Task):
         ),
     )
     max_new_tokens: ClassVar[int] = 1024
-    last_line: ClassVar[str] = "Answer with the option's letter from the given choices directly."
+    last_line: ClassVar[str] = LETTER_ANSWER
     versions: ClassVar[dict[tuple[int, int], str]] = {  # rows and questions
         (4377, 1176): "the file of July 2023, which LLaVA's published figures are over",
         (4329, 1164): "the newer file, which the server counts; LLaVA's published figures are over 1176 questions",
