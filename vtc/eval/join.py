@@ -10,6 +10,7 @@ from vtc.eval.files import DataError, read_jsonl
 from vtc.eval.question import ImageFile, Question
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
+EVAL_ZIP = "unpack LLaVA's eval.zip, https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy/view"
 LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
 
 

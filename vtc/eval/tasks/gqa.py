@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vtc.eval.files import DataError, DataFile, read_json, require_fields
-from vtc.eval.join import check_join, count_note, read_questions
+from vtc.eval.join import EVAL_ZIP, check_join, count_note, read_questions
 from vtc.eval.task import Figure, Score, Task
 
 GOLD = "take testdev_balanced_questions.json from questions1.2.zip of the GQA site, and the questions from eval.zip"
@@ -33,7 +33,7 @@ class GQA(Task):
                 "eval/gqa/llava_gqa_testdev_balanced.jsonl",
                 "llava_gqa_testdev_balanced.jsonl",
             ),
-            "it is in LLaVA's eval.zip",
+            EVAL_ZIP,
         ),
         DataFile(
             "gold answers",

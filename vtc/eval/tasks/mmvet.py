@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vtc.eval.files import DataError, DataFile, read_jsonl
+from vtc.eval.join import EVAL_ZIP
 from vtc.eval.question import ImageFile, Question
 from vtc.eval.task import Score, Task
 
@@ -29,7 +30,7 @@ class MMVet(Task):
                 "eval/mm-vet/llava-mm-vet.jsonl",
                 "llava-mm-vet.jsonl",
             ),
-            "unpack LLaVA's eval.zip, https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy/view",
+            EVAL_ZIP,
         ),
         DataFile(
             "image folder",

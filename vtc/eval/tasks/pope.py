@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vtc.eval.files import DataError, DataFile, read_jsonl
-from vtc.eval.join import check_join, count_note, read_questions
+from vtc.eval.join import EVAL_ZIP, check_join, count_note, read_questions
 from vtc.eval.question import ImageFile, Question
 from vtc.eval.task import Figure, Score, Task
 
@@ -40,7 +40,7 @@ class Pope(Task):
         DataFile(
             "questions",
             ("pope/llava_pope_test.jsonl", "eval/pope/llava_pope_test.jsonl", "llava_pope_test.jsonl"),
-            "it is in LLaVA's eval.zip",
+            EVAL_ZIP,
         ),
         *(
             DataFile(

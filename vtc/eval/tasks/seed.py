@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vtc.eval.files import DataError, DataFile, read_json, read_jsonl, require_fields
+from vtc.eval.join import EVAL_ZIP
 from vtc.eval.question import ImageFile, Question
 from vtc.eval.task import Figure, Score, Task
 
 FOLDER = "SEED-Bench-image/"  # what the image of a question about an image begins with
-EVAL_ZIP = "unpack LLaVA's eval.zip, https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy/view"
 OFFICIAL = "https://github.com/AILab-CVC/SEED-Bench/blob/main/DATASET.md"
 
 

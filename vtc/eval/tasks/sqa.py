@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vtc.eval.files import DataError, DataFile, read_json, require_fields
-from vtc.eval.join import LETTER_ANSWER, check_join, count_note
+from vtc.eval.join import EVAL_ZIP, LETTER_ANSWER, check_join, count_note
 from vtc.eval.question import ImageFile, Question
 from vtc.eval.task import Figure, Score, Task
 
@@ -47,7 +47,7 @@ class ScienceQA(Task):
                 "eval/scienceqa/llava_test_CQM-A.json",
                 "llava_test_CQM-A.json",
             ),
-            "it is in LLaVA's eval.zip",
+            EVAL_ZIP,
         ),
         DataFile(
             "problems",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vtc.eval.files import DataError, DataFile, read_json, require_fields
-from vtc.eval.join import check_join, count_note, read_questions
+from vtc.eval.join import EVAL_ZIP, check_join, count_note, read_questions
 from vtc.eval.question import Question
 from vtc.eval.task import Figure, Score, Task
 
@@ -86,7 +86,7 @@ class TextVQA(Task):
                 "eval/textvqa/llava_textvqa_val_v051_ocr.jsonl",
                 "llava_textvqa_val_v051_ocr.jsonl",
             ),
-            "it is in LLaVA's eval.zip",
+            EVAL_ZIP,
         ),
         DataFile(
             "gold answers",
