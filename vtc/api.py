@@ -14,7 +14,7 @@ from vtc.hf.encode import Selection
 from vtc.hf.families import family_of, find_llava
 from vtc.hf.settings import Run, Settings
 from vtc.hf.views import plan_of, require, require_pixels
-from vtc.methods import METHODS
+from vtc.methods import METHODS, Method, class_of
 
 _log = logging.getLogger("vtc")
 
@@ -64,6 +64,7 @@ def enable(model: torch.nn.Module, **options: Any) -> VTCConfig:
             "vtc.compress, which does not need it"
         )
     settings.store(base, config)
+    settings.name_without_effect(base, config, options)
     return config
 
 
@@ -131,7 +132,7 @@ def select(model: torch.nn.Module, pixel_values: torch.Tensor, **options: Any) -
         _require_pixels(current, pixel_values)
         selection = encode.select(current, pixel_values, plan_of(current, "whole", pixel_values))
     if selection is None:
-        raise ValueError(f"method {current.config.method!r} selects patches, but gave no indices or no scores")
+        raise ValueError(f"method {current.config.name!r} selects patches, but gave no indices or no scores")
     return selection
 
 
@@ -149,13 +150,14 @@ def _require_pixels(current: Settings, given: Any) -> None:
     require_pixels(current, given)
 
 
-def require_selection(method: str) -> None:
+def require_selection(method: str | Method) -> None:
     """Raise ValueError if `method` does not select patches, so that there is nothing to show."""
-    if not METHODS[method].selects:
-        why = "inside the language model, by the prompt" if "language" in METHODS[method].prunes else "no patches"
+    about = class_of(method)
+    if not about.selects:
+        why = "inside the language model, by the prompt" if "language" in about.prunes else "no patches"
         selecting = [name for name, each in METHODS.items() if each.selects]
         raise ValueError(
-            f"method {method!r} selects {why}, so no kept patches can be shown ({METHODS[method].scores}); methods "
+            f"method {about.name!r} selects {why}, so no kept patches can be shown ({about.scores}); methods "
             f"that select patches by the image: {', '.join(map(repr, selecting))}"
         )
 
@@ -165,6 +167,7 @@ def _checked(model: torch.nn.Module, options: dict[str, Any]) -> tuple[Any, VTCC
     base = _llava(model)
     config = Settings.of(base).config.updated(**options)
     require(base, config)
+    settings.name_without_effect(base, config, options)
     return base, config
 
 
