@@ -13,6 +13,7 @@ from vtc.hf import encode, names, patch, settings
 from vtc.hf.encode import Selection
 from vtc.hf.families import family_of, find_llava
 from vtc.hf.settings import Run, Settings
+from vtc.hf.status import Status, status_of
 from vtc.hf.views import plan_of, require, require_pixels
 from vtc.methods import METHODS, Method, class_of
 
@@ -85,6 +86,19 @@ def is_enabled(model: torch.nn.Module) -> bool:
         If `model` holds no supported LLaVA.
     """
     return settings.is_on(find_llava(model))
+
+
+def status(model: torch.nn.Module) -> Status:
+    """Whether the model compresses an image now and here, how, with which settings, and how many it has compressed.
+
+    `print(vtc.status(model))` shows it. Nothing runs, and settings that do not fit the model are named, not raised.
+
+    Raises
+    ------
+    ValueError
+        If `model` holds no supported LLaVA, or transformers is too old.
+    """
+    return status_of(_llava(model))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from vtc.config import SHARED, VTCConfig
 from vtc.hf.families import TILES, Family, family_of
-from vtc.methods import Method
+from vtc.methods import METHODS, Method
 
 NAME = "vtc"  # the value of attn_implementation
 OBJECT = "_vtc_method"  # the attribute of a model that holds a method object, which its config cannot
@@ -107,7 +107,18 @@ class _Context(tuple[Block, ...]):
 
 CONTEXT = _Context()
 _WARNED: weakref.WeakSet[Any] = weakref.WeakSet()  # models for which a call outside of an open block was logged
+# Images that each model has compressed outside of blocks since it was switched on; without those in compiled graphs.
+IMAGES: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 OPEN: list[Opening] = []  # in all contexts; read to warn, never to decide whether a call compresses
+
+
+def way(base: Any) -> str | None:
+    """How `base` compresses an image now and here, in words, or None if it does not."""
+    if block_of(base) is not None:
+        return "an open vtc.compress block"
+    if base.vision_tower.config._attn_implementation != NAME:
+        return None
+    return "vtc.enable" if "_vtc_before" in base.__dict__ else f'attn_implementation="{NAME}"'
 
 
 class Settings(NamedTuple):
@@ -156,9 +167,10 @@ def stored(base: Any) -> VTCConfig:
     try:
         return VTCConfig.of(**given)
     except ValueError as error:
+        known = given.get("method", "vtc-cls") in METHODS
+        lost = "" if known else ", vtc.enable takes a method object again, which is not saved with a model"
         raise ValueError(
-            f"the settings in model.config.vtc are not valid: {error}; vtc.disable removes them, vtc.enable takes a "
-            "method object again, which is not saved with the model"
+            f"the settings in model.config.vtc are not valid: {error}; vtc.disable removes them{lost}"
         ) from error
 
 
@@ -177,10 +189,10 @@ def store(base: Any, config: VTCConfig) -> None:
     base.__dict__.pop(OBJECT, None)
     if isinstance(method, Method):
         base.__dict__[OBJECT] = method
-        base.config.vtc |= {"method": method.name} | {k: _json(value) for k, value in method.values().items()}
+        base.config.vtc |= {"method": method.name} | {k: plain_value(value) for k, value in method.values().items()}
 
 
-def _json(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """The value of an option as `model.config.vtc` can be saved with it."""
     return value if isinstance(value, (int, float, str, bool, list, dict, type(None))) else repr(value)
 
@@ -225,6 +237,7 @@ def switch_on(base: Any) -> None:
     tower = base.vision_tower
     if (attention := tower.config._attn_implementation) != NAME:
         tower.set_attn_implementation(NAME)
+        IMAGES.pop(base, None)
         base.__dict__["_vtc_before"] = Before(attention)
     base.__dict__.setdefault("_vtc_before", Before("sdpa"))
 
@@ -243,6 +256,7 @@ def switch_off(base: Any) -> None:
         base.set_attn_implementation({key: "sdpa" if name == NAME else name for key, name in now.items()})
     base.config.__dict__.pop("vtc", None)
     base.__dict__.pop(OBJECT, None)
+    IMAGES.pop(base, None)
 
 
 @contextlib.contextmanager
