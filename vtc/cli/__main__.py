@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import vtc
+from vtc import distribution
 from vtc.cli.output import errors, note, print_json, print_table, progress, quieten, writable
 
 DEFAULT_KEEP = 64
@@ -26,6 +27,11 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_
 
 def main() -> None:
     """Entry point of the `vtc` command."""
+    try:
+        distribution.require_own()
+    except ValueError as error:
+        typer.echo(f"vtc: {error}", err=True)
+        raise SystemExit(2) from error
     app()
 
 
