@@ -13,7 +13,13 @@ from PIL import Image
 from support import models
 from support.golden import llava as golden
 from support.models import TOKENS, ids
-from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaModel
+from transformers import (
+    BatchFeature,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
 
 import vtc
 from vtc import config
@@ -373,6 +379,20 @@ def test_what_does_not_fit_the_model_fails_at_once(stock, options, says):
     with pytest.raises(ValueError, match=says):
         vtc.select(stock, models.images(1), **{"keep": 9, **options})
     assert state(stock) == before
+
+
+def test_a_known_model_that_is_not_supported_is_named_with_the_reason():
+    config = SmolVLMConfig(
+        vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+        text_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+    )
+    with torch.device("meta"):
+        other = SmolVLMForConditionalGeneration(config)
+    for call in (vtc.enable, vtc.disable, vtc.is_enabled, vtc.status):
+        with pytest.raises(
+            ValueError, match=r"is of type 'smolvlm' \(SmolVLM\), which is not supported: .* no \[CLS\] token"
+        ):
+            call(other)
 
 
 def test_other_models():

@@ -125,6 +125,18 @@ def test_a_checkpoint_in_pieces_is_accepted(tmp_path):
     assert "00002-of" in refusal(spec.load, spec)
 
 
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_checkpoint_saved_by_bitsandbytes_is_accepted(tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    model, processor = tiny.load(quantization_config=BitsAndBytesConfig(**{bits: True}), device_map="cpu")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    kinds = {type(module).__name__ for module in ModelSpec(str(tmp_path)).load().modules()}
+    assert {"Linear4bit", "Linear8bitLt"} & kinds
+
+
 @pytest.mark.parametrize(
     ("changes", "part", "says"),
     [

@@ -853,6 +853,100 @@ MUTANTS = [
             "an actor waits for ever": ("if there < self.models:", "if False:"),
         },
     ),
+    *_of(
+        "vtc/eval/checkpoint.py",
+        "eval/test_loading",
+        {
+            "missing weights accepted": ('set(info.get("missing_keys", ()))', "set()"),
+            "unexpected weights accepted": ('set(info.get("unexpected_keys", ()))', "set()"),
+            "weights of another shape accepted": ('for name, found, wanted in info.get("mismatched_keys", ())', "for name, found, wanted in ()"),
+            "weights that are no numbers accepted": ("if all(bool(each) for each in ok.values()):", "if True:"),
+            "pickled weights named as missing": ("if pickled and not any", "if False and not any"),
+            "attention of the hub accepted": ('if "/" in str(part.get(name)):', "if False:"),
+            "errors of transformers reach the user": ("except _ERRORS as error:", "except OSError as error:"),
+            "any model_type": ("if refusal := refusal or type_refusal(kind):", "if False:"),
+        },
+    ),
+    *_of(
+        "vtc/eval/model.py",
+        "eval/test_loading",
+        {
+            "code of a checkpoint is run": ("trust_remote_code=False,\n                use_safetensors", "use_safetensors"),
+            "code of a processor is run": ('backend="pil", trust_remote_code=False', 'backend="pil"'),
+            "tensors without numbers": ("device=device).item()", "device=device)"),
+        },
+    ),
+    *_of(
+        "vtc/hf/unsupported.py",
+        "eval/test_loading",
+        {"told by the class alone": ('if "mm_vision_tower" not in config and not any', "if not any")},
+    ),
+    *_of(
+        "vtc/config.py",
+        "hf/test_own_method",
+        {
+            "options beside an object are lost": ("method = method.changed(**self.options)", "pass"),
+            "an object of a built-in class stays one": ("if METHODS.get(method.name) is type(method):", "if False:"),
+            "the object's backend is lost": ('object.__setattr__(self, "backend", method.backend)', "pass"),
+            "an object never reselects": ('getattr(self.method, "reselect", self.options.get("reselect"))', 'self.options.get("reselect")'),
+        },
+    ),
+    *_of(
+        "vtc/methods/__init__.py",
+        "hf/test_own_method",
+        {"the name of another": ('if METHODS.get(getattr(cls, "name", ""), cls) is not cls or', "if")},
+    ),
+    *_of(
+        "vtc/hf/settings.py",
+        "hf/test_own_method",
+        {
+            "an object is not stored": ("base.__dict__[OBJECT] = method", "pass"),
+            "an object outlives disable": ('base.config.__dict__.pop("vtc", None)\n    base.__dict__.pop(OBJECT, None)', 'base.config.__dict__.pop("vtc", None)'),
+        },
+    ),
+    *_of(
+        "vtc/eval/setting.py",
+        "hf/test_own_method",
+        {"an earlier version's answers": ('found | {"code": _code(type(self.method))}', "found")},
+    ),
+    *_of(
+        "vtc/hf/settings.py",
+        "hf/test_status",
+        {
+            "images since ever": ("IMAGES.pop(base, None)\n        base", "base"),
+            "tiles everywhere": ("if all(visual.layout != TILES.layout for visual in family.inputs):", "if False:"),
+        },
+    ),
+    *_of(
+        "vtc/hf/encode.py",
+        "hf/test_status",
+        {"a call counts as one image": ("IMAGES.get(settings.base, 0) + images", "IMAGES.get(settings.base, 0) + 1")},
+    ),
+    *_of(
+        "vtc/hf/status.py",
+        "hf/test_status",
+        {
+            "fused is not seen": ('["cls_attention" if fuses else "row_scores"]', '["row_scores"]'),
+            "tiles have a fixed number": ("if current.family.inputs[0].layout != TILES.layout:", "if True:"),
+        },
+    ),
+    *_of(
+        "vtc/distribution.py",
+        "test_distribution",
+        {
+            "our own metadata is the other's": ('name.startswith("vtc-")', 'name.startswith("vtc")'),
+            "an overwritten package is ours": ('if "compress" not in getattr(package, "__all__", ()):', "if False:"),
+        },
+    ),
+    *_of(
+        "vtc/api.py",
+        "test_api",
+        {
+            "pixels that are no numbers": ("if not given.isfinite().all():", "if False:"),
+            "scores that are no numbers": ("if selection.scores.isnan().all(-1).any():", "if False:"),
+        },
+    ),
+    *_of("vtc/hf/generate.py", "hf/test_arguments", {"no prompt is a prompt": ("value.shape[:1] == (0,)", "False")}),
 ]  # fmt: skip
 
 
