@@ -80,10 +80,10 @@ def compare(
     model: Any,
     processor: Any,
     inputs: Any,
-    length: int,
-    timed: bool,
-    quiet: bool,
     options: dict[str, Any],
+    length: int,
+    timed: bool = True,
+    quiet: bool = True,
 ) -> dict[str, Any]:
     """The answer with compression and, if `timed`, the one without, with what both cost.
 
@@ -91,14 +91,14 @@ def compare(
     ----------
     model, processor, inputs
         From `load` and `prepare`; the model is a stock one, before and afterwards.
+    options : dict
+        Fields of `VTCConfig`, and options of the method.
     length : int
         Longest answer in tokens.
     timed : bool
         Whether to measure, and to run the uncompressed model at all.
     quiet : bool
         Show no progress.
-    options : dict
-        Fields of `VTCConfig`, and options of the method.
 
     Returns
     -------
@@ -113,23 +113,22 @@ def compare(
     settings = [Setting(config.method, own), Setting()]
     with vtc.compress(model, **options) as run:
         texts, *_ = answerer.generate(inputs, Setting(), max_new_tokens=length)  # the open block compresses
-    sides: dict[str, Any] = {
-        "compressed": {"visual_tokens": run.tokens_after, "answer": texts[0]},
-        "uncompressed": None,
-    }
+    short: dict[str, Any] = {"visual_tokens": run.tokens_after, "answer": texts[0]}
+    full: dict[str, Any] | None = None
     warning = None
     if timed:
         texts, *_ = answerer.generate(inputs, Setting(), max_new_tokens=length)
-        sides["uncompressed"] = {"visual_tokens": run.tokens_before, "answer": texts[0]}
+        full = {"visual_tokens": run.tokens_before, "answer": texts[0]}
         with Progress("timing", (RUNS + 1) * len(settings), quiet=quiet, unit="runs") as progress:
             found = first_tokens(answerer, inputs, settings, advance=progress.advance)
-        for side, cost in zip(sides.values(), found, strict=True):
+        for side, cost in zip((short, full), found, strict=True):
             side |= {"time_to_first_token_ms": cost.record(), "kv_cache_bytes": cost.kv_bytes}
-        warning = noise(dict(zip((config.method, "all tokens"), found, strict=True)))
+        warning = noise({config.method: found[0], "all tokens": found[1]})
     return {
         "method": config.method,
         "prune_layer": config.prune_after,
-        **sides,
+        "compressed": short,
+        "uncompressed": full,
         "backend": dict(run.backend),
         "noisy": warning,
     }
