@@ -79,7 +79,7 @@ def overlay(image: Image.Image, selection: Any, index: int = 0, side: int = SIDE
 
 
 def heatmap(image: Image.Image, selection: Any, index: int = 0, side: int = SIDE) -> Image.Image:
-    """The image as the model saw it, in grey under the scores of its patches: black is the lowest, light yellow the highest.
+    """The image as the model saw it, in grey under the scores of its patches: black is low, light yellow is high.
 
     A score's place on the colour scale is the cube root of (score - lowest) / (highest - lowest), of this image: the
     middle of the scale is an eighth of the way from the lowest to the highest score, and a tenth of it a thousandth.
