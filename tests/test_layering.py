@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 VTC = sorted((ROOT / "vtc").rglob("*.py"))
 FLOORS = (  # from the ground up: what lies on a floor imports from its own and from those below
-    ("vtc.reference", "vtc.images", "vtc.overlay"),
+    ("vtc.reference", "vtc.files", "vtc.images", "vtc.overlay"),
     ("vtc.ops",),
     ("vtc.methods",),
     ("vtc.config",),
@@ -25,7 +25,7 @@ FLOORS = (  # from the ground up: what lies on a floor imports from its own and 
     ("vtc.tiny",),
     ("vtc",),  # vtc/__init__.py: the names
     ("vtc.eval",),
-    ("vtc.cli", "bench"),
+    ("vtc.cli", "vtc.ui", "bench"),
 )
 SHARED = {"tuning", "search", "similarity"}  # of kernels/: what several operations use
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from vtc.api import compress
 from vtc.eval.protocol import Prompt, Protocol
 from vtc.eval.question import Answer, Question
 from vtc.eval.setting import Setting
+from vtc.hf.settings import Run
 from vtc.images import ImageError
 
 
@@ -154,6 +155,12 @@ class Answerer:
             results.append((log_probs.sum().item(), bool((logits.argmax(-1) == target).all())))
         return results
 
+    def block(self, setting: Setting, inputs: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[Run | None]:
+        """A block in which the model answers these inputs as `setting` says; without a run if nothing is compressed."""
+        if setting.compresses and "pixel_values" in inputs:
+            return compress(self.model, method=setting.method, **setting.options)
+        return contextlib.nullcontext()
+
     def _run(self, inputs: dict[str, Tensor], setting: Setting, **arguments: Any) -> tuple[Any, Any]:
         """What `generate()` returns, on the device, and the run of the block, if there is one."""
         on_device = {
@@ -164,10 +171,7 @@ class Answerer:
         greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1}
         if not arguments.get("do_sample"):
             greedy |= {"temperature": None, "top_p": None, "top_k": None}
-        block: Any = contextlib.nullcontext()
-        if setting.compresses and "pixel_values" in inputs:
-            block = compress(self.model, method=setting.method, **setting.options)
-        with block as run:
+        with self.block(setting, inputs) as run:
             return self.model.generate(**on_device, **{**greedy, **arguments}), run
 
     def _length(self, new: Tensor) -> int:
