@@ -59,9 +59,10 @@ def load(model: str | None, device: str | None, dtype: str, revision: str | None
     return spec.load(), spec.processor()
 
 
-def prepare(model: Any, processor: Any, images: Sequence[Image.Image], question: str) -> Any:
+def prepare(model: Any, processor: Any, images: Image.Image | Sequence[Image.Image], question: str) -> Any:
     """Model inputs for one question about one image or several, on the model's device."""
-    inputs = HFProtocol(processor, model.config).prepare([Prompt(question, images)])
+    several = [images] if isinstance(images, Image.Image) else images
+    inputs = HFProtocol(processor, model.config).prepare([Prompt(question, several)])
     return BatchFeature(inputs).to(model.device, model.dtype)
 
 
@@ -168,15 +169,15 @@ def threads_text(count: int) -> str:
     return f"{count} thread{'' if count == 1 else 's'}"
 
 
-def as_seen(image: Image.Image, processor: Any, pixels: torch.Tensor) -> Image.Image:
+def as_seen(image: Image.Image, processor: Any, pixel_values: torch.Tensor, index: int = 0) -> Image.Image:
     """The image to draw kept patches on: `image` itself if the processor only resizes and crops its centre.
 
-    Otherwise (padding, distortion) it is recovered from its `pixels` [3, H, W].
+    Otherwise (padding, distortion) it is recovered from image `index` of `pixel_values` [B, 3, H, W].
     """
     steps = processor.image_processor
     crop = {steps.crop_size["height"], steps.crop_size["width"]} if steps.do_center_crop else set()
     if steps.do_resize and crop == {steps.size.get("shortest_edge")} and not getattr(steps, "do_pad", False):
         return image
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (steps.image_mean, steps.image_std))
-    levels = (pixels.float().cpu() * std + mean).clamp(0, 1) * 255
+    levels = (pixel_values[index].float().cpu() * std + mean).clamp(0, 1) * 255
     return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -169,7 +169,7 @@ def measure(model: Any, processor: Any, count: int, method: str = "vtc-cls", qui
 
     def prepared(number: int) -> Any:
         scene, question = task.asked[number]
-        return ask.prepare(model, processor, [scene.image], question.text)
+        return ask.prepare(model, processor, scene.image, question.text)
 
     with Progress("timing", (RUNS + 1) * len(chosen), quiet=quiet, unit="runs") as progress:
         costs = first_tokens(answerer, prepared(0), chosen, advance=progress.advance)

@@ -103,7 +103,7 @@ def run(request: Request) -> None:
         _print(request, result)
     try:
         if files:
-            seen = [ask.as_seen(image, processor, inputs["pixel_values"][i]) for i, image in enumerate(images)]
+            seen = [ask.as_seen(image, processor, inputs["pixel_values"], i) for i, image in enumerate(images)]
             for kind in _draw(files, seen, net, inputs, request.options):
                 result[kind] = str(files[kind])
                 note(f"{kind} in {files[kind]}")
