@@ -25,14 +25,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 Backend = Annotated[str | None, typer.Option(help="auto, triton or torch.", show_default="auto")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="the first GPU, else cpu")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-EnsembleLayers = Annotated[
-    int | None, typer.Option(help="vtc-cls: how many vision layers are scored.", show_default="3")
-]
+EnsembleLayers = Annotated[int | None, typer.Option(help="vtc-cls: number of scored vision layers.", show_default="3")]
 Keep = Annotated[
     int | None,
-    typer.Option(
-        help="Visual tokens to keep of an image.", show_default="128, or a quarter of an image of at most 128"
-    ),
+    typer.Option(help="Visual tokens to keep of an image.", show_default="128, or a quarter of at most 128"),
 ]
 KV = Annotated[
     str | None,

@@ -59,9 +59,10 @@ def load(model: str | None, device: str | None, dtype: str, revision: str | None
     return spec.load(), spec.processor()
 
 
-def prepare(model: Any, processor: Any, images: Sequence[Image.Image], question: str) -> Any:
+def prepare(model: Any, processor: Any, images: Image.Image | Sequence[Image.Image], question: str) -> Any:
     """Model inputs for one question about one image or several, on the model's device."""
-    inputs = HFProtocol(processor, model.config).prepare([Prompt(question, images)])
+    several = [images] if isinstance(images, Image.Image) else images
+    inputs = HFProtocol(processor, model.config).prepare([Prompt(question, several)])
     return BatchFeature(inputs).to(model.device, model.dtype)
 
 
@@ -80,10 +81,10 @@ def compare(
     model: Any,
     processor: Any,
     inputs: Any,
-    length: int,
-    timed: bool,
-    quiet: bool,
     options: dict[str, Any],
+    length: int,
+    timed: bool = True,
+    quiet: bool = True,
 ) -> dict[str, Any]:
     """The answer with compression and, if `timed`, the one without, with what both cost.
 
@@ -91,14 +92,14 @@ def compare(
     ----------
     model, processor, inputs
         From `load` and `prepare`; the model is a stock one, before and afterwards.
+    options : dict
+        Fields of `VTCConfig`, and options of the method.
     length : int
         Longest answer in tokens.
     timed : bool
         Whether to measure, and to run the uncompressed model at all.
     quiet : bool
         Show no progress.
-    options : dict
-        Fields of `VTCConfig`, and options of the method.
 
     Returns
     -------
@@ -113,23 +114,22 @@ def compare(
     settings = [Setting(config.method, own), Setting()]
     with vtc.compress(model, **options) as run:
         texts, *_ = answerer.generate(inputs, Setting(), max_new_tokens=length)  # the open block compresses
-    sides: dict[str, Any] = {
-        "compressed": {"visual_tokens": run.tokens_after, "answer": texts[0]},
-        "uncompressed": None,
-    }
+    short: dict[str, Any] = {"visual_tokens": run.tokens_after, "answer": texts[0]}
+    full: dict[str, Any] | None = None
     warning = None
     if timed:
         texts, *_ = answerer.generate(inputs, Setting(), max_new_tokens=length)
-        sides["uncompressed"] = {"visual_tokens": run.tokens_before, "answer": texts[0]}
+        full = {"visual_tokens": run.tokens_before, "answer": texts[0]}
         with Progress("timing", (RUNS + 1) * len(settings), quiet=quiet, unit="runs") as progress:
             found = first_tokens(answerer, inputs, settings, advance=progress.advance)
-        for side, cost in zip(sides.values(), found, strict=True):
+        for side, cost in zip((short, full), found, strict=True):
             side |= {"time_to_first_token_ms": cost.record(), "kv_cache_bytes": cost.kv_bytes}
-        warning = noise(dict(zip((config.method, "all tokens"), found, strict=True)))
+        warning = noise({config.method: found[0], "all tokens": found[1]})
     return {
         "method": config.method,
         "prune_layer": config.prune_after,
-        **sides,
+        "compressed": short,
+        "uncompressed": full,
         "backend": dict(run.backend),
         "noisy": warning,
     }
@@ -169,15 +169,15 @@ def threads_text(count: int) -> str:
     return f"{count} thread{'' if count == 1 else 's'}"
 
 
-def as_seen(image: Image.Image, processor: Any, pixels: torch.Tensor) -> Image.Image:
+def as_seen(image: Image.Image, processor: Any, pixel_values: torch.Tensor, index: int = 0) -> Image.Image:
     """The image to draw kept patches on: `image` itself if the processor only resizes and crops its centre.
 
-    Otherwise (padding, distortion) it is recovered from its `pixels` [3, H, W].
+    Otherwise (padding, distortion) it is recovered from image `index` of `pixel_values` [B, 3, H, W].
     """
     steps = processor.image_processor
     crop = {steps.crop_size["height"], steps.crop_size["width"]} if steps.do_center_crop else set()
     if steps.do_resize and crop == {steps.size.get("shortest_edge")} and not getattr(steps, "do_pad", False):
         return image
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (steps.image_mean, steps.image_std))
-    levels = (pixels.float().cpu() * std + mean).clamp(0, 1) * 255
+    levels = (pixel_values[index].float().cpu() * std + mean).clamp(0, 1) * 255
     return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -14,7 +14,6 @@ import typer
 from PIL import Image
 
 import vtc
-from vtc.api import selects
 from vtc.cli import ask
 from vtc.cli.output import print_json, print_table
 from vtc.eval.answerer import Answerer, prepare
@@ -170,7 +169,7 @@ def measure(model: Any, processor: Any, count: int, method: str = "vtc-cls", qui
 
     def prepared(number: int) -> Any:
         scene, question = task.asked[number]
-        return ask.prepare(model, processor, [scene.image], question.text)
+        return ask.prepare(model, processor, scene.image, question.text)
 
     with Progress("timing", (RUNS + 1) * len(chosen), quiet=quiet, unit="runs") as progress:
         costs = first_tokens(answerer, prepared(0), chosen, advance=progress.advance)
@@ -183,7 +182,7 @@ def measure(model: Any, processor: Any, count: int, method: str = "vtc-cls", qui
     overlays = {}
     for number in _cards(task.asked, measured):
         image = task.asked[number][0].image
-        if selects(METHODS[shown]):
+        if METHODS[shown].selects or METHODS[shown].prunes_only_language():
             kept = vtc.select(model, prepared(number), method=shown, **setting_of(shown, SHOWN).options)
             overlays[number] = vtc.overlay(image, kept, side=SIDE)
         else:  # no patch is dropped

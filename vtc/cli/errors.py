@@ -17,7 +17,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-UsageError = typer.BadParameter.__base__  # typer has no public name for it
+from vtc.cli.options import in_words_of_the_command
+
+UsageError: Any = typer.BadParameter.__base__  # typer has no public name for it
 INPUT_ERRORS = {  # of the system: a path that is no good
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENODEV),
@@ -27,7 +29,9 @@ INPUT_ERRORS = {  # of the system: a path that is no good
 class Command(TyperGroup):
     """The `vtc` command."""
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> Any:
         """Run a command, and exit with its code. `--debug` may stand anywhere."""
         arguments = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in arguments or os.environ.get("VTC_DEBUG", "0") not in ("", "0")
@@ -62,8 +66,6 @@ def explain(error: Exception) -> tuple[str, int]:
         where = context.command_path if context else "vtc"
         return f"{_line(error.format_message()).rstrip('.')}; see {where} --help", 2
     if isinstance(error, ValueError):
-        from vtc.cli.options import in_words_of_the_command
-
         return in_words_of_the_command(_line(error)), 2
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
@@ -92,14 +94,12 @@ class _Warnings(logging.Handler):
     """The warnings of VTC, a line each, in the words of the command line."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from vtc.cli.options import in_words_of_the_command
-
         typer.echo(f"vtc: {in_words_of_the_command(_line(record.getMessage()))}", err=True)
 
 
 def _open_streams() -> None:
     """Make sure that printing cannot fail for a character, or because a stream was closed before the start."""
-    for name, number in (("stdout", 1), ("stderr", 2)):
+    for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process)

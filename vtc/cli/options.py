@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ def _value(text: str) -> Any:
 
 def in_words_of_the_command(text: str) -> str:
     """A message of the API as advice for the command line: keep=9 becomes --keep 9, and calls only their arguments."""
+    if "vtc.config" not in sys.modules:  # then the message is of the command itself
+        return text
     known = "|".join(sorted(_known(), key=len, reverse=True))
     # A value ends before the comma of a list and inside no word; what follows --option or --sweep is right already.
     pair = re.compile(

@@ -6,6 +6,7 @@ What can be wrong with the arguments is found before torch and transformers are 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,15 +64,11 @@ def run(request: Request) -> None:
         If a picture cannot be written after all.
     """
     if not request.images:
-        raise ValueError(
-            f"got {request.question!r} only; give images first and the question last: vtc run IMAGE … QUESTION"
-        )
+        raise ValueError(f"got only {request.question!r}; give one image or more, and the question last")
     if not request.question.strip():
         raise ValueError("the question is empty; ask something about the image")
-    if Path(request.question).is_file():
-        raise ValueError(
-            f"the question is the name of a file, {request.question}; images come first, the question last"
-        )
+    if os.path.isfile(request.question):  # unlike Path.is_file, never an error for a long text
+        raise ValueError(f"the last argument is the question, and {request.question} is a file; add a question")
     files = _files(request)
     images = _load(request.images)
 
@@ -98,7 +95,7 @@ def run(request: Request) -> None:
         "cpu_threads": threads,
         "options": request.options,
         **ask.compare(
-            net, processor, inputs, request.max_new_tokens, request.compare, request.as_json, request.options
+            net, processor, inputs, request.options, request.max_new_tokens, request.compare, request.as_json
         ),
         **dict.fromkeys(request.pictures),
     }
@@ -106,7 +103,7 @@ def run(request: Request) -> None:
         _print(request, result)
     try:
         if files:
-            seen = [ask.as_seen(image, processor, inputs["pixel_values"][i]) for i, image in enumerate(images)]
+            seen = [ask.as_seen(image, processor, inputs["pixel_values"], i) for i, image in enumerate(images)]
             for kind in _draw(files, seen, net, inputs, request.options):
                 result[kind] = str(files[kind])
                 note(f"{kind} in {files[kind]}")
@@ -134,9 +131,7 @@ def _files(request: Request) -> dict[str, Path]:
 def _load(names: Sequence[str]) -> list[Image.Image]:
     """The images; "-" is the one on standard input."""
     if names.count(STDIN) > 1:
-        raise ValueError(
-            f"{STDIN} is the image on standard input, and is given {names.count(STDIN)} times; give it once"
-        )
+        raise ValueError(f"{STDIN} is the image on standard input, got it {names.count(STDIN)} times; give it once")
     return [load_image(sys.stdin.buffer if name == STDIN else name) for name in names]
 
 
