@@ -144,6 +144,7 @@ def evaluate(
 ) -> tuple[list[Result], list[str]]:
     """Run everything, and write the report after each run. Returns what `run_all` returns."""
 
+    report.require_folder(options.out, [path for task in tasks for path in getattr(task, "found", {}).values()])
     before = read(options.out / "results.jsonl") if (options.out / "results.jsonl").exists() else []
 
     def write(results: list[Result]) -> None:
