@@ -206,6 +206,7 @@ def test_an_interrupt_is_quiet(monkeypatch):
         ("method='prumerge+', keep=1", "--method prumerge+, --keep 1"),
         ("--sweep takes keep=256,128,64", "--sweep takes keep=256,128,64"),
         ("got --option seed=1", "got --option seed=1"),
+        ("got 'keep=a'", "got 'keep=a'"),
         ("a-keep=3.png and keep=3x", "a-keep=3.png and --keep 3x"),
     ],
 )

@@ -168,10 +168,11 @@ def demo(
 
     from vtc.cli import ask
     from vtc.cli import demo as measuring
+    from vtc.cli.sheet import draw
 
     ask.use_threads(threads, None)
     found = measuring.measure(*ask.load(None, device, "float32"), questions, method, quiet=as_json)
-    measuring.show(found, file, start, as_json)
+    measuring.show(found, draw, file, start, as_json)
 
 
 @app.command(name="eval")

@@ -60,7 +60,7 @@ def in_words_of_the_command(text: str) -> str:
     known = "|".join(sorted(_known(), key=len, reverse=True))
     # A value ends before the comma of a list and inside no word; what follows --option or --sweep is right already.
     pair = re.compile(
-        rf"(?<!--option )(?<!--sweep )(?<![\w-])({known})=('[^']*'|\"[^\"]*\"|-?[\w.-]*\w\+?)(?!\w|,\w|\.\d)"
+        rf"(?<!--option )(?<!--sweep )(?<![\w'-])({known})=('[^']*'|\"[^\"]*\"|-?[\w.-]*\w\+?)(?!\w|,\w|\.\d)"
     )
     text = re.sub(r"vtc\.\w+\(model, ([^()]*)\)", lambda call: call[1].replace(", ", " "), text)
     text = pair.sub(lambda found: f"{_flag(found[1])}{found[2].strip(chr(39) + chr(34))}", text)
