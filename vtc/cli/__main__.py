@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import vtc
+from vtc import distribution
 from vtc.cli.errors import Command
 from vtc.cli.output import image_file, print_json, print_table, progress, quieten
 
@@ -64,6 +65,11 @@ Threads = Annotated[
 
 def main() -> None:
     """Entry point of the `vtc` command."""
+    try:
+        distribution.require_own()
+    except ValueError as error:
+        typer.echo(f"vtc: {error}", err=True)
+        raise SystemExit(2) from error
     app()
 
 
