@@ -91,10 +91,10 @@ def run(
     images: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGE...", help="Files: JPEG, PNG, WebP, TIFF and others; -: the image on standard input."
+            metavar="IMAGE", help="Files: JPEG, PNG, WebP, TIFF and others; -: the image on standard input."
         ),
     ],
-    question: Annotated[str, typer.Argument(help="What to ask about them; it comes last.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about them; it comes last.")],
     model: Model = None,
     revision: Revision = None,
     method: Annotated[str, typer.Option(help="How tokens are selected; `vtc methods` lists the names.")] = "vtc-cls",
@@ -135,7 +135,7 @@ def run(
             question,
             options_of(option or [], **flags),
             {"overlay": overlay, "heatmap": heatmap},
-            model=model,
+            model=None if model == "bundled" else model,
             revision=revision,
             device=device,
             dtype=dtype,
