@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from vtc.hf.families import FAMILIES
-from vtc.overlay import overlay
+from vtc.overlay import heatmap, overlay
 
 if TYPE_CHECKING:
     from vtc import ops, tiny
@@ -33,6 +33,7 @@ __all__ = [
     "configure",
     "disable",
     "enable",
+    "heatmap",
     "is_enabled",
     "kept_count",
     "load_image",
