@@ -284,6 +284,38 @@ def methods(
 
 
 @app.command()
+def ui(
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id of a LLaVA-1.5.", show_default="the bundled one")
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0: all, for anyone who reaches them.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Show the page in the browser.")] = True,
+) -> None:
+    """Open a page that answers with all tokens and with fewer, and shows what was kept.
+
+    It is for this machine only, unless --host says otherwise. Ctrl-C ends it.
+    """
+    with errors():
+        from vtc.ui import server
+
+        server.require_gradio()
+        server.require_port(host, port)
+        progress("loading …")
+        quieten(model)
+
+        from vtc.cli import ask
+        from vtc.ui.compare import Comparison
+
+        comparison = Comparison(*ask.load(model, device, dtype), model or ask.BUNDLED)
+        server.serve(comparison, host, port, open_browser, note)
+
+
+@app.command()
 def env(as_json: AsJson = False) -> None:
     """Show versions, devices, and which backend each operation would use."""
     with errors():

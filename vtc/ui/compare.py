@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from vtc.images import ImageError, load_image
 from vtc.methods import METHODS, PLACES
 from vtc.overlay import SIDE
 from vtc.plan import patch_grid
-from vtc.ui.examples import Example, example_of
+from vtc.ui.examples import example_of
 
 CHOICES = tuple(name for name in METHODS if name != NONE)
 MAX_QUESTION = 500  # characters
@@ -179,15 +178,13 @@ class Comparison:
         """The column with its pictures, if the method selects patches."""
         if not setting.compresses:
             return replace(column, name="all tokens")
-        try:
-            selection = vtc.select(self.answerer.model, inputs, method=setting.method, **setting.options)
-        except ValueError:
-            if METHODS[setting.method].selects:
-                raise
-            return replace(column, note=f"{setting.method} selects no patches: {METHODS[setting.method].scores}.")
+        if not METHODS[setting.method].selects:
+            return replace(column, note=f"No patches to draw: {METHODS[setting.method].scores}.")
+        selection = vtc.select(self.answerer.model, inputs, method=setting.method, **setting.options)
         patches = len(selection.indices[0]) if selection.counts is None else int(selection.counts[0])
-        merged = round(column.tokens) - patches
-        note = f"{patches} patches are kept" + (f", and {merged} token(s) are merged from others." if merged else ".")
+        note = f"{patches} of the tokens are patches, outlined below."
+        if layers := VTCConfig.of(method=setting.method, **setting.options).prune_after:
+            note += f" All tokens pass the first {layers} layers."
         heatmap = vtc.heatmap(seen, selection)
         return replace(column, image=vtc.overlay(seen, selection), heatmap=heatmap, note=note)
 
@@ -213,10 +210,3 @@ def read(path: str | None) -> Image.Image:
         return load_image(path)
     except ImageError as error:  # the visitor knows the file by its name
         raise ImageError(str(error).replace(str(path), Path(path).name)) from error
-
-
-def truth(image: Image.Image) -> Example | None:
-    """The example that the image is."""
-    with contextlib.suppress(ValueError):
-        return example_of(image)
-    return None

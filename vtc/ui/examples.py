@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from PIL import Image
 
@@ -64,6 +64,7 @@ def example_of(image: Image.Image) -> Example | None:
     return _by_pixels().get(_digest(image))
 
 
+@cache
 def _by_pixels() -> dict[str, Example]:
     return {_digest(example.scene.image): example for example in EXAMPLES}
 
