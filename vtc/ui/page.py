@@ -10,7 +10,17 @@ from typing import Any
 import gradio as gr
 
 from vtc.ui import cards
-from vtc.ui.compare import CHOICES, MAX_NEW_TOKENS, MAX_QUESTION, Choice, Comparison, described, ignores_keep, read
+from vtc.ui.compare import (
+    CHOICES,
+    MAX_NEW_TOKENS,
+    MAX_QUESTION,
+    Choice,
+    Column,
+    Comparison,
+    described,
+    ignores_keep,
+    read,
+)
 from vtc.ui.examples import EXAMPLES, example_of
 
 OFF = "none"  # of the second method
@@ -19,21 +29,6 @@ QUEUE = 16  # requests that wait; further ones are refused
 STYLE = Path(__file__).with_name("style.css")
 
 _log = logging.getLogger("vtc")
-
-
-class Upload(gr.Image):
-    """An image as the file that was uploaded: nothing but `vtc.load_image` decodes it, and nothing is downloaded."""
-
-    def get_block_name(self) -> str:
-        return "image"
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None else payload.path
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        if "://" in str(url_or_file_path):
-            raise gr.Error("the image is a URL; download it and upload the file", print_exception=False)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
 
 
 def theme() -> gr.themes.Base:
@@ -56,32 +51,32 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
     total, keep = comparison.num_tokens, comparison.default_keep
 
     # A handler holds nothing between calls but the model, so visitors do not meet.
-    def look(file: str | None, question: str) -> str:
+    # Its inputs come as the browser sent them: gradio would decode the image itself, and `compare` checks the others.
+    def look(file: dict[str, Any] | None, question: str) -> tuple[str, str]:
         if file is None:
-            return ""
+            return "", ""
         try:
-            return cards.truth(example_of(read(file)), question)
+            return "", cards.truth(example_of(read(file["path"])), question)
         except ValueError as error:
-            return cards.message(str(error))
+            return cards.error(str(error)), ""
 
     def fill(number: int) -> tuple[str, str]:
         return files[number], EXAMPLES[number].question
 
-    def adapt(method: str, kept: float) -> tuple[Any, str]:
+    def adapt(method: str) -> tuple[Any, str]:
         if method == OFF:
             return gr.update(visible=False), ""
         fixed = ignores_keep(method)
-        label = f"Tokens: {method} chooses the number itself" if fixed else "Tokens to keep"
+        label = f"{method} chooses how many" if fixed else "Keep"
         return gr.update(visible=True, interactive=not fixed, label=label), cards.hint(described(method))
 
-    def answer(
-        file: str | None, question: str, first: str, first_keep: int, second: str, second_keep: int, length: int,
-        timed: bool,
-    ) -> Iterator[list[Any]]:  # fmt: skip
+    def answer(file: dict[str, Any] | None, question: str, *controls: Any) -> Iterator[list[Any]]:
         try:
+            first, first_keep, second, second_keep, length, timed = controls
             choices = [Choice(first, first_keep), *([] if second == OFF else [Choice(second, second_keep)])]
-            for columns in comparison.ask(read(file), question, choices, length, timed):
-                yield [said(question), *shown(columns, timed), comparison.footnote() if timed else ""]
+            for columns in comparison.ask(read(file and file["path"]), question, choices, length, timed):
+                done = columns[0].cost is not None
+                yield [said(question), *shown(columns, timed), cards.hint(comparison.footnote()) if done else ""]
         except ValueError as error:
             yield failed(str(error))
         except Exception as error:  # a visitor gets one line, whoever runs the server the rest
@@ -92,7 +87,7 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
         words = comparison.unknown_words(question)
         return cards.hint(f"The model does not know: {' '.join(words)}") if words else ""
 
-    def shown(columns: list[Any], timed: bool) -> list[Any]:
+    def shown(columns: list[Column], timed: bool) -> list[Any]:
         updates: list[Any] = []
         for column in columns:
             updates += [
@@ -107,41 +102,34 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
         return [gr.update(visible=False), "", None, gr.update(value=None, visible=False)] * count
 
     def failed(text: str) -> list[Any]:
-        return [cards.message(text), *hidden(COLUMNS), ""]
+        return [cards.error(text), *hidden(COLUMNS), ""]
 
     with gr.Blocks(title="VTC", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
-        gr.HTML(cards.header(comparison.name, comparison.is_bundled, total))
+        _text(cards.header(comparison.name, comparison.is_bundled, total))
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
-                image = Upload(
-                    files[0], label="Image", sources=["upload", "clipboard"], height=230, elem_id="image", buttons=[]
+                image = gr.Image(
+                    files[0], label="Image", sources=["upload", "clipboard"], height=220, elem_id="image", buttons=[]
                 )
-                about = gr.HTML(cards.truth(EXAMPLES[0], EXAMPLES[0].question), elem_id="about")
+                bad = _text("", "bad")
                 question = gr.Textbox(
                     EXAMPLES[0].question, label="Question", max_lines=4, max_length=MAX_QUESTION, elem_id="question"
                 )
-                run = gr.Button("Ask", variant="primary", elem_id="ask")
                 with gr.Row():
                     method = gr.Dropdown(
                         list(CHOICES), value=CHOICES[0], label="Method", min_width=120, elem_id="method"
                     )
-                    kept = gr.Slider(1, total, keep, step=1, label="Tokens to keep", min_width=150, elem_id="keep")
-                hint = gr.HTML(cards.hint(described(CHOICES[0])))
+                    kept = gr.Slider(1, total, keep, step=1, label="Keep", min_width=150, elem_id="keep")
+                about = _text(cards.hint(described(CHOICES[0])))
                 with gr.Row():
                     second = gr.Dropdown(
                         [OFF, *CHOICES], value=OFF, label="Compare with", min_width=120, elem_id="second"
                     )
                     second_kept = gr.Slider(
-                        1,
-                        total,
-                        keep,
-                        step=1,
-                        label="Tokens to keep",
-                        min_width=150,
-                        elem_id="second-keep",
-                        visible=False,
+                        1, total, keep, step=1, label="Keep", min_width=150, elem_id="second-keep", visible=False
                     )
-                second_hint = gr.HTML("")
+                second_about = _text("")
+                run = gr.Button("Ask", variant="primary", elem_id="ask")
                 with gr.Accordion("More", open=False):
                     length = gr.Slider(1, MAX_NEW_TOKENS, 64, step=1, label="Longest answer, in tokens")
                     timed = gr.Checkbox(True, label="Measure time to first token")
@@ -149,26 +137,28 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
                 examples = gr.Dataset(
                     components=[gr.Image(visible=False)],
                     samples=[[file] for file in files],
-                    sample_labels=[example.question for example in EXAMPLES],
-                    label="Examples: scenes whose truth is known",
+                    label="Examples: scenes whose truth is known. One click asks a question about it.",
                     type="index",
                     elem_id="examples",
                 )
-                status = gr.HTML("", elem_id="status")
+                truth = _text(cards.truth(EXAMPLES[0], EXAMPLES[0].question), "truth")
+                status = _text(cards.START, "status")
                 outputs: list[Any] = []
-                with gr.Row(equal_height=True):
+                with gr.Row():
                     for number in range(COLUMNS):
                         with gr.Column(visible=False, min_width=220, elem_id=f"column-{number}") as column:
-                            card = gr.HTML("", elem_id=f"card-{number}")
-                            kept_image = _picture("kept", number)
-                            scores = _picture("scores", number)
-                        outputs += [column, card, kept_image, scores]
-                footnote = gr.Markdown("", elem_id="footnote")
+                            card = _text("", f"card-{number}")
+                            picture = _picture("Kept patches" if number else "The image", f"kept-{number}")
+                            scores = _picture("Scores, black to yellow", f"scores-{number}")
+                        outputs += [column, card, picture, scores]
+                footnote = _text("", "footnote")
 
         quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        method.change(adapt, [method, kept], [kept, hint], **quick)
-        second.change(adapt, [second, second_kept], [second_kept, second_hint], **quick)
-        gr.on([image.change, question.change], look, [image, question], about, **quick, trigger_mode="always_last")
+        method.change(adapt, method, [kept, about], **quick)
+        second.change(adapt, second, [second_kept, second_about], **quick)
+        gr.on(
+            [image.change, question.change], look, [image, question], [bad, truth], trigger_mode="always_last", **quick
+        )
         slow: dict[str, Any] = {
             "fn": answer,
             "inputs": [image, question, method, kept, second, second_kept, length, timed],
@@ -176,6 +166,7 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
             "show_progress": "minimal",
             "show_progress_on": [run],
             "api_visibility": "private",
+            "preprocess": False,
             "concurrency_id": "model",
             "concurrency_limit": 1,
         }
@@ -185,8 +176,11 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
     return page
 
 
-def _picture(name: str, number: int) -> gr.Image:
-    label = {"kept": "The image" if number == 0 else "Kept patches", "scores": "Scores"}[name]
+def _text(html: str, name: str | None = None) -> gr.HTML:
+    return gr.HTML(html, elem_id=name, elem_classes=["vtc-text"])
+
+
+def _picture(label: str, name: str) -> gr.Image:
     return gr.Image(
-        label=label, format="png", interactive=False, buttons=["download", "fullscreen"], elem_id=f"{name}-{number}"
+        label=label, format="png", interactive=False, buttons=["download", "fullscreen"], elem_id=name, min_width=120
     )

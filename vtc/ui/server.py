@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ NEEDED = re.compile(  # what the page asks for; gradio has many more routes
     r"/(config/?|theme\.css|favicon\.ico|manifest\.json|(static|assets|svelte)/.*|gradio_api/(startup-events|upload"
     r"|upload_progress|queue/join|queue/data|heartbeat/\w+|cancel|reset|file=(?!\w{2,}:).*))?"
 )
+UPLOAD, JOIN = "/gradio_api/upload", "/gradio_api/queue/join"
 POLICY = (
     b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; base-uri 'self'; "
     b"form-action 'self'"
@@ -51,7 +53,12 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if refusal := self.refusal(scope):
+        refusal = self.refusal(scope)
+        if not refusal and scope["path"] == JOIN:
+            body = await _body(receive)
+            refusal = (403, "files are uploaded, not fetched") if _has_url(body) else None
+            receive = _replayed(body, receive)
+        if refusal:
             status, text = refusal
             await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": text.encode()})
@@ -75,9 +82,40 @@ class Gate:
             length = headers.get(b"content-length", b"").decode("latin-1")
             if not length.isdecimal():
                 return 411, "say how long the request is"
-            if int(length) > MAX_UPLOAD + OVERHEAD:
-                return 413, f"the file is larger than {MAX_UPLOAD // 2**20} MiB; make it smaller"
+            if int(length) > (MAX_UPLOAD + OVERHEAD if scope["path"] == UPLOAD else OVERHEAD):
+                return 413, f"the request is too long; a file may have {MAX_UPLOAD // 2**20} MiB"
         return None
+
+
+async def _body(receive: Any) -> bytes:
+    """The whole body of a request."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    return body
+
+
+def _replayed(body: bytes, receive: Any) -> Any:
+    """A `receive` that gives the body again, and then what comes after it."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Any:
+        return messages.pop() if messages else await receive()
+
+    return again
+
+
+def _has_url(body: bytes) -> bool:
+    """Whether the path of a file in the JSON of a request is a URL, which gradio would fetch."""
+    found = []
+
+    def look(values: dict[str, Any]) -> None:
+        found.extend(path for path in [values.get("path")] if isinstance(path, str) and "://" in path)
+
+    with contextlib.suppress(ValueError):  # gradio refuses what is no JSON
+        json.loads(body, object_hook=look)
+    return bool(found)
 
 
 def is_local(host: str) -> bool:
