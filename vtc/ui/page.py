@@ -117,16 +117,24 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
                 )
                 with gr.Row():
                     method = gr.Dropdown(
-                        list(CHOICES), value=CHOICES[0], label="Method", min_width=120, elem_id="method"
+                        list(CHOICES), value=CHOICES[0], label="Method", min_width=110, scale=4, elem_id="method"
                     )
-                    kept = gr.Slider(1, total, keep, step=1, label="Keep", min_width=150, elem_id="keep")
+                    kept = gr.Slider(1, total, keep, step=1, label="Keep", min_width=160, scale=5, elem_id="keep")
                 about = _text(cards.hint(described(CHOICES[0])))
                 with gr.Row():
                     second = gr.Dropdown(
-                        [OFF, *CHOICES], value=OFF, label="Compare with", min_width=120, elem_id="second"
+                        [OFF, *CHOICES], value=OFF, label="Compare with", min_width=110, scale=4, elem_id="second"
                     )
                     second_kept = gr.Slider(
-                        1, total, keep, step=1, label="Keep", min_width=150, elem_id="second-keep", visible=False
+                        1,
+                        total,
+                        keep,
+                        step=1,
+                        label="Keep",
+                        min_width=160,
+                        scale=5,
+                        elem_id="second-keep",
+                        visible=False,
                     )
                 second_about = _text("")
                 run = gr.Button("Ask", variant="primary", elem_id="ask")
@@ -157,7 +165,13 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
         method.change(adapt, method, [kept, about], **quick)
         second.change(adapt, second, [second_kept, second_about], **quick)
         gr.on(
-            [image.change, question.change], look, [image, question], [bad, truth], trigger_mode="always_last", **quick
+            [image.change, question.change],
+            look,
+            [image, question],
+            [bad, truth],
+            preprocess=False,
+            trigger_mode="always_last",
+            **quick,
         )
         slow: dict[str, Any] = {
             "fn": answer,
