@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from bench import record
-from bench.intervals import Share, paired, percent, wilson
 from bench.record import Provenance
 from vtc import tiny
 from vtc.config import DEFAULT_PRUNE_LAYER
 from vtc.eval.engine import answer_all
+from vtc.eval.intervals import Share, paired, percent, wilson
 from vtc.eval.local import LocalEngine
 from vtc.eval.model import ModelSpec
 from vtc.eval.question import Answer

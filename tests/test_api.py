@@ -428,7 +428,10 @@ def test_numbers_of_numpy_and_torch_reach_the_model(stock, call, expected, numbe
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda pixels: BatchFeature({"pixels": pixels}), "the inputs have no pixel_values, only pixels; pass an image"),
+        (
+            lambda pixels: BatchFeature({"pixels": pixels}),
+            "the inputs have no pixel_values, only pixels; pass",
+        ),
         (lambda pixels: {"pixel_values": pixels.numpy()}, r"got a ndarray; .*return_tensors='pt'"),
         (lambda pixels: pixels.numpy(), r"got a ndarray; .*return_tensors='pt'"),
         (lambda pixels: list(pixels), "got a list"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vtc.config import SHARED
+from vtc.config import DEFAULT_KEEP
 from vtc.eval import report
 from vtc.eval.answers_file import read_answers
 from vtc.eval.engine import Engine
@@ -26,7 +26,6 @@ from vtc.eval.tasks import BENCHMARKS, TASKS, Scenes
 from vtc.methods import METHODS
 
 _log = logging.getLogger("vtc")
-DEFAULT_KEEP = 64
 ENGINES = ("local", "ray")
 
 
@@ -92,36 +91,6 @@ def _keeps(swept: str) -> list[int]:
     if name != "keep" or not all(value.isdigit() for value in values.split(",")):
         raise ValueError(f"--sweep takes numbers of tokens, such as keep=256,128,64, got {swept!r}")
     return list(dict.fromkeys(int(value) for value in values.split(",")))
-
-
-def options_of(given: Sequence[str]) -> dict[str, Any]:
-    """The options of `--option name=value`: numbers, true, false and none become Python's.
-
-    Raises
-    ------
-    ValueError
-        If one has no `=`, or no method has it.
-    """
-    known = {*SHARED, *(option for each in METHODS.values() for option in each.options())} - {"method", "keep"}
-    found = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or name not in known:
-            raise ValueError(f"--option takes name=value with a name among {', '.join(sorted(known))}, got {text!r}")
-        found[name] = _value(value)
-    return found
-
-
-def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 @dataclasses.dataclass(frozen=True)
