@@ -31,8 +31,8 @@ def header(name: str, is_bundled: bool, num_tokens: int) -> str:
 def card(column: Column, num_tokens: int, first: Column, timed: bool = True) -> str:
     """One setting: its answer and, if `timed`, what it costs, also as a share of what `first`, all tokens, costs."""
     is_first = column is first
-    share = "" if is_first else f" ({100 * column.tokens / num_tokens:.0f} %)"
-    rows = [("visual tokens", f"{column.tokens:.0f} of {num_tokens}{share}")]
+    share = "" if is_first else f" ({100 * column.tokens / num_tokens:.0f}&nbsp;%)"
+    rows = [("tokens", f"{column.tokens:.0f} of {num_tokens}{share}")]
     if column.cost is not None:
         rows += _cost(column.cost, None if is_first else first.cost)
     elif timed:
@@ -48,15 +48,15 @@ def card(column: Column, num_tokens: int, first: Column, timed: bool = True) -> 
 
 def _cost(cost: FirstToken, full: FirstToken | None) -> list[tuple[str, str]]:
     low, high = min(cost.seconds), max(cost.seconds)
-    time = f"{1000 * cost.median:.0f} ms <small>({1000 * low:.0f} to {1000 * high:.0f})</small>"
-    cache = f"{cost.kv_bytes / 2**20:.2f} MiB"
+    time = f"{1000 * cost.median:.0f}&nbsp;ms <small>({1000 * low:.0f} to {1000 * high:.0f})</small>"
+    cache = f"{cost.kv_bytes / 2**20:.2f}&nbsp;MiB"
     if full is None:
         return [("first token", time), ("KV cache", cache)]
     if low <= max(full.seconds) and min(full.seconds) <= high:
-        time += "<br>no clear difference"
+        time += "<br><span>no clear difference</span>"
     else:
-        time += f"<br>{full.median / cost.median:.1f} times as fast"
-    return [("first token", time), ("KV cache", f"{cache} ({100 * cost.kv_bytes / full.kv_bytes:.0f} %)")]
+        time += f"<br><span>{full.median / cost.median:.1f} times as fast</span>"
+    return [("first token", time), ("KV cache", f"{cache} ({100 * cost.kv_bytes / full.kv_bytes:.0f}&nbsp;%)")]
 
 
 def truth(example: Example | None, question: str = "") -> str:
