@@ -308,34 +308,35 @@ def methods(
 
 @app.command()
 def ui(
-    model: Annotated[
-        str | None, typer.Option(help="Directory or hub id of a LLaVA-1.5.", show_default="the bundled one")
-    ] = None,
+    model: Model = None,
+    revision: Revision = None,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     host: Annotated[
-        str, typer.Option(help="The address to listen on; 0.0.0.0: all, for anyone who reaches them.")
-    ] = "127.0.0.1",
+        str, typer.Option(help="The address to listen on. 0.0.0.0: for all who can reach this machine.")
+    ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Show the page in the browser.")] = True,
 ) -> None:
-    """Open a page that answers with all tokens and with fewer, and shows what was kept.
+    """Open a page that compares answers with all tokens and with fewer.
 
-    It is for this machine only, unless --host says otherwise. Ctrl-C ends it.
+    It shows what was kept, too, and what the answers cost. It is for this machine only, unless --host says otherwise.
+    Ctrl-C ends it.
     """
-    with errors():
-        from vtc.ui import server
+    from vtc.ui import server
 
-        server.require_gradio()
-        server.require_port(host, port)
-        progress("loading …")
-        quieten(model)
+    server.require_gradio()
+    server.require_port(host, port)
+    progress("loading …")
+    quieten(model)
 
-        from vtc.cli import ask
-        from vtc.ui.compare import Comparison
+    from vtc.cli import ask
+    from vtc.ui.compare import Comparison
 
-        comparison = Comparison(*ask.load(model, device, dtype), model or ask.BUNDLED)
-        server.serve(comparison, host, port, open_browser, note)
+    ask.use_threads(threads, model)
+    comparison = Comparison(*ask.load(model, device, dtype, revision), model or ask.BUNDLED)
+    server.serve(comparison, host, port, open_browser)
 
 
 @app.command()

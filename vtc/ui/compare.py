@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 import vtc
+from vtc.api import selects
 from vtc.cli import ask
 from vtc.config import VTCConfig, kept_count
 from vtc.eval.answerer import Answerer
@@ -99,7 +100,7 @@ class Comparison:
     def device(self) -> str:
         """Where it runs and how, as text."""
         model = self.answerer.model
-        threads = f", {torch.get_num_threads()} thread(s)" if model.device.type == "cpu" else ""
+        threads = f", {ask.threads_text(torch.get_num_threads())}" if model.device.type == "cpu" else ""
         return f"{model.device}, {str(model.dtype).removeprefix('torch.')}{threads}"
 
     def setting(self, choice: Choice) -> Setting:
@@ -137,14 +138,16 @@ class Comparison:
         ValueError
             For a question, a choice or a length that is not accepted, before anything is computed.
         """
+        if not question.strip():
+            raise ValueError("the question is empty; ask something about the image")
         if len(question) > MAX_QUESTION:
             raise ValueError(f"the question has {len(question)} characters; shorten it to {MAX_QUESTION}")
         if length != int(length) or not 1 <= length <= MAX_NEW_TOKENS:
             raise ValueError(f"the longest answer is {length:g} tokens; take a whole number from 1 to {MAX_NEW_TOKENS}")
         settings = [Setting(), *map(self.setting, choices)]
         model, processor = self.answerer.model, self.answerer.processor
-        inputs = ask.prepare(model, processor, image, question)
-        seen = ask.as_seen(image, processor, inputs["pixel_values"])
+        inputs = ask.prepare(model, processor, [image], question)
+        seen = ask.as_seen(image, processor, inputs["pixel_values"][0])
         example = example_of(image) if self.is_bundled else None
         columns = []
         for setting in settings:
@@ -178,7 +181,7 @@ class Comparison:
         """The column with its pictures, if the method selects patches."""
         if not setting.compresses:
             return replace(column, name="all tokens")
-        if not METHODS[setting.method].selects:
+        if not selects(METHODS[setting.method]):
             return replace(column, note=f"No patches to draw: {METHODS[setting.method].scores}.")
         selection = vtc.select(self.answerer.model, inputs, method=setting.method, **setting.options)
         patches = len(selection.indices[0]) if selection.counts is None else int(selection.counts[0])

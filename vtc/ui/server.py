@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import webbrowser
@@ -222,13 +223,13 @@ def _environment(folder: str, host: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def serve(comparison: Comparison, host: str, port: int, open_browser: bool, say: Any) -> None:
-    """Serve the page until Ctrl-C or a signal to end.
+def serve(comparison: Comparison, host: str, port: int, open_browser: bool) -> None:
+    """Serve the page until Ctrl-C or a signal to end. Prints the address on stderr.
 
-    Parameters
-    ----------
-    say : callable
-        Gets the address as a line of text.
+    Raises
+    ------
+    ValueError
+        As `running`.
     """
 
     def end(*_: Any) -> None:
@@ -238,7 +239,7 @@ def serve(comparison: Comparison, host: str, port: int, open_browser: bool, say:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), end)
     with contextlib.suppress(KeyboardInterrupt), running(comparison, host, port) as address:
-        say(f"{address} shows the page; Ctrl-C ends it")
+        print(f"{address} shows the page; Ctrl-C ends it", file=sys.stderr, flush=True)
         if open_browser:
             webbrowser.open(address)
         threading.Event().wait()
