@@ -326,8 +326,8 @@ def ui(
     """
     from vtc.ui import server
 
-    server.require_gradio()
     server.require_port(host, port)
+    server.require_gradio()
     progress("loading …")
     quieten(model)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,17 +198,18 @@ def ignores_keep(method: str) -> bool:
 
 
 def described(method: str) -> str:
-    """What a method does, as a sentence."""
+    """What a method does, in a line."""
     about = METHODS[method]
     places = " or ".join(PLACES[place] for place in about.prunes)
     paper = f" {about.paper}." if about.paper else ""
-    return f"{about.scores[0].upper()}{about.scores[1:]}; drops tokens {places}.{paper}"
+    return f"Scores: {about.scores}. Drops tokens {places}.{paper}"
 
 
-def read(path: str | None) -> Image.Image:
-    """The image in an uploaded file. Raises ValueError, in one line, if there is none or it cannot be used."""
-    if path is None:
+def read(file: Mapping[str, Any] | None) -> Image.Image:
+    """The image in an uploaded file, which has a "path". Raises ValueError if there is none or it cannot be used."""
+    if file is None:
         raise ValueError("there is no image; upload or paste one, or take an example")
+    path = file["path"]
     try:
         return load_image(path)
     except ImageError as error:  # the visitor knows the file by its name

@@ -56,7 +56,7 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
         if file is None:
             return "", ""
         try:
-            return "", cards.truth(example_of(read(file["path"])), question)
+            return "", cards.truth(example_of(read(file)), question)
         except ValueError as error:
             return cards.error(str(error)), ""
 
@@ -74,7 +74,7 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
         try:
             first, first_keep, second, second_keep, length, timed = controls
             choices = [Choice(first, first_keep), *([] if second == OFF else [Choice(second, second_keep)])]
-            for columns in comparison.ask(read(file and file["path"]), question, choices, length, timed):
+            for columns in comparison.ask(read(file), question, choices, length, timed):
                 done = columns[0].cost is not None
                 yield [said(question), *shown(columns, timed), cards.hint(comparison.footnote()) if done else ""]
         except ValueError as error:
@@ -93,7 +93,7 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
             updates += [
                 gr.update(visible=True),
                 cards.card(column, total, columns[0], timed),
-                column.image,
+                gr.update(value=column.image, label="Kept patches" if column.heatmap else "The image"),
                 gr.update(value=column.heatmap, visible=column.heatmap is not None),
             ]
         return updates + hidden(COLUMNS - len(columns))
@@ -156,7 +156,7 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
                     for number in range(COLUMNS):
                         with gr.Column(visible=False, min_width=220, elem_id=f"column-{number}") as column:
                             card = _text("", f"card-{number}")
-                            picture = _picture("Kept patches" if number else "The image", f"kept-{number}")
+                            picture = _picture("The image", f"kept-{number}")
                             scores = _picture("Scores, black to yellow", f"scores-{number}")
                         outputs += [column, card, picture, scores]
                 footnote = _text("", "footnote")

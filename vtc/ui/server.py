@@ -109,7 +109,7 @@ def _replayed(body: bytes, receive: Any) -> Any:
 
 def _has_url(body: bytes) -> bool:
     """Whether the path of a file in the JSON of a request is a URL, which gradio would fetch."""
-    found = []
+    found: list[str] = []
 
     def look(values: dict[str, Any]) -> None:
         found.extend(path for path in [values.get("path")] if isinstance(path, str) and "://" in path)
