@@ -100,10 +100,6 @@ class Visitor:
             remove.click()
         self.page.locator("#image input[type=file]").set_input_files(file)
 
-    def shown_file(self) -> str:
-        """The name of the image on the left, once it is there."""
-        return self.page.locator("#image img").get_attribute("src").rsplit("/", 1)[-1]
-
     def choose(self, name: str, method: str) -> None:
         self.page.locator(f"#{name} input").click()
         self.page.get_by_role("option", name=method, exact=True).click()
@@ -221,7 +217,7 @@ def damaged_png() -> bytes:
     return png(Scene("test", 3).image)["buffer"][:5000]
 
 
-def test_a_bad_file_is_one_line_and_the_page_goes_on(visitor, comparison):
+def test_a_bad_file_is_one_line_and_the_page_goes_on(visitor, comparison, tmp_path):
     visitor.untimed()
     bad = {
         "words.png": (b"this is no image", "words.png is not an image"),
@@ -230,21 +226,21 @@ def test_a_bad_file_is_one_line_and_the_page_goes_on(visitor, comparison):
         "empty.png": (b"", "empty.png is empty (0 bytes)"),
         "<b>bold<b>.png": (b"this is no image", "is not an image"),
     }
+    body = visitor.page.locator("body")
     for name, (content, message) in bad.items():
         visitor.upload({"name": name, "mimeType": "image/png", "buffer": content})
         playwright.expect(visitor.page.locator("#bad")).to_contain_text(message, timeout=WAIT)
-        visitor.press()
-        playwright.expect(visitor.page.locator("#status")).to_contain_text(message, timeout=WAIT)
-        assert "Traceback" not in visitor.page.content()
-        assert "/vtc-ui-" not in visitor.page.locator("body").inner_text()
-        assert visitor.page.locator("#column-0").is_hidden()
+        assert "/vtc-ui-" not in body.inner_text()
+    visitor.press()
+    playwright.expect(visitor.page.locator("#status")).to_contain_text(message, timeout=WAIT)
+    assert visitor.page.locator("#column-0").is_hidden()
     assert visitor.page.locator("#bad b, #status b").count() == 0
-    large = {"name": "large.png", "mimeType": "image/png", "buffer": bytes(20 * 2**20 + 1)}
+    assert not {"Traceback", "/vtc-ui-"} & set(re.findall(r"Traceback|/vtc-ui-", body.inner_text()))
+
+    large = tmp_path / "large.png"
+    large.write_bytes(bytes(20 * 2**20 + 1))
     visitor.upload(large)
-    playwright.expect(visitor.page.get_by_text("exceeds the maximum allowed size")).to_be_visible()
-    visitor.page.reload()
-    visitor.page.locator("#ask").wait_for()
-    visitor.page.get_by_label("Remove Image").click()
+    playwright.expect(visitor.page.get_by_text("exceed the maximum allowed size of 20")).to_be_visible()
     visitor.press(COUNTING)
     playwright.expect(visitor.page.locator("#status")).to_contain_text("there is no image; upload", timeout=WAIT)
     visitor.upload(png(Scene("test", 3).image))
@@ -267,14 +263,13 @@ def test_two_visitors_at_once_see_their_own(server, browser, comparison):
         if method != "vtc-cls":
             visitor.choose("method", method)
         visitor.slide("keep", keep)
-    for _ in range(2):
-        for visitor, (_, question, _, _) in zip(visitors, settings, strict=True):
-            visitor.press(question)
-        for visitor, (scene, question, method, keep) in zip(visitors, settings, strict=True):
-            text, _, overlay, _ = of_api(comparison, scene.image, question, method=method, keep=keep)
-            visitor.await_card(1, method, f"{keep} of 576")
-            assert visitor.answer(1) == text
-            assert np.array_equal(visitor.picture("kept-1"), overlay)
+    for visitor, (_, question, _, _) in zip(visitors, settings, strict=True):
+        visitor.press(question)
+    for visitor, (scene, question, method, keep) in zip(visitors, settings, strict=True):
+        text, _, overlay, _ = of_api(comparison, scene.image, question, method=method, keep=keep)
+        visitor.await_card(1, method, f"{keep} of 576")
+        assert visitor.answer(1) == text
+        assert np.array_equal(visitor.picture("kept-1"), overlay)
     for visitor in visitors:
         visitor.context.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import ipaddress
 import json
 import os
@@ -130,13 +131,9 @@ def is_local(host: str) -> bool:
 
 
 def require_gradio() -> None:
-    """Raise ValueError if gradio is not installed."""
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise ValueError("the page needs gradio, which is not installed; pip install 'vtc-cls[ui]'") from error
+    """Raise ValueError if gradio is not installed. It is not imported yet: see `_environment`."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("the page needs gradio, which is not installed; pip install 'vtc-cls[ui]'")
 
 
 def require_port(host: str, port: int) -> None:
@@ -154,16 +151,16 @@ def require_port(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def running(comparison: Comparison, host: str = "127.0.0.1", port: int = 7860) -> Iterator[str]:
-    """Serve the page in another thread while the block is open; gives its address.
+    """Serve the page in another thread while the block is open; gives its address. Once in a process.
 
     Raises
     ------
     ValueError
         If the server cannot listen there.
     """
-    from vtc.ui import page as pages  # imports gradio
-
     with tempfile.TemporaryDirectory(prefix="vtc-ui-") as folder, _environment(folder, host):
+        from vtc.ui import page as pages  # imports gradio
+
         page = pages.build(comparison, Path(folder))
         try:
             _, address, _ = page.launch(
@@ -203,7 +200,9 @@ def _middleware(local: bool) -> Any:
 
 @contextlib.contextmanager
 def _environment(folder: str, host: str) -> Iterator[None]:
-    """What gradio reads from the environment: where it writes, that it does not report, no proxy to itself."""
+    """What gradio reads from the environment, partly when it is imported: where it writes, that it does not report, and
+    that it reaches itself without a proxy.
+    """
     proxied = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), host, "127.0.0.1"]))
     wanted = {
         "GRADIO_TEMP_DIR": folder,
