@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,10 @@ from vtc.ui.examples import example_of
 CHOICES = tuple(name for name in METHODS if name != NONE)
 MAX_QUESTION = 500  # characters
 MAX_NEW_TOKENS = 256
+
+
+class Stopped(Exception):
+    """The server ends."""
 
 
 class Choice(NamedTuple):
@@ -85,6 +90,7 @@ class Comparison:
         self.is_bundled = name == BUNDLED
         self.name = name if self.is_bundled else Path(name).name
         self.grid = patch_grid(model.config.vision_config)
+        self.stopping = threading.Event()  # ends whatever is computed
 
     @property
     def num_tokens(self) -> int:
@@ -137,6 +143,8 @@ class Comparison:
         ------
         ValueError
             For a question, a choice or a length that is not accepted, before anything is computed.
+        Stopped
+            Once `stopping` is set.
         """
         if not question.strip():
             raise ValueError("the question is empty; ask something about the image")
@@ -151,13 +159,15 @@ class Comparison:
         example = example_of(image) if self.is_bundled else None
         columns = []
         for setting in settings:
-            texts, _, kept = self.answerer.generate(inputs, setting, max_new_tokens=int(length))
+            texts, _, kept = self.answerer.generate(
+                inputs, setting, max_new_tokens=int(length), stopping_criteria=[self._is_done]
+            )
             right = example.is_right(question, texts[0]) if example else None
             column = Column(setting.method, texts[0], right, kept or 0, self._plain(seen))
             columns.append(self._drawn(column, setting, seen, inputs))
         yield columns
         if timed:
-            costs = first_tokens(self.answerer, inputs, settings)
+            costs = first_tokens(self.answerer, inputs, settings, advance=self._check)
             yield [replace(column, cost=cost) for column, cost in zip(columns, costs, strict=True)]
 
     def unknown_words(self, question: str) -> list[str]:
@@ -170,6 +180,16 @@ class Comparison:
             f"First token: median (fastest to slowest) of {RUNS} warm runs that take turns, on {self.device}, from "
             "pixels to token. KV cache: after the prompt, all layers."
         )
+
+    def _check(self, count: int = 0) -> None:
+        """Called after every timed run."""
+        if self.stopping.is_set():
+            raise Stopped
+
+    def _is_done(self, ids: Any, scores: Any) -> bool:
+        """Called after every token, as a criterion of `generate()`."""
+        self._check()
+        return False
 
     def _plain(self, seen: Image.Image) -> Image.Image:
         """The image as the model saw it, of the size of an overlay."""

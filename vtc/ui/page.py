@@ -17,6 +17,7 @@ from vtc.ui.compare import (
     Choice,
     Column,
     Comparison,
+    Stopped,
     described,
     ignores_keep,
     read,
@@ -77,6 +78,8 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
             for columns in comparison.ask(read(file), question, choices, length, timed):
                 done = columns[0].cost is not None
                 yield [said(question), *shown(columns, timed), cards.hint(comparison.footnote()) if done else ""]
+        except Stopped:
+            return
         except ValueError as error:
             yield failed(str(error))
         except Exception as error:  # a visitor gets one line, whoever runs the server the rest
@@ -196,5 +199,10 @@ def _text(html: str, name: str | None = None) -> gr.HTML:
 
 def _picture(label: str, name: str) -> gr.Image:
     return gr.Image(
-        label=label, format="png", interactive=False, buttons=["download", "fullscreen"], elem_id=name, min_width=120
+        label=label,
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        elem_id=name,
+        elem_classes=["vtc-picture"],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import ipaddress
 import json
 import os
@@ -187,9 +188,11 @@ def running(comparison: Comparison, host: str = "127.0.0.1", port: int = 7860) -
         try:
             yield address
         finally:
-            page.close(verbose=False)
-            page.server.force_exit = True  # do not wait for browsers: what is written later would outlive the folder
-            page.server.thread.join()
+            comparison.stopping.set()
+            with contextlib.redirect_stderr(io.StringIO()):  # gradio prints a traceback of what is cut off
+                page.close(verbose=False)
+                page.server.force_exit = True  # browsers may stay: what is written later would outlive the folder
+                page.server.thread.join()
 
 
 def _middleware(local: bool) -> Any:
