@@ -310,6 +310,39 @@ def methods(
 
 
 @app.command()
+def ui(
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on. 0.0.0.0: for all who can reach this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Show the page in the browser.")] = True,
+) -> None:
+    """Open a page that compares answers with all tokens and with fewer.
+
+    It shows what was kept, too, and what the answers cost. It is for this machine only, unless --host says otherwise.
+    Ctrl-C ends it.
+    """
+    from vtc.ui import server
+
+    server.require_port(host, port)
+    server.require_gradio()
+    progress("loading …")
+    quieten(model)
+
+    from vtc.cli import ask
+    from vtc.ui.compare import Comparison
+
+    ask.use_threads(threads, model)
+    comparison = Comparison(*ask.load(model, device, dtype, revision), model or ask.BUNDLED)
+    server.serve(comparison, host, port, open_browser)
+
+
+@app.command()
 def env(
     model: Annotated[
         str | None, typer.Option(help="Also load this model, and show how it compresses; bundled: the bundled one.")
