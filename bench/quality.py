@@ -19,8 +19,9 @@ from vtc.eval.engine import answer_all
 from vtc.eval.intervals import Share, paired, percent, wilson
 from vtc.eval.local import LocalEngine
 from vtc.eval.model import ModelSpec
+from vtc.eval.progress import Progress
 from vtc.eval.question import Answer
-from vtc.eval.setting import IGNORE_KEEP, NONE, Setting
+from vtc.eval.setting import NONE, Setting, ignores_keep
 from vtc.eval.tasks.scenes import Scenes
 from vtc.methods import METHODS
 
@@ -101,7 +102,8 @@ def run(
     records: list[Quality] = []
 
     def ask(setting: Setting) -> list[Answer]:
-        return answer_all(engine, spec, task, setting, BATCH)
+        with Progress(setting.label, count) as progress:
+            return answer_all(engine, spec, task, setting, BATCH, advance=progress.advance)
 
     def keep_record(
         answers: list[Answer], full: list[Answer] | None, against: list[Answer] | None, **rest: Any
@@ -121,8 +123,8 @@ def run(
         options = dict(setting.options)
         keep = options.pop("keep")
         answers = ask(setting)
-        keep_record(answers, full, baseline.get(keep), method=setting.method, options=options, keep=keep)
-        if setting.method == BASELINE and not options:
+        keep_record(answers, full, baseline.get(keep), method=setting.name, options=options, keep=keep)
+        if setting.name == BASELINE and not options:
             baseline[keep] = answers
     return records
 
@@ -130,7 +132,8 @@ def run(
 def settings(keeps: Sequence[int], methods: Sequence[str], sweep: bool, depth: int) -> list[Setting]:
     """Every setting after the one with all tokens, the baseline's first; `depth` is the number of vision layers."""
     budgets = {BASELINE: [*keeps, *((SWEEP_KEEP,) if sweep and SWEEP_KEEP not in keeps else ())]}
-    budgets |= dict.fromkeys(IGNORE_KEEP, [SWEEP_KEEP] if SWEEP_KEEP in keeps else keeps[:1])
+    fixed = [name for name in METHODS if ignores_keep(name, {})]
+    budgets |= dict.fromkeys(fixed, [SWEEP_KEEP] if SWEEP_KEEP in keeps else keeps[:1])
     names = [BASELINE, *(name for name in methods if name not in (BASELINE, NONE))]
     chosen: list[tuple[str, dict[str, Any], Sequence[int]]] = [(name, {}, budgets.get(name, keeps)) for name in names]
     if BASELINE in methods:

@@ -18,16 +18,18 @@ from vtc.overlay import heatmap, overlay
 
 if TYPE_CHECKING:
     from vtc import ops, tiny
-    from vtc.api import compress, configure, disable, enable, is_enabled, select
+    from vtc.api import compress, configure, disable, enable, is_enabled, select, status
     from vtc.config import VTCConfig, kept_count
     from vtc.hf.encode import Selection
     from vtc.hf.settings import Run
+    from vtc.hf.status import Status
     from vtc.images import load_image
 
 __version__ = "0.1.0"
 __all__ = [
     "Run",
     "Selection",
+    "Status",
     "VTCConfig",
     "compress",
     "configure",
@@ -40,14 +42,16 @@ __all__ = [
     "ops",
     "overlay",
     "select",
+    "status",
     "tiny",
 ]
 
 _MODULES = {
-    "api": ("compress", "configure", "disable", "enable", "is_enabled", "select"),
+    "api": ("compress", "configure", "disable", "enable", "is_enabled", "select", "status"),
     "config": ("VTCConfig", "kept_count"),
     "hf.encode": ("Selection",),
     "hf.settings": ("Run",),
+    "hf.status": ("Status",),
     "images": ("load_image",),
 }
 

@@ -13,8 +13,9 @@ from vtc.hf import encode, names, patch, prune, settings
 from vtc.hf.encode import Selection
 from vtc.hf.families import family_of, find_llava
 from vtc.hf.settings import Run, Settings
+from vtc.hf.status import Status, status_of
 from vtc.hf.views import plan_of, require, require_pixels
-from vtc.methods import METHODS, Method
+from vtc.methods import METHODS, Method, class_of
 
 _log = logging.getLogger("vtc")
 
@@ -64,6 +65,7 @@ def enable(model: torch.nn.Module, **options: Any) -> VTCConfig:
             "vtc.compress, which does not need it"
         )
     settings.store(base, config)
+    settings.name_without_effect(base, config, options)
     return config
 
 
@@ -84,6 +86,19 @@ def is_enabled(model: torch.nn.Module) -> bool:
         If `model` holds no supported LLaVA.
     """
     return settings.is_on(find_llava(model))
+
+
+def status(model: torch.nn.Module) -> Status:
+    """Whether the model compresses an image now and here, how, with which settings, and how many it has compressed.
+
+    `print(vtc.status(model))` shows it. Nothing runs, and settings that do not fit the model are named, not raised.
+
+    Raises
+    ------
+    ValueError
+        If `model` holds no supported LLaVA, or transformers is too old.
+    """
+    return status_of(_llava(model))
 
 
 @contextlib.contextmanager
@@ -143,16 +158,16 @@ def select(model: torch.nn.Module, inputs: Mapping[str, Any] | torch.Tensor, **o
             raise ValueError(f"the inputs have no {name}, only {', '.join(inputs) or 'nothing'}; pass an image, too")
         pixels: Any = inputs[name] if isinstance(inputs, Mapping) else inputs
         _require_pixels(current, pixels)
-        if METHODS[current.config.method].prunes_only_language():
+        if class_of(current.config.method).prunes_only_language():
             if not isinstance(inputs, Mapping) or inputs.get("input_ids") is None:
                 raise ValueError(
-                    f"method {current.config.method!r} selects patches by the question, inside the language model; "
+                    f"method {current.config.name!r} selects patches by the question, inside the language model; "
                     "pass all of the processor's inputs, input_ids among them: vtc.select(model, inputs)"
                 )
             return prune.select(model, current, inputs)
         selection = encode.select(current, pixels, plan_of(current, "whole", pixels))
     if selection is None:
-        raise ValueError(f"method {current.config.method!r} selects patches, but gave no indices or no scores")
+        raise ValueError(f"method {current.config.name!r} selects patches, but gave no indices or no scores")
     return selection
 
 
@@ -166,12 +181,13 @@ def _require_pixels(current: Settings, given: Any) -> None:
     require_pixels(current, given)
 
 
-def require_selection(method: str) -> None:
+def require_selection(method: str | Method) -> None:
     """Raise ValueError if `method` selects no patches, so that there is nothing to show."""
-    if not selects(METHODS[method]):
+    about = class_of(method)
+    if not selects(about):
         selecting = [name for name, each in METHODS.items() if selects(each)]
         raise ValueError(
-            f"method {method!r} selects no patches, so no kept patches can be shown ({METHODS[method].scores}); "
+            f"method {about.name!r} selects no patches, so no kept patches can be shown ({about.scores}); "
             f"methods that select patches: {', '.join(map(repr, selecting))}"
         )
 
@@ -186,6 +202,7 @@ def _checked(model: torch.nn.Module, options: dict[str, Any]) -> tuple[Any, VTCC
     base = _llava(model)
     config = Settings.of(base).config.updated(**options)
     require(base, config)
+    settings.name_without_effect(base, config, options)
     return base, config
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vtc import methods, ops
-from vtc.methods import METHODS, Method
+from vtc.methods import METHODS, Method, class_of
 from vtc.methods.checks import check_integer, check_one_of, plain
 
 KV = ("compact", "full")
@@ -33,9 +33,11 @@ class VTCConfig:
 
     Parameters
     ----------
-    method : str
-        A name in `vtc.methods.METHODS`. "vtc-cls" is the attention of the vision tower's [CLS] token (arXiv
-        2412.05819). "random", "pool" and "none" are controls, and the others are published methods.
+    method : str or Method
+        A name in `vtc.methods.METHODS`, or an object of a subclass of `vtc.methods.Method`, with its options as its
+        fields. "vtc-cls" is the attention of the vision tower's [CLS] token (arXiv 2412.05819). "random", "pool" and
+        "none" are controls, and the others are published methods. An object of a class in `METHODS` is stored as its
+        name and options.
     keep : int, optional
         Visual tokens kept per image, 1 <= keep <= N. If neither `keep` nor `ratio` is given: 128, or a quarter of an
         image of at most 128 visual tokens. Some methods do not keep exactly `keep`: "pool" makes a square, "prumerge+"
@@ -68,7 +70,7 @@ class VTCConfig:
         `prune_layer` do not go together, or if an option is not one of the method's.
     """
 
-    method: str = "vtc-cls"
+    method: str | Method = "vtc-cls"
     keep: int | None = None
     ratio: float | None = None
     prune_layer: int | None = None
@@ -81,7 +83,7 @@ class VTCConfig:
     def __post_init__(self) -> None:
         for name in SHARED:
             object.__setattr__(self, name, plain(getattr(self, name)))
-        check_one_of("method", self.method, tuple(METHODS))
+        class_of(self.method)
         check_one_of("tiles", self.tiles, TILES)
         check_one_of("backend", self.backend, ops.BACKENDS)
         if self.kv is not None:
@@ -100,24 +102,39 @@ class VTCConfig:
         options = {name: plain(value) for name, value in self.options.items()}  # a copy that the caller cannot change
         object.__setattr__(self, "options", options)
         methods.check_options(self.method, self.options)
+        if isinstance(self.method, Method):
+            self._take_apart(self.method)
         self.build_method()  # checks the values
         if self.reselects and self.kv == "compact":
             raise ValueError(
                 'reselect=True needs all tokens in the KV cache, got kv="compact"; use kv="full" or reselect=False'
             )
 
+    def _take_apart(self, method: Method) -> None:
+        """Give `options` to the object; store one of a registered class as its name and the options that are given."""
+        if self.options:
+            method = method.changed(**self.options)
+        if self.backend == "auto":
+            object.__setattr__(self, "backend", method.backend)
+        stored: str | Method = method
+        options: dict[str, Any] = {}
+        if METHODS.get(method.name) is type(method):
+            stored, options = method.name, method.given()
+        object.__setattr__(self, "method", stored)
+        object.__setattr__(self, "options", options)
+
     def _check_prune_layer(self) -> None:
         if self.prune_layer is not None:
             check_integer("prune_layer", self.prune_layer, 0)
-        if self.prune_layer and "language" not in METHODS[self.method].prunes:
+        if self.prune_layer and "language" not in class_of(self.method).prunes:
             able = [name for name, method in METHODS.items() if "language" in method.prunes]
             raise ValueError(
-                f"method {self.method!r} does not prune inside the language model, got prune_layer={self.prune_layer}; "
+                f"method {self.name!r} does not prune inside the language model, got prune_layer={self.prune_layer}; "
                 f"use prune_layer=0, or one of {', '.join(map(repr, able))}"
             )
-        if self.prune_layer == 0 and METHODS[self.method].prunes_only_language():
+        if self.prune_layer == 0 and class_of(self.method).prunes_only_language():
             raise ValueError(
-                f"method {self.method!r} scores inside the language model, got prune_layer=0; use "
+                f"method {self.name!r} scores inside the language model, got prune_layer=0; use "
                 f"prune_layer={DEFAULT_PRUNE_LAYER}, as its paper does, or another layer"
             )
 
@@ -133,30 +150,42 @@ class VTCConfig:
         return cls().updated(**given)
 
     @property
+    def name(self) -> str:
+        """The name of the method."""
+        return class_of(self.method).name
+
+    @property
     def compresses(self) -> bool:
         """Whether anything is dropped; False for "none", which is the stock model."""
-        return self.method != "none"
+        return self.name != "none"
 
     @property
     def prune_after(self) -> int:
         """The language-model layer after which tokens are dropped, from 1; 0: before the first."""
         if self.prune_layer is not None:
             return self.prune_layer
-        return DEFAULT_PRUNE_LAYER if METHODS[self.method].prunes_only_language() else 0
+        return DEFAULT_PRUNE_LAYER if class_of(self.method).prunes_only_language() else 0
 
     @property
     def kept_kv(self) -> str:
         """What the KV cache keeps in the layers before `prune_after`, "compact" or "full"."""
-        return METHODS[self.method].kv if self.kv is None else self.kv
+        return class_of(self.method).kv if self.kv is None else self.kv
 
     @property
     def reselects(self) -> bool:
         """Whether every new token selects again, and dropped tokens are masked: the option `reselect` of "fastv"."""
-        return bool(self.options.get("reselect"))
+        return bool(getattr(self.method, "reselect", self.options.get("reselect")))
 
     def build_method(self) -> Method:
         """The method with its options and `backend`."""
+        if isinstance(self.method, Method):
+            return self.method if self.method.backend == self.backend else self.method.changed(backend=self.backend)
         return methods.build(self.method, backend=self.backend, **self.options)
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings and options that have no effect with the others, and why, as a clause."""
+        found = self.build_method().without_effect()
+        return found if self.prune_after else {"kv": "nothing is dropped inside the language model"} | found
 
     def updated(self, /, **changes: Any) -> "VTCConfig":
         """Return a copy with `changes`: shared fields, and options of the (new) method.
@@ -171,24 +200,27 @@ class VTCConfig:
         """
         shared = {name: changes.pop(name) for name in SHARED if name in changes}  # what remains are options
         method = shared.get("method", self.method)
-        check_one_of("method", method, tuple(METHODS))
-        known = {option for each in METHODS.values() for option in each.options()}
+        about = class_of(method)
+        known = {option for each in (*METHODS.values(), about) for option in each.options()}
         if unknown := sorted(set(changes) - known):
-            own = ", ".join(METHODS[method].options()) or "no options"
+            own = ", ".join(about.options()) or "no options"
             raise ValueError(
                 f"unknown option(s) {', '.join(unknown)}; VTCConfig has {', '.join(SHARED)}, "
-                f"and method {method!r} has {own}"
+                f"and method {about.name!r} has {own}"
             )
         if "keep" in shared and shared.get("ratio") is None:
             shared["ratio"] = None
         elif "ratio" in shared and shared.get("keep") is None:
             shared["keep"] = None
         before = {name: getattr(self, name) for name in SHARED}
-        options = self.options if method == self.method else {}
+        options = self.options if isinstance(method, str) and method == self.method else {}
         return VTCConfig(**{**before, **shared}, options={**options, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """The shared fields and the given options side by side; `VTCConfig.of(**config.to_dict()) == config`."""
+        """The shared fields and the given options side by side; `VTCConfig.of(**config.to_dict()) == config`.
+
+        A method of a class that is not in `vtc.methods.METHODS` is in it as the object.
+        """
         return {**{name: getattr(self, name) for name in SHARED}, **self.options}
 
 
@@ -212,7 +244,7 @@ def kept_count(config: VTCConfig, num_tokens: int) -> int:
         if ratio and config.compresses and not torch.compiler.is_compiling():
             _say_default(num_tokens)
     if keep is None:
-        if not METHODS[config.method].rounds_up:
+        if not class_of(config.method).rounds_up:
             return round((ratio or 1) * num_tokens) or 1
         # Rounded first: else 0.07 * 100 = 7.000000000000001 would keep 8. Never 0, and num_tokens for ratio 1.
         return math.ceil(round((ratio or 1) * num_tokens, 6)) or 1

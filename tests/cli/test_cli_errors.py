@@ -29,6 +29,10 @@ from vtc.cli.options import in_words_of_the_command
         (("{picture}", QUESTION, "--method", "tome"), ["method", "'prumerge+'", "got 'tome'"]),
         (("{picture}", QUESTION, "--method", "visionzip", "--keep", 1), ["visionzip", "--keep 1", "--keep 2 or more"]),
         (
+            ("{picture}", QUESTION, "--method", "random", "--start-layer", 2),
+            ["--start-layer is an option of 'vtc-cls'", "use --method vtc-cls --start-layer 2"],
+        ),
+        (
             ("{picture}", QUESTION, "--method", "pool", "--overlay", "out.png"),
             ["'pool' selects no patches", "'vtc-cls'"],
         ),

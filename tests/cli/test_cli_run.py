@@ -15,7 +15,7 @@ from vtc.cli import ask
 from vtc.eval.engine import answer_all
 from vtc.eval.local import LocalEngine
 from vtc.eval.model import ModelSpec
-from vtc.eval.setting import IGNORE_KEEP, Setting
+from vtc.eval.setting import Setting, ignores_keep
 from vtc.eval.tasks.scenes import Scenes
 from vtc.methods import METHODS
 from vtc.tiny.scenes import Scene
@@ -39,7 +39,7 @@ def test_run_prints_the_answer_of_the_compressed_model(model_dir, picture, optio
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "vtc-cls"])
 def test_run_with_each_method(model_dir, picture, method):
     arguments = ("run", picture, QUESTION, "--model", model_dir, "--max-new-tokens", 3, "--method", method, "--json")
-    options = {} if method in IGNORE_KEEP else {"keep": 64}
+    options = {} if ignores_keep(method, {}) else {"keep": 64}
     arguments += ("--keep", 64) if options else ()
     found = json.loads(succeed(*arguments).stdout)
     model, processor = ask.load(model_dir, "cpu", "float32")

@@ -9,6 +9,7 @@ from support.cli import call, refused, succeed
 from support.eval_data import write_all
 
 from vtc.cli import eval as evaluation
+from vtc.cli.options import options_of
 from vtc.eval.result import read
 from vtc.eval.tasks import BENCHMARKS, TASKS
 from vtc.methods import METHODS
@@ -175,7 +176,7 @@ def test_bad_input_is_one_line(arguments, says, tmp_path, monkeypatch):
 
 def test_options_become_pythons_values():
     given = ["seed=3", "ensemble=mean", "adaptive_count=false", "start_layer=none", "ratio=0.5"]
-    assert evaluation.options_of(given) == {
+    assert options_of(given) == {
         **{"seed": 3, "ensemble": "mean", "adaptive_count": False, "start_layer": None, "ratio": 0.5}
     }
 
@@ -184,11 +185,12 @@ def test_one_setting_or_a_table():
     def labels(method="vtc-cls", methods=None, every=False, swept=None, baselines=True, keep=None, **options):
         return [s.label for s in evaluation.settings_of(method, methods, every, swept, baselines, keep, options)]
 
-    assert labels() == ["vtc-cls-64"]
+    assert labels() == ["vtc-cls-128"]
     assert labels("none") == ["none"]
+    assert labels("prumerge") == ["prumerge"]
     assert labels(ratio=0.25) == ["vtc-cls-0.25"]
     assert labels(swept="keep=8,4") == ["none", "vtc-cls-8", "vtc-cls-4", "floor"]
-    assert labels(methods="random,none", baselines=False) == ["random-64"]
+    assert labels(methods="random,none", baselines=False) == ["random-128"]
     assert labels(methods="random,pool", baselines=False, ratio=0.25) == ["random-0.25", "pool-0.25"]
     assert labels(methods="pool,pool", swept="keep=8,8", baselines=False) == ["pool-8"]
     assert labels(methods="random,pool", keep=9, seed=1) == ["none", "random-9-seed=1", "pool-9", "floor"]

@@ -152,5 +152,5 @@ def test_a_model_that_is_not_there_or_of_another_kind_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no directory; pass a model directory or a hub id"):
         ModelSpec("./nowhere").config()
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="of type 'bert'; VTC supports llava, "):
+    with pytest.raises(ValueError, match="of type 'bert', which is not supported; VTC supports llava "):
         ModelSpec(str(tmp_path)).config()

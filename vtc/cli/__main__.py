@@ -303,13 +303,22 @@ def methods(
 
 
 @app.command()
-def env(as_json: AsJson = False) -> None:
+def env(
+    model: Annotated[
+        str | None, typer.Option(help="Also load this model, and show how it compresses; bundled: the bundled one.")
+    ] = None,
+    revision: Revision = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
     """Show versions, devices, and which backend each operation would use."""
-    quieten(None)
+    quieten(model)
 
     from vtc.cli import env as machine
 
     found = machine.environment()
+    if model is not None:
+        found["model"] = machine.about_model(model, revision, device)
     if as_json:
         print_json(found)
     else:

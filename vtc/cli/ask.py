@@ -124,9 +124,9 @@ def compare(
             found = first_tokens(answerer, inputs, settings, advance=progress.advance)
         for side, cost in zip((short, full), found, strict=True):
             side |= {"time_to_first_token_ms": cost.record(), "kv_cache_bytes": cost.kv_bytes}
-        warning = noise({config.method: found[0], "all tokens": found[1]})
+        warning = noise({config.name: found[0], "all tokens": found[1]})
     return {
-        "method": config.method,
+        "method": config.name,
         "prune_layer": config.prune_after,
         "compressed": short,
         "uncompressed": full,

@@ -23,7 +23,7 @@ from vtc.eval.measure import RUNS, FirstToken, Times, cell, first_tokens, noise
 from vtc.eval.progress import Progress
 from vtc.eval.protocol import PROTOCOLS
 from vtc.eval.question import Answer
-from vtc.eval.setting import IGNORE_KEEP, NONE, Setting
+from vtc.eval.setting import NONE, Setting, ignores_keep
 from vtc.eval.tasks.scenes import Scenes
 from vtc.files import replacing
 from vtc.methods import METHODS
@@ -143,13 +143,13 @@ def settings(method: str) -> tuple[tuple[str, int, str], ...]:
         return SETTINGS[:1]
     if method == "random":
         return (SETTINGS[0], SETTINGS[-1])
-    fewer = (SHOWN,) if method in IGNORE_KEEP else FEWER
+    fewer = (SHOWN,) if ignores_keep(method, {}) else FEWER
     return (SETTINGS[0], *((method, tokens, method) for tokens in fewer), SETTINGS[-1])
 
 
 def setting_of(method: str, tokens: int) -> Setting:
     """A method that keeps so many tokens, if that is for the caller to say."""
-    return Setting(method, {} if method in IGNORE_KEEP else {"keep": tokens})
+    return Setting(method, {} if ignores_keep(method, {}) else {"keep": tokens})
 
 
 def measure(model: Any, processor: Any, count: int, method: str = "vtc-cls", quiet: bool = False) -> Demo:

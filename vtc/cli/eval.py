@@ -20,7 +20,7 @@ from vtc.eval.processes import Processes, current
 from vtc.eval.result import Result, Timing, environment, read
 from vtc.eval.rows import identity
 from vtc.eval.run import Options, Run
-from vtc.eval.setting import FLOOR, NONE, Setting, sweep
+from vtc.eval.setting import FLOOR, NONE, Setting, ignores_keep, sweep
 from vtc.eval.task import Task
 from vtc.eval.tasks import BENCHMARKS, TASKS, Scenes
 from vtc.methods import METHODS
@@ -67,7 +67,7 @@ def settings_of(
         left to run.
     """
     if methods is None and not all_methods and swept is None:
-        fixed = method in (NONE, FLOOR) or "ratio" in options
+        fixed = ignores_keep(method, options) or "ratio" in options
         chosen = keep if fixed or keep is not None else DEFAULT_KEEP
         return [Setting(method, {"keep": chosen, **options})]
     if keep is not None and swept is not None:

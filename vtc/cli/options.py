@@ -64,8 +64,8 @@ def in_words_of_the_command(text: str) -> str:
     )
     text = re.sub(r"vtc\.\w+\(model, ([^()]*)\)", lambda call: call[1].replace(", ", " "), text)
     text = pair.sub(lambda found: f"{_flag(found[1])}{found[2].strip(chr(39) + chr(34))}", text)
-    underscored = "|".join(name for name in FLAGS if "_" in name)
-    return re.sub(rf"(?<![\w'-])({underscored})\b(?!=)", lambda found: _flag(found[1]).strip(), text)
+    names = "|".join(name if "_" in name else f"(?<=use ){name}" for name in FLAGS)  # "keep" may be a verb
+    return re.sub(rf"(?<![\w'-])({names})\b(?!=)", lambda found: _flag(found[1]).strip(), text)
 
 
 def _flag(name: str) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
 from vtc import tiny
-from vtc.hf.families import FAMILIES
+from vtc.eval import checkpoint
 
 BUNDLED = "bundled"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+_log = logging.getLogger("vtc")
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -25,9 +24,10 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used here; try cpu, cuda or cuda:0") from error
+        torch.zeros(1, device=device).item()  # "meta" makes tensors, but they hold no numbers
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        raise ValueError(f"device {name!r} cannot be used here; use {' or '.join(['cpu', *gpus])}") from error
     return device
 
 
@@ -71,13 +71,11 @@ class ModelSpec:
         """The model's config. Raises ValueError if there is no such model, or VTC does not support it."""
         if self.model.startswith((".", "/", "~")) and not Path(self.source).is_dir():
             raise ValueError(f"model {self.model!r} is no directory; pass a model directory or a hub id")
-        with _load_errors(self.model):
-            config = AutoConfig.from_pretrained(self.source, revision=self.revision)
-        if config.model_type not in FAMILIES:
-            raise ValueError(
-                f"model {self.model!r} is of type {config.model_type!r}; VTC supports {', '.join(FAMILIES)}"
-            )
-        return config
+        with checkpoint.loading(self.model, "config"):
+            raw, _ = PreTrainedConfig.get_config_dict(self.source, revision=self.revision)
+        checkpoint.require_type(self.model, raw)
+        with checkpoint.loading(self.model, "config"):
+            return AutoConfig.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
 
     def processor(self) -> Any:
         """The model's processor. Raises ValueError if it has none for images.
@@ -86,8 +84,12 @@ class ModelSpec:
         differently.
         """
         config = self.config()
-        with _load_errors(self.model):
-            processor = AutoProcessor.from_pretrained(self.source, revision=self.revision, backend="pil")
+        checkpoint.require_files(self.model, self.source, checkpoint.TOKENIZERS, "a tokenizer")
+        checkpoint.require_files(self.model, self.source, checkpoint.PROCESSORS, "an image processor")
+        with checkpoint.loading(self.model, "processor"):
+            processor = AutoProcessor.from_pretrained(
+                self.source, revision=self.revision, backend="pil", trust_remote_code=False
+            )
         if not hasattr(processor, "image_processor"):
             raise ValueError(f"model {self.model!r} comes without an image processor; add its preprocessor_config.json")
         if processor.patch_size is None:  # processors saved before transformers 4.46 leave these three to the model
@@ -97,22 +99,31 @@ class ModelSpec:
         return processor
 
     def load(self) -> Any:
-        """The model in evaluation mode. Raises ValueError if it cannot be loaded."""
-        self.config()
-        with _load_errors(self.model):
-            model = AutoModelForImageTextToText.from_pretrained(
+        """The model in evaluation mode. Its own code is never run.
+
+        Raises
+        ------
+        ValueError
+            If it cannot be loaded, its weights are pickled, missing, unexpected or of another shape, or one of them is
+            NaN or infinite.
+        """
+        config = self.config()
+        if getattr(config, "auto_map", None):
+            _log.warning("model %r brings code of its own, which is not run: transformers' own class is", self.model)
+        checkpoint.require_safetensors(self.model, self.source)
+        with checkpoint.loading(self.model, "weights"):
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 self.source,
                 revision=self.revision,
                 dtype=getattr(torch, self.dtype),
                 attn_implementation=self.attn_implementation,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are among `info`
+                output_loading_info=True,
             )
-        return model.eval().to(self.device)
-
-
-@contextlib.contextmanager
-def _load_errors(model: str) -> Iterator[None]:
-    """Errors of loading become a ValueError in one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        model, info = loaded
+        checkpoint.require_weights(self.model, info)
+        model = model.eval().to(self.device)
+        checkpoint.require_finite(self.model, model)
+        return model

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from vtc.eval.published import COLUMNS
 from vtc.eval.result import Result
-from vtc.eval.setting import FLOOR, IGNORE_KEEP, NONE
+from vtc.eval.setting import FLOOR, NONE, ignores_keep
 
 MISSING = "-"  # in a cell
 
@@ -33,7 +33,7 @@ class Row:
     def keep(self) -> int | None:
         """The number of tokens that was asked for, if it is the method's to keep."""
         keep = self.first.options.get("keep")
-        return keep if self.method not in IGNORE_KEEP and isinstance(keep, int) else None
+        return keep if isinstance(keep, int) and not ignores_keep(self.method, self.first.options) else None
 
     @property
     def measured(self) -> list[int]:

@@ -231,7 +231,7 @@ class Run:
             task=self.task.name,
             title=self.task.title,
             model=self.spec.model,
-            method=self.setting.method,
+            method=self.setting.name,
             label=self.label,
             options=dict(self.setting.options),
             figures=score.figures,

@@ -9,25 +9,25 @@ import torch
 from vtc.hf import prune_limits
 from vtc.hf.families import Family
 from vtc.hf.towers import TowerSpec
-from vtc.methods import METHODS
+from vtc.methods import METHODS, Method, class_of
 
 
-def family_refusal(family: Family, method: str) -> str | None:
+def family_refusal(family: Family, method: str | Method) -> str | None:
     """Why `method` does not work with a family of models, as a clause, or None if it does."""
-    about = METHODS[method]
+    about = class_of(method)
     if not family.is_one_view and about.prunes == ("language",):
         return f"prunes inside the language model, which cannot tell the tiles of an image of {family.name} apart"
     by_view = about.per_view and not family.has_frames
-    if not family.is_one_view and not about.keeps_patches() and not by_view and method != "none":
+    if not family.is_one_view and not about.keeps_patches() and not by_view and about.prunes:
         return f"makes new tokens of an image's patches, and a {family.name} image or video has several views"
     if family.stacked and about.adaptive:
         return f"gives images different numbers of tokens, and {family.name} takes the same number from each"
     return None
 
 
-def tower_refusal(tower: TowerSpec, method: str) -> str | None:
+def tower_refusal(tower: TowerSpec, method: str | Method) -> str | None:
     """Why `method` does not work with a vision tower, as a clause, or None if it does."""
-    about = METHODS[method]
+    about = class_of(method)
     if about.needs_cls() and not tower.cls:
         return f"needs a vision tower with a [CLS] token, and {tower.name} has none"
     if about.needs.grid and tower.registers:
@@ -52,7 +52,7 @@ def require(base: Any, config: Any, family: Family, tower: TowerSpec) -> None:
     if refusal := tower_refusal(tower, config.method) or family_refusal(family, config.method):
         work = methods_of(family, tower)
         raise ValueError(
-            f"method {config.method!r} {refusal}; methods that work with it: {', '.join(map(repr, work))}, e.g. "
+            f"method {config.name!r} {refusal}; methods that work with it: {', '.join(map(repr, work))}, e.g. "
             f"vtc.configure(model, method={work[0]!r})"
         )
     if config.prune_after:

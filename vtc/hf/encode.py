@@ -15,7 +15,7 @@ from torch import Tensor
 from vtc import ops
 from vtc.hf import names
 from vtc.hf.attention import ClsScores
-from vtc.hf.settings import NAME, Settings
+from vtc.hf.settings import IMAGES, NAME, Settings
 from vtc.hf.towers import tower_of
 from vtc.methods import Tokens, VisionOutputs
 from vtc.plan import Plan
@@ -173,15 +173,20 @@ def select(settings: Settings, views: Tensor, plan: Plan) -> Selection | None:
 
 
 def count(settings: Settings, plan: Plan, used: list[str], images: int, before: int, after: int) -> None:
-    """Count images in the open block. Skipped while compiling: every new counter value would recompile."""
-    run, config = settings.run, plan.config
-    if run is None or torch.compiler.is_compiling():
+    """Count images, in the open block or of the model. Not while compiling: each new count would compile again."""
+    if torch.compiler.is_compiling():
+        return
+    if (run := settings.run) is None:
+        IMAGES[settings.base] = IMAGES.get(settings.base, 0) + images
         return
     run.tokens_before, run.tokens_after = before, after
     run.images += images
+    device, backend = settings.base.vision_tower.device, plan.config.backend
+    run.backend = {op: ops.backend_for(op, device, backend)[0] for op in operations(plan, used)}
+
+
+def operations(plan: Plan, used: list[str]) -> list[str]:
+    """The operations that a plan runs, of which `used` score the tower's layers."""
     ranked = () if plan.method.prunes_only_language() else used
-    operations = dict.fromkeys((*ranked, *plan.method.operations))
-    if config.prune_after and config.kept_kv == "compact":
-        operations |= {"compact_kv": None}
-    device = settings.base.vision_tower.device
-    run.backend = {op: ops.backend_for(op, device, config.backend)[0] for op in operations}
+    last = ("compact_kv",) if plan.config.prune_after and plan.config.kept_kv == "compact" else ()
+    return list(dict.fromkeys((*ranked, *plan.method.operations, *last)))

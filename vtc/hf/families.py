@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from vtc.hf.unsupported import UNSUPPORTED
+
 
 class VisualInput(NamedTuple):
     """One kind of visual input of a model: the names that transformers gives to what belongs to it."""
@@ -98,7 +100,22 @@ def find_llava(model: Any) -> Any:
     for module in model.modules():
         if find_family(module):
             return module.base_model if hasattr(module, "base_model") else module
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    why = type_refusal(kind) if kind in UNSUPPORTED else None
+    classes = ", ".join(family.classes[1] for family in FAMILIES.values())
     raise ValueError(
-        f"{type(model).__name__} holds no LLaVA model; vtc works on transformers' "
-        + ", ".join(family.classes[1] for family in FAMILIES.values())
+        f"{type(model).__name__} {why}"
+        if why
+        else f"{type(model).__name__} holds no LLaVA model; vtc works on transformers' {classes}"
     )
+
+
+def type_refusal(model_type: str | None) -> str | None:
+    """Why VTC does not support models of this type, as a clause, or None if it does."""
+    if model_type in FAMILIES:
+        return None
+    name, why = UNSUPPORTED.get(model_type or "", ("", ""))
+    about = f" ({name})" if name else ""
+    reason = f": {why}" if why else ""
+    names = ", ".join(f"{key} ({family.name})" for key, family in FAMILIES.items())
+    return f"is of type {model_type!r}{about}, which is not supported{reason}; VTC supports {names}"

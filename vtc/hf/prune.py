@@ -231,7 +231,7 @@ def prefill(stock: Callable[..., Any], settings: Settings, call: dict[str, Any])
         )
     outputs = call["mm_encoder_outputs"][visual.modality]
     indices = getattr(outputs, "kept_indices", None)
-    if indices is None and not methods.METHODS[config.method].prunes_only_language():
+    if indices is None and not methods.class_of(config.method).prunes_only_language():
         raise ValueError("got mm_encoder_outputs, but VTC has to encode the images itself; pass pixel_values")
     sizes = [len(features) for features in outputs.pooler_output]
     keep = kept_count(config, sizes[0])

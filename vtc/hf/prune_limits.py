@@ -71,7 +71,7 @@ def require_generate(settings: Settings, call: dict[str, Any], images: bool, opt
     require_ids(call)
     if option("use_cache") is False and config.kept_kv == "compact":
         raise ValueError(
-            f'method={config.method!r} with kv="compact" and prune_layer={config.prune_after} drops tokens once, when '
+            f'method={config.name!r} with kv="compact" and prune_layer={config.prune_after} drops tokens once, when '
             'the prompt is read, and needs the cache to remember; use use_cache=True, or kv="full"'
         )
     for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):

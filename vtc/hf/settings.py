@@ -1,24 +1,28 @@
 """The settings of a model: those of the innermost open `vtc.compress` block, else those stored in its config.
 
 The stored ones are a plain dict in `model.config.vtc`, so that they follow the model through deepcopy and
-save_pretrained; stock transformers loads and ignores it. Blocks belong to a context (`contextvars`), not to the model:
-opening or closing one changes nothing on it.
+save_pretrained; stock transformers loads and ignores it. A method that was given as an object is an attribute of the
+model: it follows the model through deepcopy and pickle, and is not saved. Blocks belong to a context (`contextvars`),
+not to the model: opening or closing one changes nothing on it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from vtc.config import VTCConfig
-from vtc.hf.families import Family, family_of
+from vtc.config import SHARED, VTCConfig
+from vtc.hf.families import TILES, Family, family_of
+from vtc.methods import METHODS, Method
 
 NAME = "vtc"  # the value of attn_implementation
+OBJECT = "_vtc_method"  # the attribute of a model that holds a method object, which its config cannot
 _log = logging.getLogger("vtc")
 
 
@@ -103,7 +107,18 @@ class _Context(tuple[Block, ...]):
 
 CONTEXT = _Context()
 _WARNED: weakref.WeakSet[Any] = weakref.WeakSet()  # models for which a call outside of an open block was logged
+# Images that each model has compressed outside of blocks since it was switched on; without those in compiled graphs.
+IMAGES: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 OPEN: list[Opening] = []  # in all contexts; read to warn, never to decide whether a call compresses
+
+
+def way(base: Any) -> str | None:
+    """How `base` compresses an image now and here, in words, or None if it does not."""
+    if block_of(base) is not None:
+        return "an open vtc.compress block"
+    if base.vision_tower.config._attn_implementation != NAME:
+        return None
+    return "vtc.enable" if "_vtc_before" in base.__dict__ else f'attn_implementation="{NAME}"'
 
 
 class Settings(NamedTuple):
@@ -136,7 +151,7 @@ class Settings(NamedTuple):
     def budget(self) -> str:
         """How images are compressed, as text for the note on a cache."""
         size = f"keep={self.config.keep}" if self.config.ratio is None else f"ratio={self.config.ratio}"
-        return f"method={self.config.method!r}, {size}"
+        return f"method={self.config.name!r}, {size}"
 
 
 def block_of(base: Any) -> Block | None:
@@ -146,11 +161,16 @@ def block_of(base: Any) -> Block | None:
 
 def stored(base: Any) -> VTCConfig:
     """The settings in the model's config, or the defaults; ValueError if they are not valid."""
+    given, own = getattr(base.config, "vtc", None) or {}, getattr(base, OBJECT, None)
+    if own is not None and given.get("method") == own.name:
+        given = {name: given[name] for name in SHARED if name in given} | {"method": own}
     try:
-        return VTCConfig.of(**(getattr(base.config, "vtc", None) or {}))
+        return VTCConfig.of(**given)
     except ValueError as error:
+        known = given.get("method", "vtc-cls") in METHODS
+        lost = "" if known else ", vtc.enable takes a method object again, which is not saved with a model"
         raise ValueError(
-            f"the settings in model.config.vtc are not valid: {error}; vtc.disable removes them"
+            f"the settings in model.config.vtc are not valid: {error}; vtc.disable removes them{lost}"
         ) from error
 
 
@@ -164,8 +184,33 @@ def configure(base: Any, config: VTCConfig) -> None:
 
 
 def store(base: Any, config: VTCConfig) -> None:
-    """Make `config` the settings of the model."""
-    base.config.vtc = config.to_dict()
+    """Make `config` the settings of the model. A method object stays on the model, beside its name and its options."""
+    base.config.vtc, method = config.to_dict(), config.method
+    base.__dict__.pop(OBJECT, None)
+    if isinstance(method, Method):
+        base.__dict__[OBJECT] = method
+        base.config.vtc |= {"method": method.name} | {k: plain_value(value) for k, value in method.values().items()}
+
+
+def plain_value(value: Any) -> Any:
+    """The value of an option as `model.config.vtc` can be saved with it."""
+    return value if isinstance(value, (int, float, str, bool, list, dict, type(None))) else repr(value)
+
+
+def name_without_effect(base: Any, config: VTCConfig, given: Mapping[str, Any]) -> None:
+    """Log, once each, the `given` options that change nothing with the others, or with this model."""
+    reasons = config.without_effect()
+    family = family_of(base)
+    if all(visual.layout != TILES.layout for visual in family.inputs):
+        reasons["tiles"] = f"{family.name} sees an image in one piece"
+    for name in given.keys() & reasons.keys():
+        if given[name] is not None:
+            _warn_of_option(name, str(given[name]), config.name, reasons[name])
+
+
+@functools.cache
+def _warn_of_option(name: str, value: str, method: str, why: str) -> None:
+    _log.warning("%s=%s has no effect with method %r: %s", name, value, method, why)
 
 
 def is_on(model: Any) -> bool:
@@ -192,6 +237,7 @@ def switch_on(base: Any) -> None:
     tower = base.vision_tower
     if (attention := tower.config._attn_implementation) != NAME:
         tower.set_attn_implementation(NAME)
+        IMAGES.pop(base, None)
         base.__dict__["_vtc_before"] = Before(attention)
     base.__dict__.setdefault("_vtc_before", Before("sdpa"))
 
@@ -209,6 +255,8 @@ def switch_off(base: Any) -> None:
     if NAME in now.values():
         base.set_attn_implementation({key: "sdpa" if name == NAME else name for key, name in now.items()})
     base.config.__dict__.pop("vtc", None)
+    base.__dict__.pop(OBJECT, None)
+    IMAGES.pop(base, None)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,18 @@ from vtc.methods.random import Random
 from vtc.methods.visionzip import VisionZip
 from vtc.methods.vtc_cls import VTCCLS
 
-__all__ = ["METHODS", "Method", "Needs", "Tokens", "VisionOutputs", "build", "check_options", "keep_patches", "table"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Needs",
+    "Tokens",
+    "VisionOutputs",
+    "build",
+    "check_options",
+    "class_of",
+    "keep_patches",
+    "table",
+]
 
 METHODS: dict[str, type[Method]] = {
     VTCCLS.name: VTCCLS,
@@ -53,6 +64,27 @@ def table() -> list[tuple[str, ...]]:
     ]
 
 
+def class_of(method: str | Method) -> type[Method]:
+    """The class of a method that is given by its name, or as an object.
+
+    Raises
+    ------
+    ValueError
+        If there is no such method, or the object has no name of its own.
+    """
+    if isinstance(method, Method):
+        cls = type(method)
+        if METHODS.get(getattr(cls, "name", ""), cls) is not cls or not isinstance(getattr(cls, "name", None), str):
+            got = f"name={cls.name!r}, which is another's" if hasattr(cls, "name") else "none"
+            raise ValueError(f"a method needs a name of its own, a string, and {cls.__name__} has {got}; give it one")
+        return cls
+    if not isinstance(method, str) or method not in METHODS:
+        other = "" if isinstance(method, str) else ", or an object of a subclass of vtc.methods.Method"
+        hint = f"; use {method.__name__}()" if isinstance(method, type) and issubclass(method, Method) else ""
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}{other}, got {method!r}{hint}")
+    return METHODS[method]
+
+
 def build(name: str, *, backend: str = "auto", **options: Any) -> Method:
     """The method `name` with the given options; the others keep their defaults.
 
@@ -65,11 +97,10 @@ def build(name: str, *, backend: str = "auto", **options: Any) -> Method:
     return METHODS[name](backend=backend, **options)
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError if there is no method `name`, or if a name in `options` is not an option of it."""
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
-    own = METHODS[name].options()
+def check_options(method: str | Method, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if there is no such `method`, or if a name in `options` is not an option of it."""
+    about = class_of(method)
+    name, own = about.name, about.options()
     for option, value in options.items():
         if option in own:
             continue

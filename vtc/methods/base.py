@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vtc import ops
 from vtc.methods.checks import plain
+
+_NO_DEFAULT = object()
 
 
 class Needs(NamedTuple):
@@ -113,7 +115,7 @@ class Method:
     scores : str
         What it ranks the patches by, in a few words.
     paper : str
-        "arXiv ..."; empty for a control.
+        "arXiv ..."; empty for a control, and by default.
     needs : Needs
         What it needs from the vision tower.
     prunes : tuple of str
@@ -133,8 +135,8 @@ class Method:
     """
 
     name: ClassVar[str]
-    scores: ClassVar[str]
-    paper: ClassVar[str]
+    scores: ClassVar[str] = "a score of its own"
+    paper: ClassVar[str] = ""
     needs: ClassVar[Needs] = Needs()
     prunes: ClassVar[tuple[str, ...]] = ("tower",)
     kv: ClassVar[str] = "compact"
@@ -165,6 +167,24 @@ class Method:
         """The names of the method's own options."""
         # torch.compile traces through __match_args__, the names of a dataclass's fields, and not dataclasses.fields.
         return tuple(name for name in cls.__match_args__ if name != "backend")
+
+    def values(self) -> dict[str, Any]:
+        """The values of its own options."""
+        return {name: getattr(self, name) for name in self.options()}
+
+    def given(self) -> dict[str, Any]:
+        """Those of them that are not the defaults."""
+        return {name: value for name, value in self.values().items() if value != getattr(type(self), name, _NO_DEFAULT)}
+
+    def changed(self, **changes: Any) -> Method:
+        """A copy with other options, or another `backend`."""
+        return type(self)(**{"backend": self.backend, **self.values(), **changes})
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings and options that have no effect with its options, and why, as a clause."""
+        if self.needs.cls_probs:
+            return {}
+        return {"fused": "it scores no vision layers by the attention of [CLS]"}
 
     @classmethod
     def needs_cls(cls) -> bool:

@@ -52,6 +52,10 @@ class PruMerge(Method):
         check_bool("adaptive_count", self.adaptive_count)
         check_integer("neighbors", self.neighbors, 1)
 
+    def without_effect(self) -> dict[str, str]:
+        why = "each image has as many tokens as it has outliers, unless adaptive_count=False"
+        return super().without_effect() | (dict.fromkeys(("keep", "ratio"), why) if self.adaptive_count else {})
+
     def num_outputs(self, num_tokens: int, keep: int) -> int:
         return self._max_kept(num_tokens, keep) + 1
 

@@ -55,6 +55,11 @@ class VTCCLS(Method):
         if self.start_layer is not None:
             check_integer("start_layer", self.start_layer, 0)
 
+    def without_effect(self) -> dict[str, str]:
+        if self.start_layer is None:
+            return super().without_effect()
+        return super().without_effect() | {"ensemble_layers": "start_layer names the first scored layer"}
+
     def scored_layers(self, end: int, depth: int) -> range:
         end = min(end, depth - 1)
         first = end - self.ensemble_layers if self.start_layer is None else self.start_layer

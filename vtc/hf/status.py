@@ -1,0 +1,163 @@
+"""Whether a model compresses, how, and what it has compressed: what `vtc.status` returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from vtc import ops
+from vtc.hf import encode, settings
+from vtc.hf.families import TILES
+from vtc.hf.settings import NAME, Settings
+from vtc.hf.towers import tower_of
+from vtc.hf.views import plan_of
+from vtc.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What a model does with an image now and here. `str()` gives a few lines of text.
+
+    Attributes
+    ----------
+    compresses : bool
+        Whether it drops visual tokens.
+    way : str or None
+        How it is switched on, None if it is not: "vtc.enable", "attn_implementation="vtc"", or an open block.
+    method : str or None
+        The name of the method, None if the settings are not valid.
+    settings : dict
+        Those that are given, with the options of the method.
+    tokens, kept : int or None
+        Visual tokens of an image, and how many stay: at most so many with an adaptive method. None where both depend on
+        the image, which is cut into tiles, and if the settings do not fit the model.
+    adaptive : bool
+        Whether the image decides how many stay.
+    prune_layer : int
+        The layer of the language model after which tokens are dropped; 0: before the first.
+    tower, attention : str
+        The kind of vision tower, and its attention implementation.
+    scored : tuple of int
+        The layers of the tower whose [CLS] attention is scored, counted from 0.
+    layers : int
+        How many layers the tower has.
+    device : str
+    backends : dict
+        Of each operation that an image takes without gradients: its backend, and why.
+    images : int
+        Images that it has compressed since it was switched on, in a block since that was opened. Calls of a graph that
+        torch.compile made are not counted.
+    problem : str or None
+        Why the settings do not fit this model, which the next image would raise.
+    """
+
+    compresses: bool
+    way: str | None
+    method: str | None
+    settings: dict[str, Any]
+    tokens: int | None
+    kept: int | None
+    adaptive: bool
+    prune_layer: int
+    tower: str
+    attention: str
+    scored: tuple[int, ...]
+    layers: int
+    device: str
+    backends: dict[str, tuple[str, str]]
+    images: int
+    problem: str | None
+
+    def __str__(self) -> str:
+        if self.way is None:
+            lines = ["compresses: no; vtc.enable(model) switches it on"]
+        elif self.problem:
+            lines = [f"compresses: no, an image raises an error: {self.problem}"]
+        elif not self.compresses:
+            lines = [f"compresses: no, method {self.method!r} keeps all tokens ({self.way})"]
+        else:
+            lines = [f"compresses: yes, by {self.way}"]
+        if self.method is not None:
+            given = ", ".join(f"{name}={value}" for name, value in self.settings.items())
+            lines.append(f"method: {self.method} ({given or 'default settings'})")
+        if self.compresses and self.tokens is not None:
+            where = (
+                f"after layer {self.prune_layer} of the language model" if self.prune_layer else "before the projector"
+            )
+            lines.append(
+                f"visual tokens per image: {self.tokens} -> {'at most ' if self.adaptive else ''}{self.kept}, {where}"
+            )
+        lines.append(f"vision tower: {self.tower} on {self.device}, attention {self.attention!r}")
+        if self.compresses:
+            scored = ", ".join(map(str, self.scored))
+            lines[-1] += f"; layers {scored} of 0 to {self.layers - 1} are scored" if scored else "; no layer is scored"
+            lines += [f"{operation}: {backend} ({why})" for operation, (backend, why) in self.backends.items()]
+            lines.append(f"images compressed since then: {self.images}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes, as JSON takes them."""
+        return {
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            "scored": list(self.scored),
+            "backends": {op: {"backend": backend, "why": why} for op, (backend, why) in self.backends.items()},
+        }
+
+
+def status_of(base: Any) -> Status:
+    """The status of the LLaVA `base`. Runs nothing."""
+    way, block, tower = settings.way(base), settings.block_of(base), base.vision_tower
+    found: dict[str, Any] = {
+        **dict.fromkeys(("method", "tokens", "kept", "problem")),
+        **{
+            "settings": {},
+            "prune_layer": 0,
+            "adaptive": False,
+            "scored": (),
+            "backends": {},
+            "tower": tower.config.model_type,
+        },
+    }
+    try:
+        current = Settings.of(base)
+        config = current.config
+        method = config.build_method()
+        given = {name: value for name, value in config.to_dict().items() if value != _DEFAULTS.get(name, _NOTHING)}
+        own = {name: settings.plain_value(value) for name, value in method.given().items()}
+        found["adaptive"] = method.adaptive
+        found |= {"method": config.name, "settings": given | own, "prune_layer": config.prune_after}
+        found["settings"].pop("method", None)
+        found["tower"] = tower_of(tower.config).name
+        if config.compresses:
+            plan = plan_of(current)
+            found["scored"] = tuple(plan.scored) if method.needs.cls_probs else ()
+            found["backends"] = {
+                op: ops.backend_for(op, tower.device, config.backend) for op in _operations(base, plan)
+            }
+            if current.family.inputs[0].layout != TILES.layout:
+                found |= {"tokens": plan.num_tokens, "kept": plan.num_outputs}
+    except ValueError as error:
+        found["problem"] = str(error)
+    return Status(
+        compresses=way is not None and found["problem"] is None and config.compresses,
+        way=way,
+        attention=tower.config._attn_implementation,
+        layers=tower.config.num_hidden_layers,
+        device=str(tower.device),
+        images=block.run.images if block else settings.IMAGES.get(base, 0),
+        **found,
+    )
+
+
+_DEFAULTS, _NOTHING = settings.VTCConfig().to_dict(), object()
+
+
+def _operations(base: Any, plan: Plan) -> list[str]:
+    """The operations that an image takes without gradients."""
+    config, tower = plan.config, base.vision_tower
+    fuses = tower.config._attn_implementation == NAME and config.fused is not False
+    if fuses and config.fused is None:
+        head_dim = tower.config.hidden_size // tower.config.num_attention_heads
+        fuses = ops.fused_is_faster(tower.device, tower.dtype, head_dim, config.backend)
+    scoring = ["cls_attention" if fuses else "row_scores"] if plan.method.needs.cls_probs else []
+    return encode.operations(plan, scoring)
