@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-PACKAGES = ("cli", "eval", "eval.tasks", "hf", "methods", "ops", "tiny")
+PACKAGES = ("cli", "eval", "eval.tasks", "hf", "methods", "ops", "tiny", "ui")
 
 setup(
     name="vtc-cls",
@@ -13,7 +13,9 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    # transformers 5.23, the oldest with which models run, needs 3.11. .ci/run resolves everything for each of these.
+    python_requires=">=3.11",
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13, 14)],
     packages=["vtc", *(f"vtc.{name}" for name in PACKAGES), "vtc_kernels"],
     package_dir={"vtc_kernels": "kernels"},
     package_data={"vtc.tiny": ["checkpoint/*"], "vtc": ["py.typed"]},
@@ -33,6 +35,7 @@ setup(
     ],
     extras_require={
         "bench": ["matplotlib"],
+        "ui": ["gradio>=6"],
         "eval": ["matplotlib", "openpyxl", "accelerate"],
         "ray": ["ray[data]"],
         "test": [
@@ -44,6 +47,10 @@ setup(
             "accelerate",
             "peft",
             "setuptools>=77",
+            "gradio>=6",
+            "playwright",
+            "nbclient",
+            "ipykernel",
         ],
         "trl": ["trl", "datasets"],
         # lmms-eval 0.7.3 reaches into a private module of filelock that 4.0 no longer has.

@@ -101,7 +101,7 @@ def make(*, times: Times, moved: int, copy: float, device: torch.device, **rest:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """The fields of a `Provenance`, now."""
-    return _environment(device) | {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    return _environment(device) | {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
 
 @functools.cache

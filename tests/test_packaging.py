@@ -54,6 +54,19 @@ def test_wheel_asks_for_transformers_old_and_new(wheel: zipfile.ZipFile) -> None
 
 
 @needs_git
+def test_the_promised_pythons_are_those_that_ci_resolves(wheel: zipfile.ZipFile) -> None:
+    """In the wheel, in README, and in .ci/run."""
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    text = wheel.read(name).decode()
+    promised = re.findall(r"^Classifier: Programming Language :: Python :: (.*)$", text, re.MULTILINE)
+    assert f"\nRequires-Python: >={promised[0]}\n" in text
+    assert f"Python {promised[0]} to {promised[-1]}." in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"for python in {' '.join(promised)}; do" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+    major, minor = promised[0].split(".")
+    assert f"resolve {major}.{int(minor) - 1} > " in (ROOT / ".ci/run").read_text(encoding="utf-8")
+
+
+@needs_git
 def test_wheel_has_no_other_top_level_package(wheel_names: set[str]) -> None:
     top = {name.split("/")[0] for name in wheel_names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"vtc", "vtc_kernels"}

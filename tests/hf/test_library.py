@@ -10,6 +10,7 @@ from support.models import GRID, IMAGE, TOKENS, ids
 from support.prompts import LAYERS, STEPS, detailed, inputs, prompts, spliced
 from transformers import (
     AutoModelForImageTextToText,
+    BitsAndBytesConfig,
     LlavaForConditionalGeneration,
     pipeline,
 )
@@ -214,6 +215,23 @@ def test_quantised_linear_layers(stock, call):
     eager = golden.eager(stock)
     vtc.enable(stock, keep=KEEP)
     check(stock, eager, call)
+
+
+@pytest.mark.supported("Loading", "4 bits with bitsandbytes")
+def test_bitsandbytes(saved, call):
+    """All linear layers but the head are quantised, those of the vision tower too."""
+    pytest.importorskip("bitsandbytes")
+    model = LlavaForConditionalGeneration.from_pretrained(
+        saved,
+        attn_implementation="vtc",
+        device_map="cpu",
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+    )
+    kinds = {type(module).__name__ for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    assert kinds == {"Linear4bit", "Linear"}
+    vtc.configure(model, keep=KEEP)
+    check(model, golden.eager(model), call)
 
 
 @pytest.mark.parametrize(

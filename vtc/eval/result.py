@@ -151,7 +151,7 @@ def environment(device: str) -> dict[str, Any]:
     """Versions, device and date."""
     on_gpu = device.startswith("cuda") and torch.cuda.is_available()  # it may be on another machine
     gpu = torch.cuda.get_device_name(device) if on_gpu else None
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {**versions(), "device": device, "gpu": gpu, "date": now}
 
 
