@@ -448,6 +448,18 @@ def test_select_says_what_it_takes(stock, make, says):
         vtc.select(stock, make(models.images(2)), keep=9)
 
 
+def test_select_refuses_pixels_and_scores_that_are_no_numbers(stock):
+    pixels = models.images(2)
+    pixels[1, 0, 3, 3] = float("inf")
+    with pytest.raises(ValueError, match="pixel_values are NaN or infinite in places"):
+        vtc.select(stock, pixels, keep=9)
+    with torch.no_grad():
+        stock.base_model.vision_tower.encoder.layers[2].self_attn.q_proj.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the scores of an image are all NaN; the model's weights are damaged"):
+        vtc.select(stock, models.images(2), keep=9)
+    assert vtc.select(stock, models.images(2), keep=9, method="random").indices.shape == (2, 9)
+
+
 def test_full_features_are_not_supported():
     with pytest.raises(ValueError, match="'full' is not supported; VTC accepts 'default', which drops"):
         vtc.enable(models.build(vision_feature_select_strategy="full"), keep=9)

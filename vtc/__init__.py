@@ -9,10 +9,12 @@ module of a LLaVA, or now if it has already done so.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from vtc import distribution
 from vtc.hf.families import FAMILIES
 from vtc.overlay import heatmap, overlay
 
@@ -70,5 +72,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+distribution.warn_of_other(os.path.dirname(os.path.dirname(__file__)))
 for _family in FAMILIES.values():
     wrapt.register_post_import_hook("vtc.hf.patch:install", _family.module)

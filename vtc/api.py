@@ -168,6 +168,7 @@ def select(model: torch.nn.Module, inputs: Mapping[str, Any] | torch.Tensor, **o
         selection = encode.select(current, pixels, plan_of(current, "whole", pixels))
     if selection is None:
         raise ValueError(f"method {current.config.name!r} selects patches, but gave no indices or no scores")
+    _require_scores(selection)
     return selection
 
 
@@ -179,6 +180,19 @@ def _require_pixels(current: Settings, given: Any) -> None:
             "counts as an image: pass pixel_values.flatten(0, 1)"
         )
     require_pixels(current, given)
+    if not given.isfinite().all():
+        raise ValueError("pixel_values are NaN or infinite in places; pass the pixels as the processor makes them")
+
+
+def _require_scores(selection: Selection) -> None:
+    """Raise ValueError if an image has no score but NaN: `generate()`, which does not wait for scores, takes the first.
+
+    Some NaN among scores count as the lowest.
+    """
+    if selection.scores.isnan().all(-1).any():
+        raise ValueError(
+            "the scores of an image are all NaN; the model's weights are damaged, or too large for its dtype"
+        )
 
 
 def require_selection(method: str | Method) -> None:

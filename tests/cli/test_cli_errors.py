@@ -134,8 +134,8 @@ def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_loaded(p
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("run",), "issing argument 'IMAGE...'"),
-        (("run", "a.png"), "issing argument 'IMAGE...'"),
+        (("run",), "issing argument 'IMAGE"),
+        (("run", "a.png"), "issing argument 'IMAGE"),
         (("run", "a.png", "what ?", "--keep", "many"), "Invalid value for '--keep': "),
         (("run", "a.png", "what ?", "--kep", 3), "o such option: --kep"),
         (("run", "a.png", "what ?", "--max-new-tokens", 0), "Invalid value for '--max-new-tokens': "),
@@ -206,6 +206,9 @@ def test_an_interrupt_is_quiet(monkeypatch):
         ("method='prumerge+', keep=1", "--method prumerge+, --keep 1"),
         ("--sweep takes keep=256,128,64", "--sweep takes keep=256,128,64"),
         ("got --option seed=1", "got --option seed=1"),
+        ("got 'keep=a'", "got 'keep=a'"),
+        ("keep must be 1 or more", "--keep must be 1 or more"),
+        ("what to keep and use", "what to keep and use"),
         ("a-keep=3.png and keep=3x", "a-keep=3.png and --keep 3x"),
     ],
 )

@@ -116,7 +116,7 @@ def test_a_table_of_every_method_with_scenes(tmp_path):
     printed = succeed("eval", "scenes", *arguments).stdout
     results = read(out / "results.jsonl")
     assert [result.method for result in results] == ["none", *(name for name in METHODS if name != "none"), "floor"]
-    assert {result.label for result in results if result.method == "vtc-cls"} == {"vtc-cls-64-batch5-limit5"}
+    assert {result.label for result in results if result.method == "vtc-cls"} == {"vtc-cls-128-batch5-limit5"}
     assert results[0].visual_tokens == 576
     assert results[-1].visual_tokens is None
     rows = [line.split()[0] for line in printed.splitlines()[1 : len(results) + 2]]
@@ -158,7 +158,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
         (("scenes", "--option", "method=fastv"), "--option takes name=value with a name among"),
         (("scenes", "--option", "depth=3"), "--option takes name=value with a name among"),
         (("scenes", "--option", "seed"), "--option takes name=value"),
-        (("scenes", "--method", "random", "--start-layer", "2"), "start_layer is an option of 'vtc-cls'"),
+        (("scenes", "--method", "random", "--start-layer", "2"), "--start-layer is an option of 'vtc-cls'"),
         (("scenes", "--protocol", "best"), "unknown protocol 'best'; there are llava, hf"),
         (("scenes", "--engine", "best"), "unknown engine 'best'; there are local, ray"),
         (("scenes", "--model", "./nowhere"), "is no directory"),
@@ -195,7 +195,7 @@ def test_one_setting_or_a_table():
     assert labels(methods="pool,pool", swept="keep=8,8", baselines=False) == ["pool-8"]
     assert labels(methods="random,pool", keep=9, seed=1) == ["none", "random-9-seed=1", "pool-9", "floor"]
     assert labels(methods="prumerge,vtc-cls", swept="keep=8,4", start_layer=2) == [
-        *("none", "prumerge-8", "vtc-cls-8-start_layer=2", "vtc-cls-4-start_layer=2", "floor")
+        *("none", "prumerge", "vtc-cls-8-start_layer=2", "vtc-cls-4-start_layer=2", "floor")
     ]
 
 

@@ -246,3 +246,13 @@ def test_max_length_within_the_prompt_is_refused_with_the_callers_numbers(limit)
     assert model.generate(**call | {"max_length": 46}).shape[1] == 46
     with pytest.raises(ValueError, match="`max_new_tokens` must be greater than 0"):
         model.generate(**call, max_new_tokens=0)
+
+
+def test_a_batch_of_no_prompts_is_refused(model):
+    call = {"input_ids": torch.zeros(0, 9, dtype=torch.long), "pixel_values": models.images(1)}
+    for run in (model.generate, model):
+        for pixels in (models.images(1), models.images(0)):
+            with pytest.raises(
+                ValueError, match=r"input_ids of shape \[0, 9\] holds no prompt; pass one for the images"
+            ):
+                run(**call | {"pixel_values": pixels})

@@ -194,12 +194,12 @@ def test_settings_from_before_are_not_named_and_tiles_have_an_effect_where_there
 def test_what_has_no_effect_is_what_changes_nothing(stock, method):
     """Of the settings that all methods share, for every method: two values, and what they change."""
     model = copy.deepcopy(stock)
-    vtc.enable(model, method=method)
+    vtc.enable(model)
     named = vtc.VTCConfig.of(method=method).without_effect()
     more = {"prune_layer": 1} if method == "fastv" else {}
 
     def effect(**options):
-        with vtc.compress(model, **{"keep": 9, **more, **options}) as run:
+        with vtc.compress(model, **{"method": method, "keep": 9, **more, **options}) as run:
             out = model.generate(**inputs(prompts("one")), return_dict_in_generate=True, **ONE)
             vtc.status(model)
         return run.tokens_after, run.kv_bytes_after, sorted(run.backend), out.sequences.shape

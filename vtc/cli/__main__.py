@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import vtc
+from vtc import distribution
 from vtc.cli.errors import Command
 from vtc.cli.output import image_file, print_json, print_table, progress, quieten
 
@@ -64,6 +65,11 @@ Threads = Annotated[
 
 def main() -> None:
     """Entry point of the `vtc` command."""
+    try:
+        distribution.require_own()
+    except ValueError as error:
+        typer.echo(f"vtc: {error}", err=True)
+        raise SystemExit(2) from error
     app()
 
 
@@ -85,10 +91,10 @@ def run(
     images: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGE...", help="Files: JPEG, PNG, WebP, TIFF and others; -: the image on standard input."
+            metavar="IMAGE", help="Files: JPEG, PNG, WebP, TIFF and others; -: the image on standard input."
         ),
     ],
-    question: Annotated[str, typer.Argument(help="What to ask about them; it comes last.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about them; it comes last.")],
     model: Model = None,
     revision: Revision = None,
     method: Annotated[str, typer.Option(help="How tokens are selected; `vtc methods` lists the names.")] = "vtc-cls",
@@ -129,7 +135,7 @@ def run(
             question,
             options_of(option or [], **flags),
             {"overlay": overlay, "heatmap": heatmap},
-            model=model,
+            model=None if model == "bundled" else model,
             revision=revision,
             device=device,
             dtype=dtype,
@@ -168,10 +174,11 @@ def demo(
 
     from vtc.cli import ask
     from vtc.cli import demo as measuring
+    from vtc.cli.sheet import draw
 
     ask.use_threads(threads, None)
     found = measuring.measure(*ask.load(None, device, "float32"), questions, method, quiet=as_json)
-    measuring.show(found, file, start, as_json)
+    measuring.show(found, draw, file, start, as_json)
 
 
 @app.command(name="eval")

@@ -50,7 +50,9 @@ def load(model: str | None, device: str | None, dtype: str, revision: str | None
         If there is no such model, device or dtype, or the model is another one.
     """
     where = pick_device(device)
-    spec = ModelSpec(model or BUNDLED, str(where), str(pick_dtype(dtype, where)).removeprefix("torch."), revision)
+    spec = ModelSpec(
+        BUNDLED if model is None else model, str(where), str(pick_dtype(dtype, where)).removeprefix("torch."), revision
+    )
     if (kind := spec.config().model_type) != "llava":
         raise ValueError(
             f"model {model!r} is of type {kind!r}; this command runs 'llava' (LLaVA-1.5), README says which models VTC "

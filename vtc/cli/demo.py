@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,10 +225,8 @@ def _cards(questions: list[tuple[Scene, Question]], rows: list[Row]) -> list[int
     return cards + (disagreed or others)[:1]
 
 
-def show(found: Demo, file: Path, begun: float, as_json: bool) -> None:
+def show(found: Demo, draw: Callable[[Demo], Image.Image], file: Path, begun: float, as_json: bool) -> None:
     """Print what was measured, then draw it. A JSON document names the sheet, so that it comes after it."""
-    from vtc.cli.sheet import draw  # which imports this module
-
     record = {**found.record(), "picture": None}
     if not as_json:
         title = f"{len(found.questions)} held-out questions to the bundled model on {found.device}"

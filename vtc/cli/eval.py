@@ -118,7 +118,7 @@ class Machine:
         else:
             where = pick_device(self.processes.device(self.device))
         dtype = str(pick_dtype(self.dtype, where)).removeprefix("torch.")
-        return ModelSpec(self.model or BUNDLED, str(where), dtype, self.revision)
+        return ModelSpec(BUNDLED if self.model is None else self.model, str(where), dtype, self.revision)
 
     def build_engine(self) -> Engine:
         """The engine by its name.
@@ -172,7 +172,7 @@ def run_all(
 ) -> tuple[list[Result], list[str]]:
     """Every task with every setting.
 
-    A run that fails does not stop the others, unless there are several processes, which have to stay in step.
+    A run that fails does not stop the others, unless there are none, or several processes, which have to stay in step.
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ def run_all(
             except (ValueError, RuntimeError) as error:
                 # The system kills workers when the machine's memory is full.
                 expected = isinstance(error, ValueError) or is_out_of_memory(error) or "DataLoader worker" in str(error)
-                if processes.world > 1 or not expected:
+                if processes.world > 1 or not expected or len(tasks) * len(settings) == 1:
                     raise
                 failures.append(f"{task.name} {setting.label}: {' '.join(str(error).split())}")
                 _log.warning("%s", failures[-1])

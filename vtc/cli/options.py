@@ -26,7 +26,7 @@ def options_of(given: Sequence[str], **flags: Any) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         known = _known()
         if not equals or name not in known - {"method", "keep"}:
-            names = ", ".join(sorted(known - {"method", "keep"}))
+            names = ", ".join(map(repr, sorted(known - {"method", "keep"})))
             raise ValueError(f"--option takes name=value with a name among {names}, got {text!r}")
         if name in found:
             raise ValueError(f"{name} is given twice, as {found[name]!r} and in --option {text}; give it once")
@@ -60,11 +60,12 @@ def in_words_of_the_command(text: str) -> str:
     known = "|".join(sorted(_known(), key=len, reverse=True))
     # A value ends before the comma of a list and inside no word; what follows --option or --sweep is right already.
     pair = re.compile(
-        rf"(?<!--option )(?<!--sweep )(?<![\w-])({known})=('[^']*'|\"[^\"]*\"|-?[\w.-]*\w\+?)(?!\w|,\w|\.\d)"
+        rf"(?<!--option )(?<!--sweep )(?<![\w'-])({known})=('[^']*'|\"[^\"]*\"|-?[\w.-]*\w\+?)(?!\w|,\w|\.\d)"
     )
     text = re.sub(r"vtc\.\w+\(model, ([^()]*)\)", lambda call: call[1].replace(", ", " "), text)
     text = pair.sub(lambda found: f"{_flag(found[1])}{found[2].strip(chr(39) + chr(34))}", text)
-    names = "|".join(name if "_" in name else f"(?<=use ){name}" for name in FLAGS)  # "keep" may be a verb
+    # "keep" may be a verb.
+    names = "|".join(name if "_" in name else rf"(?:(?<=use )|(?<!.)){name}(?! to\b)" for name in FLAGS)
     return re.sub(rf"(?<![\w'-])({names})\b(?!=)", lambda found: _flag(found[1]).strip(), text)
 
 

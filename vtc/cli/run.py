@@ -89,7 +89,7 @@ def run(request: Request) -> None:
     result = {
         "images": list(request.images),
         "question": request.question,
-        "model": request.model or "bundled",
+        "model": "bundled" if request.model is None else request.model,
         "device": str(net.device),
         "dtype": str(net.dtype).removeprefix("torch."),
         "cpu_threads": threads,

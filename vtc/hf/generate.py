@@ -305,6 +305,8 @@ def _past(
 
 def _require_tensor(call: Call, name: str) -> None:
     value = call.get(name)
+    if isinstance(value, torch.Tensor) and value.shape[:1] == (0,) and call.get("pixel_values") is not None:
+        raise ValueError(f"{name} of shape {list(value.shape)} holds no prompt; pass one for the images, or more")
     if value is not None and not (isinstance(value, torch.Tensor) and value.ndim > 1):
         got = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
         raise ValueError(f"{name} must be a tensor [B, L], got {got}; pass it as the processor makes it")
