@@ -18,7 +18,7 @@ from vtc.config import VTCConfig, kept_count
 from vtc.eval.answerer import Answerer
 from vtc.eval.measure import RUNS, FirstToken, first_tokens
 from vtc.eval.model import BUNDLED
-from vtc.eval.setting import IGNORE_KEEP, NONE, Setting
+from vtc.eval.setting import NONE, Setting, ignores_keep
 from vtc.images import ImageError, load_image
 from vtc.methods import METHODS, PLACES
 from vtc.overlay import SIDE
@@ -113,7 +113,7 @@ class Comparison:
         """Raises ValueError if there is no such method, or the number of tokens is out of range."""
         if choice.method not in CHOICES:
             raise ValueError(f"there is no method {choice.method!r}; take one of {', '.join(CHOICES)}")
-        if ignores_keep(choice.method):
+        if ignores_keep(choice.method, {}):
             return Setting(choice.method)
         if choice.keep != int(choice.keep) or not 1 <= choice.keep <= self.num_tokens:
             raise ValueError(
@@ -163,7 +163,7 @@ class Comparison:
                 inputs, setting, max_new_tokens=int(length), stopping_criteria=[self._is_done]
             )
             right = example.is_right(question, texts[0]) if example else None
-            column = Column(setting.method, texts[0], right, kept or 0, self._plain(seen))
+            column = Column(setting.name, texts[0], right, kept or 0, self._plain(seen))
             columns.append(self._drawn(column, setting, seen, inputs))
         yield columns
         if timed:
@@ -201,8 +201,8 @@ class Comparison:
         """The column with its pictures, if the method selects patches."""
         if not setting.compresses:
             return replace(column, name="all tokens")
-        if not selects(METHODS[setting.method]):
-            return replace(column, note=f"No patches to draw: {METHODS[setting.method].scores}.")
+        if not selects(METHODS[setting.name]):
+            return replace(column, note=f"No patches to draw: {METHODS[setting.name].scores}.")
         selection = vtc.select(self.answerer.model, inputs, method=setting.method, **setting.options)
         patches = len(selection.indices[0]) if selection.counts is None else int(selection.counts[0])
         note = f"{patches} of the tokens are patches, outlined below."
@@ -210,11 +210,6 @@ class Comparison:
             note += f" All tokens pass the first {layers} layers."
         heatmap = vtc.heatmap(seen, selection)
         return replace(column, image=vtc.overlay(seen, selection), heatmap=heatmap, note=note)
-
-
-def ignores_keep(method: str) -> bool:
-    """Whether the number of tokens is not the visitor's to choose."""
-    return method in IGNORE_KEEP
 
 
 def described(method: str) -> str:

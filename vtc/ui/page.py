@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from vtc.eval.setting import ignores_keep
 from vtc.ui import cards
 from vtc.ui.compare import (
     CHOICES,
@@ -19,7 +20,6 @@ from vtc.ui.compare import (
     Comparison,
     Stopped,
     described,
-    ignores_keep,
     read,
 )
 from vtc.ui.examples import EXAMPLES, example_of
@@ -67,7 +67,7 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
     def adapt(method: str) -> tuple[Any, str]:
         if method == OFF:
             return gr.update(visible=False), ""
-        fixed = ignores_keep(method)
+        fixed = ignores_keep(method, {})
         label = f"{method} chooses how many" if fixed else "Keep"
         return gr.update(visible=True, interactive=not fixed, label=label), cards.hint(described(method))
 
