@@ -7,6 +7,7 @@ import importlib.util
 import io
 import ipaddress
 import json
+import logging
 import os
 import re
 import signal
@@ -189,7 +190,8 @@ def running(comparison: Comparison, host: str = "127.0.0.1", port: int = 7860) -
             yield address
         finally:
             comparison.stopping.set()
-            with contextlib.redirect_stderr(io.StringIO()):  # gradio prints a traceback of what is cut off
+            logging.getLogger("uvicorn.error").disabled = True  # it and gradio print tracebacks of what is cut off
+            with contextlib.redirect_stderr(io.StringIO()):
                 page.close(verbose=False)
                 page.server.force_exit = True  # browsers may stay: what is written later would outlive the folder
                 page.server.thread.join()
