@@ -846,6 +846,37 @@ MUTANTS = [
     *_of("vtc/eval/progress.py", "eval/test_progress", {"a line an answer": (">= INTERVAL", ">= 0")}),
     *_of("vtc/eval/processes.py", "eval/test_distributed", {"no group on a CPU": ("PartialState(cpu=True, ", "PartialState(")}),
     *_of(
+        "vtc/ui/compare.py",
+        "ui/test_ui_answers",
+        {
+            "a choice out of range": ("not 1 <= choice.keep <= self.num_tokens", "False"),
+            "the method's own number": ("if ignores_keep(choice.method):", "if False:"),
+            "the folder of an upload is told": ("str(error).replace(str(path), Path(path).name)", "str(error)"),
+            "questions of any length": ("len(question) > MAX_QUESTION", "False"),
+            "the image that was given is drawn on as it is": ("replace(column, image=vtc.overlay(seen, selection), ", "replace(column, "),
+        },
+    ),
+    *_of(
+        "vtc/ui/server.py",
+        "ui/test_ui_answers",
+        {
+            "any name": ("if self.local and not is_local(", "if False and not is_local("),
+            "any route": ("if not NEEDED.fullmatch(scope[\"path\"])", "if not NEEDED.match(scope[\"path\"])"),
+            "URLs are fetched": ("if _has_url(body) else None", "if False else None"),
+            "uploads of any size": ("if int(length) > (MAX_UPLOAD", "if int(length) > 99 * (MAX_UPLOAD"),
+            "ports in use": ("trial.bind(address)", "pass"),
+        },
+    ),
+    *_of(
+        "vtc/ui/cards.py",
+        "ui/test_ui_answers",
+        {
+            "answers are HTML": ("answer = escape(column.answer)", "answer = column.answer"),
+            "any difference is a gain": ("if low <= max(full.seconds) and min(full.seconds) <= high:", "if False:"),
+        },
+    ),
+    *_of("vtc/ui/examples.py", "ui/test_ui_answers", {"what is not known is wrong": ("None if right is None else", "False if right is None else")}),
+    *_of(
         "vtc/eval/ray_engine.py",
         "eval/test_ray",
         {
