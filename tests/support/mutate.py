@@ -850,7 +850,7 @@ MUTANTS = [
         "ui/test_ui_answers",
         {
             "a choice out of range": ("not 1 <= choice.keep <= self.num_tokens", "False"),
-            "the method's own number": ("if ignores_keep(choice.method):", "if False:"),
+            "the method's own number": ("if ignores_keep(choice.method, {}):", "if False:"),
             "the folder of an upload is told": ("str(error).replace(str(path), Path(path).name)", "str(error)"),
             "questions of any length": ("len(question) > MAX_QUESTION", "False"),
             "the image that was given is drawn on as it is": ("replace(column, image=vtc.overlay(seen, selection), ", "replace(column, "),

@@ -130,7 +130,7 @@ def test_what_is_not_accepted_is_one_line(comparison, changes, message):
 
 def test_keep_begins_as_in_python_and_some_methods_take_none(comparison):
     assert (comparison.num_tokens, comparison.default_keep) == (576, 128)
-    assert [name for name in compare.CHOICES if compare.ignores_keep(name)] == ["prumerge"]
+    assert [name for name in compare.CHOICES if compare.ignores_keep(name, {})] == ["prumerge"]
     assert comparison.setting(Choice("prumerge", 9999)).options == {}
     assert set(compare.CHOICES) == set(METHODS) - {"none"}
     assert compare.described("fastv") == (

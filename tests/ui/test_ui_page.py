@@ -49,16 +49,22 @@ class Server:
         environment["HTTP_PROXY"] = environment["http_proxy"] = "http://127.0.0.1:9"  # it must not ask a proxy
         command = [sys.executable, "-m", "vtc.cli", "ui", "--no-open", "--device", "cpu", "--port", str(port)]
         # Not the terminal's group, whose Ctrl-C is for the tests.
-        self.process = subprocess.Popen(
-            command, cwd=self.directory, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        self.stderr = folder / "stderr"
+        with self.stderr.open("w") as stderr:
+            self.process = subprocess.Popen(
+                command, cwd=self.directory, env=environment, stderr=stderr, start_new_session=True
+            )
         self.address = f"http://127.0.0.1:{port}/"
-        self.said = self.process.stderr.readline()
+        deadline = time.monotonic() + 120
+        while "\n" not in self.stderr.read_text() and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def stop(self, name: int) -> str:
-        """Send a signal, and return what the process had left to say."""
+        """Send a signal, and return what the process says from then on."""
+        before = len(self.stderr.read_text())
         self.process.send_signal(name)
-        return self.process.communicate(timeout=60)[1]
+        self.process.wait(timeout=60)
+        return self.stderr.read_text()[before:]
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +109,7 @@ class Visitor:
     def choose(self, name: str, method: str) -> None:
         self.page.locator(f"#{name} input").click()
         self.page.get_by_role("option", name=method, exact=True).click()
+        playwright.expect(self.page.get_by_role("option")).to_have_count(0)  # the list is closed
 
     def slide(self, name: str, keep: int) -> None:
         self.page.locator(f"#{name} input[type=range]").fill(str(keep))
@@ -316,7 +323,7 @@ def files(folder):
 
 def test_ctrl_c_ends_it_quietly_and_leaves_nothing(server, visitor):
     """The last test of the server; in the middle of an answer."""
-    assert server.said == f"{server.address} shows the page; Ctrl-C ends it\n"
+    assert server.stderr.read_text().startswith(f"{server.address} shows the page; Ctrl-C ends it\n")
     assert {file.relative_to(server.temporary).parts[0][:7] for file in files(server.temporary)} == {"vtc-ui-"}
     visitor.choose("second", "random")
     visitor.press(COUNTING)

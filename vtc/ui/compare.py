@@ -90,7 +90,7 @@ class Comparison:
         self.is_bundled = name == BUNDLED
         self.name = name if self.is_bundled else Path(name).name
         self.grid = patch_grid(model.config.vision_config)
-        self.stopping = threading.Event()  # ends whatever is computed
+        self._stopping, self._computing = threading.Event(), threading.Lock()
 
     @property
     def num_tokens(self) -> int:
@@ -144,7 +144,7 @@ class Comparison:
         ValueError
             For a question, a choice or a length that is not accepted, before anything is computed.
         Stopped
-            Once `stopping` is set.
+            Once `stop` was called.
         """
         if not question.strip():
             raise ValueError("the question is empty; ask something about the image")
@@ -153,22 +153,31 @@ class Comparison:
         if length != int(length) or not 1 <= length <= MAX_NEW_TOKENS:
             raise ValueError(f"the longest answer is {length:g} tokens; take a whole number from 1 to {MAX_NEW_TOKENS}")
         settings = [Setting(), *map(self.setting, choices)]
-        model, processor = self.answerer.model, self.answerer.processor
-        inputs = ask.prepare(model, processor, [image], question)
-        seen = ask.as_seen(image, processor, inputs["pixel_values"][0])
-        example = example_of(image) if self.is_bundled else None
-        columns = []
-        for setting in settings:
-            texts, _, kept = self.answerer.generate(
-                inputs, setting, max_new_tokens=int(length), stopping_criteria=[self._is_done]
-            )
-            right = example.is_right(question, texts[0]) if example else None
-            column = Column(setting.name, texts[0], right, kept or 0, self._plain(seen))
-            columns.append(self._drawn(column, setting, seen, inputs))
+        with self._computing:
+            self._check()
+            model, processor = self.answerer.model, self.answerer.processor
+            inputs = ask.prepare(model, processor, [image], question)
+            seen = ask.as_seen(image, processor, inputs["pixel_values"][0])
+            example = example_of(image) if self.is_bundled else None
+            columns = []
+            for setting in settings:
+                texts, _, kept = self.answerer.generate(
+                    inputs, setting, max_new_tokens=int(length), stopping_criteria=[self._is_done]
+                )
+                right = example.is_right(question, texts[0]) if example else None
+                column = Column(setting.name, texts[0], right, kept or 0, self._plain(seen))
+                columns.append(self._drawn(column, setting, seen, inputs))
         yield columns
         if timed:
-            costs = first_tokens(self.answerer, inputs, settings, advance=self._check)
+            with self._computing:
+                costs = first_tokens(self.answerer, inputs, settings, advance=self._check)
             yield [replace(column, cost=cost) for column, cost in zip(columns, costs, strict=True)]
+
+    def stop(self) -> None:
+        """End what is computed at its next token or run, and wait for that: a thread in torch must not be cut off."""
+        self._stopping.set()
+        with self._computing:
+            pass
 
     def unknown_words(self, question: str) -> list[str]:
         """Words that the model's tokenizer does not know."""
@@ -183,7 +192,7 @@ class Comparison:
 
     def _check(self, count: int = 0) -> None:
         """Called after every timed run."""
-        if self.stopping.is_set():
+        if self._stopping.is_set():
             raise Stopped
 
     def _is_done(self, ids: Any, scores: Any) -> bool:

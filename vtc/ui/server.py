@@ -189,7 +189,7 @@ def running(comparison: Comparison, host: str = "127.0.0.1", port: int = 7860) -
         try:
             yield address
         finally:
-            comparison.stopping.set()
+            comparison.stop()
             page.server.force_exit = True  # do not wait for browsers: what is written later would outlive the folder
             logging.getLogger("uvicorn.error").disabled = True  # it and gradio print tracebacks of what is cut off
             with contextlib.redirect_stderr(io.StringIO()):
