@@ -871,7 +871,6 @@ MUTANTS = [
         "vtc/eval/model.py",
         "eval/test_loading",
         {
-            "code of a checkpoint is run": ("trust_remote_code=False,\n                use_safetensors", "use_safetensors"),
             "code of a processor is run": ('backend="pil", trust_remote_code=False', 'backend="pil"'),
             "tensors without numbers": ("device=device).item()", "device=device)"),
         },
