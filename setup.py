@@ -18,7 +18,7 @@ setup(
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13, 14)],
     packages=["vtc", *(f"vtc.{name}" for name in PACKAGES), "vtc_kernels"],
     package_dir={"vtc_kernels": "kernels"},
-    package_data={"vtc.tiny": ["checkpoint/*"], "vtc": ["py.typed"]},
+    package_data={"vtc.tiny": ["checkpoint/*"], "vtc.ui": ["style.css"], "vtc": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,18 +17,18 @@ from bench import checkout, record
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit status, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = _Parser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _micro_options(commands.add_parser("micro", help="every operation, every provider, side by side"))
     add = commands.add_parser("e2e", help="a whole LLaVA, stage by stage: stock SDPA against VTC")
-    add.add_argument("--batch", type=int, nargs="+", help="default: 1 4 16, on a CPU 1 4")
+    add.add_argument("--batch", type=_positive, nargs="+", help="default: 1 4 16, on a CPU 1 4")
     _output_options(add)
     add = commands.add_parser("compare", help="two git revisions in one run; further options are those of micro")
     add.add_argument("revision", help="compared with the working tree")
     add = commands.add_parser("quality", help="accuracy of the bundled model, method by method, token by token")
-    add.add_argument("--questions", type=int, default=1000)
+    add.add_argument("--questions", type=_positive, default=1000)
     add.add_argument("--method", nargs="+", metavar="NAME", help="default: all")
-    add.add_argument("--keep", type=int, nargs="+", metavar="K", help="default: 288 to 16")
+    add.add_argument("--keep", type=_positive, nargs="+", metavar="K", help="default: 288 to 16")
     add.add_argument("--split", choices=("val", "test"), default="test")
     add.add_argument("--sweep", action="store_true", help="also every number of layers and every ensemble of vtc-cls")
     add.add_argument("--out", type=Path, help="folder for the records, JSON lines, and the plot")
@@ -55,9 +55,35 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         return COMMANDS[chosen.command](chosen, rest)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        from vtc.cli.errors import explain
+
+        line, status = explain(error)
+        print(f"{parser.prog} {chosen.command}: {line}", file=sys.stderr)
+        return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for wrong arguments, and the exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def _positive(text: str) -> int:
+    """The number of an option that counts something."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _device(name: str) -> str:
+    """A device that can be used here."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here") from error
+    return name
 
 
 def _mode_options(add: argparse.ArgumentParser) -> None:
@@ -68,8 +94,8 @@ def _mode_options(add: argparse.ArgumentParser) -> None:
 def _micro_options(add: argparse.ArgumentParser) -> None:
     for name in ("op", "provider", "dtype", "model"):
         add.add_argument(f"--{name}", nargs="+", default=(), metavar="NAME", help="default: all")
-    add.add_argument("--batch", type=int, nargs="+", default=(), metavar="B")
-    add.add_argument("--keep", type=int, nargs="+", default=(), metavar="K")
+    add.add_argument("--batch", type=_positive, nargs="+", default=(), metavar="B")
+    add.add_argument("--keep", type=_positive, nargs="+", default=(), metavar="K")
     add.add_argument("--full", action="store_true", help="every K with every B, not every K at one B and vice versa")
     add.add_argument("--budget", type=float, metavar="SECONDS", help="begin no new number after this time")
     _output_options(add)
@@ -79,7 +105,7 @@ def _output_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--rep-ms", type=float, default=100.0, help="milliseconds of repetitions a number (100)")
     add.add_argument("--out", type=Path, help="folder for the records, JSON lines, and the plot")
     add.add_argument("--no-plot", action="store_true")
-    add.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _micro(chosen: Any, rest: list[str]) -> int:

@@ -19,6 +19,7 @@ import torch
 from bench import faults, micro, processes, summary, timing
 from bench.parts import PARTS, Mode, run_part
 from bench.summary import Ran
+from vtc.files import replacing
 
 NORMAL = Mode()
 IDLE_WAIT = 8.0  # seconds for the GPU to become idle
@@ -86,7 +87,8 @@ def _summarise(out: Path, ran: dict[str, Ran], chosen: Sequence[str]) -> str:
     except Exception as error:
         ran["summary"] = Ran(trouble=timing.reason(error))
         page = "\n".join(summary.line(part, one) for part, one in ran.items())
-    (out / "summary.txt").write_text(page + "\n", encoding="utf-8")
+    with replacing(out / "summary.txt") as made:
+        made.write_text(page + "\n", encoding="utf-8")
     return page
 
 

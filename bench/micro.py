@@ -64,7 +64,7 @@ def run(options: Options, device: torch.device, out: Path | None, say: Callable[
 
     def in_time() -> Iterator[Job]:
         nonlocal late
-        for job in jobs(options, device):
+        for job in jobs(options, device, say):
             if options.budget is not None and time.monotonic() - start > options.budget:
                 late += 1
             else:
@@ -80,15 +80,19 @@ def run(options: Options, device: torch.device, out: Path | None, say: Callable[
     return 1 if failed or not records else 0
 
 
-def jobs(options: Options, device: torch.device) -> list[Job]:
-    """One job for each number, the most important first: the first model, bf16, `select`."""
+def jobs(options: Options, device: torch.device, say: Callable[[str], None] = print) -> list[Job]:
+    """One job for each number, the most important first: the first model, bf16, `select`.
+
+    Shapes with too few patches for K are left out, and `say` gets a line for each. ValueError if no other is left.
+    """
     on_gpu = device.type == "cuda"
     models = base.MODELS if on_gpu else base.SMALL_MODELS
     names = chosen("model", options.models, tuple(model.name for model in models))
     ops = chosen("op", options.ops, tuple(WORKLOADS))
     dtypes = options.dtypes or (("bf16", "fp16") if on_gpu else ("fp32",))
     chosen("dtype", dtypes, tuple(DTYPES))
-    made = []
+    made: list[Job] = []
+    left_out: dict[str, None] = {}  # a set in the order of the shapes
     for model in models:
         for dtype in dtypes if model.name in names else ():
             for op in ops:
@@ -97,10 +101,13 @@ def jobs(options: Options, device: torch.device) -> list[Job]:
                     continue
                 for batch, keep in sizes(work, options, on_gpu):
                     if keep is not None and keep >= model.tokens:
-                        raise ValueError(
-                            f"keep must be less than the {model.tokens} tokens of {model.name}, got {keep}"
-                        )
+                        left_out[f"{model.name} has {model.tokens - 1} patches, too few for K = {keep}"] = None
+                        continue
                     made += _of_shape(op, model, dtype if work.floats else "fp32", batch, keep, options, device)
+    if left_out and not made:
+        raise ValueError(f"{'; '.join(left_out)}; give a smaller --keep")
+    for line in left_out:
+        say(f"left out: {line}")
     return made
 
 

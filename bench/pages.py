@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vtc.files import replacing
+
 
 def put(block: str, page: Path, name: str) -> None:
     """Replace the block `name` of a page.
@@ -17,4 +19,5 @@ def put(block: str, page: Path, name: str) -> None:
     _, end, tail = after.partition(f"<!-- /{name} -->")
     if not mark or not end:
         raise ValueError(f"{page} lacks the lines <!-- {name} --> and <!-- /{name} -->")
-    page.write_text(f"{head}{mark}{block}\n{end}{tail}", encoding="utf-8")
+    with replacing(page) as made:
+        made.write_text(f"{head}{mark}{block}\n{end}{tail}", encoding="utf-8")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.record import Record
+from vtc.files import replacing
 
 if TYPE_CHECKING:
     from bench.quality import Quality
@@ -96,7 +97,8 @@ def _save(stem: Path, paint: Callable[[Any], None]) -> list[Path]:
         with pyplot.style.context([style, {"svg.hashsalt": "vtc", "font.size": 9}]):
             paint(pyplot)
             written.append(stem.with_name(f"{stem.name}-{theme}.svg"))
-            pyplot.savefig(written[-1], transparent=True, metadata={"Date": None})
+            with replacing(written[-1]) as made:
+                pyplot.savefig(made, transparent=True, metadata={"Date": None})
             pyplot.close()
     return written
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from bench import record
-from bench.intervals import Share, paired, percent, wilson
 from bench.record import Provenance
 from vtc import tiny
 from vtc.config import DEFAULT_PRUNE_LAYER
 from vtc.eval.engine import answer_all
+from vtc.eval.intervals import Share, paired, percent, wilson
 from vtc.eval.local import LocalEngine
 from vtc.eval.model import ModelSpec
+from vtc.eval.progress import Progress
 from vtc.eval.question import Answer
 from vtc.eval.setting import NONE, Setting, ignores_keep
 from vtc.eval.tasks.scenes import Scenes
@@ -101,7 +102,8 @@ def run(
     records: list[Quality] = []
 
     def ask(setting: Setting) -> list[Answer]:
-        return answer_all(engine, spec, task, setting, BATCH)
+        with Progress(setting.label, count) as progress:
+            return answer_all(engine, spec, task, setting, BATCH, advance=progress.advance)
 
     def keep_record(
         answers: list[Answer], full: list[Answer] | None, against: list[Answer] | None, **rest: Any

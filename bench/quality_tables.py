@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bench import table
-from bench.intervals import percent
 from bench.quality import BASELINE, SWEEP_KEEP, Quality
+from vtc.eval.intervals import percent
 from vtc.tiny.scenes import FAMILIES
 
 

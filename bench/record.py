@@ -148,8 +148,14 @@ def append(path: Path, records: Sequence[Any]) -> None:
 
 
 def read(path: Path, kind: type = Record) -> list[Any]:
-    """The records, of the dataclass `kind`, that `append` has written; `failures` has the jobs without one."""
-    return [kind(**line) for line in lines(path) if "failed" not in line]
+    """The records, of the dataclass `kind`, that `append` has written; `failures` has the jobs without one.
+
+    ValueError if the file holds something else.
+    """
+    try:
+        return [kind(**line) for line in lines(path) if "failed" not in line]
+    except TypeError as error:
+        raise ValueError(f"{path} holds other things than records of the kind {kind.__name__} ({error})") from error
 
 
 def failures(path: Path) -> dict[str, str]:

@@ -448,8 +448,11 @@ def test_numbers_of_numpy_and_torch_reach_the_model(stock, call, expected, numbe
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda pixels: BatchFeature({"pixel_values": pixels}), r"got a BatchFeature; .*inputs\['pixel_values'\]"),
-        (lambda pixels: {"pixel_values": pixels}, r"got a dict; pass the pixels in it"),
+        (
+            lambda pixels: BatchFeature({"pixels": pixels}),
+            "the inputs have no pixel_values, only pixels; pass",
+        ),
+        (lambda pixels: {"pixel_values": pixels.numpy()}, r"got a ndarray; .*return_tensors='pt'"),
         (lambda pixels: pixels.numpy(), r"got a ndarray; .*return_tensors='pt'"),
         (lambda pixels: list(pixels), "got a list"),
         (lambda pixels: Image.new("RGB", (84, 84)), "got a Image; pass the tensor that the processor returns"),

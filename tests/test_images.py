@@ -1,6 +1,8 @@
 """`load_image` on real files of every kind: the pixels are right, and bad files give one clear line."""
 
+import io
 import os
+import re
 import struct
 import zlib
 
@@ -176,7 +178,7 @@ def test_unreadable(tmp_path):
 
 def test_not_an_image(tmp_path):
     (tmp_path / "notes.png").write_text("not a picture\n" * 100)
-    refused(tmp_path / "notes.png", "not an image that Pillow can read", "convert it to JPEG or PNG")
+    refused(tmp_path / "notes.png", "not an image in a format that VTC reads", "convert it to JPEG or PNG")
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.gif", "a.tif", "a.bmp", "a.webp"])
@@ -209,27 +211,153 @@ def png_that_claims(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("size", [(10_000, 10_000), (100_000, 100_000)])
-def test_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatch, size):
+@pytest.mark.parametrize("size", [(20_000, 10_001), (16_000, 20_000), (100_000, 100_000)])
+@pytest.mark.parametrize("limit", [None, 1000, Image.MAX_IMAGE_PIXELS])  # what the program has set for Pillow
+def test_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatch, size, limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     (tmp_path / "bomb.png").write_bytes(png_that_claims(*size))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    refused(tmp_path / "bomb.png", "pixels", "make it smaller")
+    refused(tmp_path / "bomb.png", "more than 200,000,000 pixels; make it smaller first")
+    assert limit == Image.MAX_IMAGE_PIXELS
 
 
-def test_bomb_is_refused_even_if_pillows_guard_is_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    (tmp_path / "bomb.png").write_bytes(png_that_claims(100_000, 100_000))
-    refused(tmp_path / "bomb.png", "100000 x 100000", "make it smaller")
+def test_images_of_108_and_200_megapixels_pass_the_size_check(tmp_path):
+    for size in ((12_000, 9_000), (16_320, 12_240)):
+        (tmp_path / "large.png").write_bytes(png_that_claims(*size))
+        refused(tmp_path / "large.png", "damaged or truncated")  # its pixels are missing: they were about to be read
 
 
-def test_large_jpeg_is_decoded_at_a_reduced_size(tmp_path, monkeypatch):
-    two_halves(size=(640, 320)).save(tmp_path / "a.jpg")
-    monkeypatch.setattr(images, "MAX_PIXELS", 640 * 320 - 1)
-    got = load_image(tmp_path / "a.jpg")
-    assert got.size == (320, 160)
+def test_a_photograph_of_108_megapixels_is_read_at_half_its_size(tmp_path):
+    Image.new("RGB", (12_000, 9_000), RED).save(tmp_path / "phone.jpg")
+    got = load_image(tmp_path / "phone.jpg")
+    assert (got.size, got.mode) == ((6_000, 4_500), "RGB")
+    assert near(got.getpixel((5_999, 4_499)), RED)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.gif"])
+def test_a_large_image_is_halved(tmp_path, monkeypatch, name):
+    two_halves(size=(640, 321)).save(tmp_path / name)
+    monkeypatch.setattr(images, "MAX_PIXELS_IN_FULL", 640 * 321 - 1)
+    got = load_image(tmp_path / name)
+    assert got.size == (320, 161)
     assert near(got.getpixel((40, 80)), RED, 12)
-    monkeypatch.setattr(images, "MAX_PIXELS", 640 * 320)
-    assert load_image(tmp_path / "a.jpg").size == (640, 320)
+    assert near(got.getpixel((280, 80)), BLUE, 12)
+    monkeypatch.setattr(images, "MAX_PIXELS_IN_FULL", 640 * 321)
+    assert load_image(tmp_path / name).size == (640, 321)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_a_halved_image_is_upright(tmp_path, monkeypatch, name):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    two_halves().save(tmp_path / name, exif=exif)
+    monkeypatch.setattr(images, "MAX_PIXELS_IN_FULL", 1)
+    got = load_image(tmp_path / name)
+    assert got.size == (16, 32)
+    assert near(got.getpixel((8, 4)), RED, 12)
+    assert near(got.getpixel((8, 28)), BLUE, 12)
+
+
+def test_a_halved_image_keeps_its_transparency_and_its_white(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS_IN_FULL", 1)
+    Image.new("RGB", (4, 4), BLUE).save(tmp_path / "key.png", transparency=BLUE)
+    assert load_image(tmp_path / "key.png").getpixel((1, 1)) == WHITE
+    half = Image.new("RGB", (4, 2), BLUE)
+    half.paste(RED, (1, 0, 4, 2))
+    half.save(tmp_path / "edge.png", transparency=BLUE)
+    assert load_image(tmp_path / "edge.png").getpixel((0, 0)) == (255, 127, 127)  # half of it is red, half transparent
+    Image.fromarray(np.full((4, 4), 257, dtype=np.uint16)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").getpixel((1, 1)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is PostScript (EPS), a drawing"),
+        (b"\xc5\xd0\xd3\xc6" + bytes(60), "is PostScript (EPS), a drawing"),
+        (b"%PDF-1.7\n", "is PDF, a drawing"),
+        (b"\xd7\xcd\xc6\x9a\0\0" + bytes(60), "is WMF, a drawing"),
+        (b"\x01\0\0\0" + bytes(36) + b" EMF" + bytes(60), "is EMF, a drawing"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is SVG, a drawing"),
+    ],
+)
+def test_drawings_are_refused_by_name_before_pillow_opens_them(tmp_path, monkeypatch, data, words):
+    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: pytest.fail("opened"))
+    (tmp_path / "a.png").write_bytes(data)
+    refused(tmp_path / "a.png", words, "convert it to PNG")
+    with pytest.raises(ImageError, match=re.escape(words)):
+        load_image(io.BytesIO(data))
+
+
+def test_no_format_that_may_run_a_program_or_hold_such_a_file_is_read():
+    assert not {"EPS", "WMF", "IPTC", "PDF", "FPX", "MIC", "MPEG", "GRIB", "BUFR", "HDF5"} & set(images.FORMATS)
+
+
+def test_a_file_of_iptc_with_a_drawing_in_it_is_refused(tmp_path, monkeypatch):
+    """Pillow would open what it holds, with all of its formats."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("ran"))
+    fields = [(3, 60, b"\x01\0"), (3, 20, b"\0\x40"), (3, 30, b"\0\x40"), (3, 120, b"\0"), (8, 10, b"%!PS-Adobe")]
+    blocks = [b"\x1c" + bytes(key) + len(data).to_bytes(2, "big") + data for *key, data in fields]
+    (tmp_path / "a.iim").write_bytes(b"".join(blocks))
+    refused(tmp_path / "a.iim", "not an image in a format that VTC reads")
+
+
+class Pipe(io.RawIOBase):
+    """A stream that cannot seek, as standard input."""
+
+    def __init__(self, data, name="<stdin>"):
+        self.data, self.name = data, name
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        part, self.data = self.data[: len(buffer)], self.data[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def png_bytes():
+    with io.BytesIO() as file:
+        two_halves().save(file, "PNG")
+        return file.getvalue()
+
+
+def test_a_stream_gives_the_image_of_the_file():
+    want = two_halves().tobytes()
+    assert load_image(io.BytesIO(png_bytes())).tobytes() == want
+    assert load_image(io.BufferedReader(Pipe(png_bytes()))).tobytes() == want
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        (lambda: io.BufferedReader(Pipe(b"")), "<standard input> is empty (0 bytes)"),
+        (lambda: io.BufferedReader(Pipe(png_bytes()[:-30])), "<standard input> is damaged or truncated"),
+        (lambda: io.BufferedReader(Pipe(b"no image", "notes.txt")), "notes.txt is not an image"),
+        (lambda: io.BytesIO(b"no image"), "<stream> is not an image"),
+        (lambda: io.StringIO("text"), "<stream> is a stream of text; open it as binary"),
+        (lambda: io.BytesIO(bytes(images.MAX_BYTES + 1)), "<stream> has more than 1,000 bytes"),
+    ],
+)
+def test_a_stream_that_cannot_be_read_is_named(stream, words, monkeypatch):
+    monkeypatch.setattr(images, "MAX_BYTES", 1000)
+    with pytest.raises(ImageError, match=re.escape(words)):
+        load_image(stream())
+
+
+@pytest.mark.parametrize("source", [None, 3, b"a.png", Image.new("RGB", (2, 2))])
+def test_what_is_no_path_and_no_stream_is_refused(source):
+    with pytest.raises(ImageError, match=f"the image is a {type(source).__name__}; pass the path"):
+        load_image(source)
+
+
+def test_an_empty_path_and_one_that_is_too_long_are_refused(tmp_path):
+    with pytest.raises(ImageError, match="the path of the image is empty"):
+        load_image("")
+    refused(tmp_path / ("a" * 300), "does not exist", "File name too long")
 
 
 @pytest.mark.parametrize("size", [(1, 101), (101, 1)])

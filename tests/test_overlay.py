@@ -1,4 +1,4 @@
-"""`overlay`: kept patches are shown as they are, dropped ones are dark and grey, and the crop is the model's."""
+"""`overlay`: kept patches are as they are, dropped ones dark and grey, the crop is the model's. `heatmap`: scores."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vtc.overlay import OUTLINE, SIDE, overlay
+from vtc.overlay import COLOURS, OUTLINE, SIDE, STRENGTH, heatmap, overlay
 
 RED = (200, 40, 30)
 
@@ -136,9 +136,84 @@ def test_the_input_is_not_changed():
         ({"selection": selection([576])}, ["576", "24 x 24", "0..575"]),
         ({"selection": selection([-1, 3])}, ["-1..3"]),
         ({"side": 5}, ["side is 5", "at least 24"]),
+        ({"selection": torch.tensor([[1, 2]])}, ["is a Tensor", "pass the Selection that vtc.select returned"]),
+        ({"selection": [3, 4]}, ["is a list", "pass the Selection"]),
     ],
 )
 def test_errors_teach(change, words):
     good = {"image": Image.new("RGB", (336, 336)), "selection": selection([0])}
     with pytest.raises(ValueError, match=".*".join(map(re.escape, words))):
         overlay(**{**good, **change})
+
+
+def scored(*rows, grid=(2, 4)):
+    return SimpleNamespace(indices=torch.zeros(len(rows), 1).long(), scores=torch.tensor(rows), grid=grid, counts=None)
+
+
+def blended(colour, grey):
+    return [round(STRENGTH * channel + (1 - STRENGTH) * grey) for channel in colour]
+
+
+def test_heat_is_the_cube_root_of_a_patches_share():
+    """The middle of the scale is an eighth of the way from the lowest score to the highest."""
+    picture = heatmap(Image.new("RGB", (80, 40), (90, 90, 90)), scored([-2.0, -1.0, 6.0, -2 + 27 / 64] + 4 * [-2.0]))
+    assert picture.size == (672, 336)
+    assert picture.mode == "RGB"
+    got = patches(picture, (2, 4))
+    assert (got == got[:, :, :1, :1]).all()  # one colour a patch
+    colours = got[:, :, 0, 0].reshape(8, 3).tolist()
+    assert colours[0] == blended(COLOURS[0], 90)
+    assert colours[1] == blended(COLOURS[4], 90)
+    assert colours[2] == blended(COLOURS[8], 90)
+    assert colours[3] == blended(COLOURS[3], 90)
+    assert colours[4:] == 4 * [blended(COLOURS[0], 90)]
+
+
+def test_heat_lies_over_the_image_as_the_model_saw_it():
+    halves = Image.new("RGB", (600, 300), "blue")  # the blue is cropped
+    halves.paste((0, 0, 0), (150, 0, 300, 300))
+    halves.paste((200, 200, 200), (300, 0, 450, 300))
+    got = patches(heatmap(halves, scored([1.0, 1.0, 1.0, 1.0], grid=(2, 2)), side=100), (2, 2))
+    assert got[:, 0, 25, 5].tolist() == 2 * [blended(COLOURS[0], 0)]
+    assert got[:, 1, 25, -5].tolist() == 2 * [blended(COLOURS[0], 200)]
+
+
+def test_steps_of_the_colour_scale_look_equal():
+    """CIE lightness from sRGB: about linear, from black to nearly white."""
+    linear = ((np.array(COLOURS) / 255 + 0.055) / 1.055) ** 2.4
+    lightness = 116 * np.cbrt(np.maximum(linear @ [0.2126, 0.7152, 0.0722], 0.0087)) - 16
+    steps = np.diff(lightness)[1:]
+    assert lightness[0] < 8
+    assert lightness[-1] > 95
+    assert (abs(steps - steps.mean()) < 0.25 * steps.mean()).all()
+
+
+def test_heat_of_registers_is_not_drawn_and_the_index_chooses_the_image():
+    black = Image.new("RGB", (40, 40))
+    want = heatmap(black, scored([1.0, 2.0, 3.0, 4.0], grid=(2, 2)))
+    with_registers = scored([9.0, 9.0, 4.0, 3.0, 2.0, 1.0], [9.0, -9.0, 1.0, 2.0, 3.0, 4.0], grid=(2, 2))
+    assert heatmap(black, with_registers, index=1).tobytes() == want.tobytes()
+    assert heatmap(black, with_registers).tobytes() != want.tobytes()
+
+
+def test_infinite_scores_are_the_ends_of_the_scale():
+    black, inf = Image.new("RGB", (40, 40)), float("inf")
+    want = heatmap(black, scored([1.0, 1.0, 5.0, 5.0], grid=(2, 2)))
+    assert heatmap(black, scored([1.0, -inf, inf, 5.0], grid=(2, 2))).tobytes() == want.tobytes()
+    heatmap(black, scored([inf, -inf, inf, inf], grid=(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image": "a.png"}, ["is a str", "PIL image"]),
+        ({"index": 1}, ["index is 1", "1 image(s)"]),
+        ({"selection": torch.ones(1, 4)}, ["is a Tensor", "pass the Selection"]),
+        ({"selection": selection([1])}, ["no scores"]),
+        ({"selection": scored([1.0, float("nan"), 2.0, float("nan")], grid=(2, 2))}, ["2 of the 4 scores are NaN"]),
+    ],
+)
+def test_errors_of_heat_maps_teach(change, words):
+    good = {"image": Image.new("RGB", (40, 40)), "selection": scored([1.0, 2.0, 3.0, 4.0], grid=(2, 2))}
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, words))):
+        heatmap(**{**good, **change})

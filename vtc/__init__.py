@@ -16,7 +16,7 @@ import wrapt
 
 from vtc import distribution
 from vtc.hf.families import FAMILIES
-from vtc.overlay import overlay
+from vtc.overlay import heatmap, overlay
 
 if TYPE_CHECKING:
     from vtc import ops, tiny
@@ -37,6 +37,7 @@ __all__ = [
     "configure",
     "disable",
     "enable",
+    "heatmap",
     "is_enabled",
     "kept_count",
     "load_image",

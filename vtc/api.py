@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vtc.config import VTCConfig
-from vtc.hf import encode, names, patch, settings
+from vtc.hf import encode, names, patch, prune, settings
 from vtc.hf.encode import Selection
 from vtc.hf.families import family_of, find_llava
 from vtc.hf.settings import Run, Settings
@@ -125,26 +125,47 @@ def compress(model: torch.nn.Module, **options: Any) -> Iterator[Run]:
 
 
 @torch.no_grad()
-def select(model: torch.nn.Module, pixel_values: torch.Tensor, **options: Any) -> Selection:
-    """Return which patches of each image would be kept, without running the language model.
+def select(model: torch.nn.Module, inputs: Mapping[str, Any] | torch.Tensor, **options: Any) -> Selection:
+    """Return which patches of each image `generate()` would keep, and their scores.
+
+    A method that selects before the language model needs the images only. One that selects inside the language model,
+    by the question, needs all inputs: the prompts are read up to the layer that selects, and not answered.
 
     Parameters
     ----------
-    pixel_values : Tensor[B, 3, height, width]
-        Each view counts as an image, tiles and frames too: `keep` counts the tokens of one.
+    inputs : mapping of str to Tensor, or Tensor[B, 3, height, width]
+        What the processor returned, or its pixel_values alone. Each view counts as an image, tiles and frames too:
+        `keep` counts the tokens of one.
     options
         As of `configure`; they hold for this call only.
+
+    Returns
+    -------
+    Selection
+        One row for each image, in the order of the prompts.
 
     Raises
     ------
     ValueError
-        As `configure`, and for a method that selects no patches: "pool" averages them, "none" keeps all.
+        As `configure`, for inputs that are not accepted, and for a method that selects no patches: "pool" averages
+        them, "none" keeps all.
     """
     with compress(model, **options):
         current = Settings.of(find_llava(model))
+        name = current.family.inputs[0].pixels
         require_selection(current.config.method)
-        _require_pixels(current, pixel_values)
-        selection = encode.select(current, pixel_values, plan_of(current, "whole", pixel_values))
+        if isinstance(inputs, Mapping) and name not in inputs:
+            raise ValueError(f"the inputs have no {name}, only {', '.join(inputs) or 'nothing'}; pass an image, too")
+        pixels: Any = inputs[name] if isinstance(inputs, Mapping) else inputs
+        _require_pixels(current, pixels)
+        if class_of(current.config.method).prunes_only_language():
+            if not isinstance(inputs, Mapping) or inputs.get("input_ids") is None:
+                raise ValueError(
+                    f"method {current.config.name!r} selects patches by the question, inside the language model; "
+                    "pass all of the processor's inputs, input_ids among them: vtc.select(model, inputs)"
+                )
+            return prune.select(model, current, inputs)
+        selection = encode.select(current, pixels, plan_of(current, "whole", pixels))
     if selection is None:
         raise ValueError(f"method {current.config.name!r} selects patches, but gave no indices or no scores")
     _require_scores(selection)
@@ -152,11 +173,7 @@ def select(model: torch.nn.Module, pixel_values: torch.Tensor, **options: Any) -
 
 
 def _require_pixels(current: Settings, given: Any) -> None:
-    """Raise ValueError if `given` is not what `select` takes, with a way to get there from what people have at hand."""
-    if isinstance(given, Mapping):
-        raise ValueError(
-            f"got a {type(given).__name__}; pass the pixels in it: vtc.select(model, inputs['pixel_values'])"
-        )
+    """Raise ValueError if `given` are no pixels of images, with a way to get there from what people have at hand."""
     if isinstance(given, torch.Tensor) and given.ndim == 5:
         raise ValueError(
             f"pixel_values must be [images, 3, height, width], got shape {tuple(given.shape)}; every tile and frame "
@@ -179,15 +196,19 @@ def _require_scores(selection: Selection) -> None:
 
 
 def require_selection(method: str | Method) -> None:
-    """Raise ValueError if `method` does not select patches, so that there is nothing to show."""
+    """Raise ValueError if `method` selects no patches, so that there is nothing to show."""
     about = class_of(method)
-    if not about.selects:
-        why = "inside the language model, by the prompt" if "language" in about.prunes else "no patches"
-        selecting = [name for name, each in METHODS.items() if each.selects]
+    if not selects(about):
+        selecting = [name for name, each in METHODS.items() if selects(each)]
         raise ValueError(
-            f"method {about.name!r} selects {why}, so no kept patches can be shown ({about.scores}); methods "
-            f"that select patches by the image: {', '.join(map(repr, selecting))}"
+            f"method {about.name!r} selects no patches, so no kept patches can be shown ({about.scores}); "
+            f"methods that select patches: {', '.join(map(repr, selecting))}"
         )
+
+
+def selects(method: type[Method]) -> bool:
+    """Whether a method selects patches, by the image or inside the language model."""
+    return method.selects or method.prunes_only_language()
 
 
 def _checked(model: torch.nn.Module, options: dict[str, Any]) -> tuple[Any, VTCConfig]:

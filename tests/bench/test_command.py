@@ -92,3 +92,36 @@ def test_a_relative_python_path_reaches_the_workers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "carried")
     assert checkout.run(["-c", "import carried_module; print('found')"]) == (0, "found\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "arguments are required: command"),
+        (("micro", "--keep", "0"), "argument --keep: must be a whole number from 1, got '0'"),
+        (("micro", "--device", "toaster"), "argument --device: 'toaster' cannot be used here"),
+        (("micro", "--op", "nope", "--device", "cpu"), "unknown op nope"),
+        (("micro", "--out", "/proc/x", "--device", "cpu"), "/proc/x: No such file or directory"),
+        (("plot", str(Path(__file__).parent)), "Is a directory"),
+        (("plot", str(Path(__file__).parent.parent / "constraints.txt")), "no records to plot"),
+        (("plot", "{numbers}"), "holds other things than records of the kind Record"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, says, tmp_path, capsys):
+    (tmp_path / "numbers").write_text("1\n2\n")
+    try:
+        status = command.main([argument.format(numbers=tmp_path / "numbers") for argument in arguments])
+    except SystemExit as end:
+        status = end.code
+    message = capsys.readouterr().err
+    assert (status, message.count("\n")) == (2, 1)
+    assert message.startswith("python -m bench")
+    assert says in message
+
+
+def test_shapes_that_are_too_small_are_left_out(capsys):
+    arguments = ["--op", "topk", "--keep", "64", "--batch", "1", "--rep-ms", "1", "--provider", "torch.topk"]
+    assert command.main(["micro", *arguments, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "left out: small, 2 tiles has 36 patches, too few for K = 64\n" in out
+    assert "N=145 K=64" in out

@@ -53,8 +53,8 @@ def test_micro_leaves_out_what_it_has_no_time_for(tmp_path):
 
 
 def test_micro_refuses_more_tokens_than_there_are(tmp_path):
-    with pytest.raises(ValueError, match="keep must be less than the 145 tokens of small, got 145"):
-        micro.run(dataclasses.replace(QUICK, keeps=(145,)), CPU, None)
+    with pytest.raises(ValueError, match="small has 144 patches, too few for K = 145; give a smaller --keep"):
+        micro.run(dataclasses.replace(QUICK, ops=("topk",), keeps=(145,)), CPU, None)
 
 
 def test_inputs_are_as_many_as_take_twice_the_cache(monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 
 from bench import __main__ as command
 from bench import plots, quality, quality_tables
-from bench.intervals import paired, wilson
 from vtc import compress, tiny
+from vtc.eval.intervals import paired, wilson
 from vtc.eval.question import Answer
 from vtc.tiny.scenes import balanced_questions
 

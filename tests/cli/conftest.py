@@ -1,11 +1,13 @@
 """The model and the image that the command is called with."""
 
+import functools
 import json
 
 import pytest
 import torch
 
-from vtc.cli import ask
+from vtc.cli import ask, demo
+from vtc.eval import measure
 from vtc.tiny.scenes import Scene
 
 
@@ -50,5 +52,14 @@ def _restore_logging():
 @pytest.fixture
 def few_runs(monkeypatch):
     """Times are not looked at here: measure once."""
-    stock = ask.first_token
-    monkeypatch.setattr(ask, "first_token", lambda model, inputs: stock(model, inputs, runs=1))
+    once = functools.partial(measure.first_tokens, runs=1)
+    for module in (ask, demo):
+        monkeypatch.setattr(module, "first_tokens", once)
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    """The command sets the threads of torch for the whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -15,13 +15,13 @@ from vtc.cli import ask
 from vtc.eval.engine import answer_all
 from vtc.eval.local import LocalEngine
 from vtc.eval.model import ModelSpec
-from vtc.eval.setting import Setting
+from vtc.eval.setting import Setting, ignores_keep
 from vtc.eval.tasks.scenes import Scenes
 from vtc.methods import METHODS
 from vtc.tiny.scenes import Scene
 
 
-@pytest.mark.parametrize(("options", "setting"), [((), {"keep": 64}), (("--keep", 9), {"keep": 9})])
+@pytest.mark.parametrize(("options", "setting"), [((), {"keep": 128}), (("--keep", 9), {"keep": 9})])
 def test_run_prints_the_answer_of_the_compressed_model(model_dir, picture, options, setting):
     result = succeed("run", picture, QUESTION, "--model", model_dir, "--max-new-tokens", 5, *options)
 
@@ -39,10 +39,12 @@ def test_run_prints_the_answer_of_the_compressed_model(model_dir, picture, optio
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "vtc-cls"])
 def test_run_with_each_method(model_dir, picture, method):
     arguments = ("run", picture, QUESTION, "--model", model_dir, "--max-new-tokens", 3, "--method", method, "--json")
+    options = {} if ignores_keep(method, {}) else {"keep": 64}
+    arguments += ("--keep", 64) if options else ()
     found = json.loads(succeed(*arguments).stdout)
     model, processor = ask.load(model_dir, "cpu", "float32")
     inputs = processor(images=Image.open(picture), text=tiny.prompt(QUESTION), return_tensors="pt")
-    with vtc.compress(model, method=method, keep=64) as run:
+    with vtc.compress(model, method=method, **options) as run:
         out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert found["method"] == method
@@ -55,7 +57,7 @@ def test_run_with_each_method(model_dir, picture, method):
     ("method", "layer", "kv"), [("fastv", 1, "compact"), ("vtc-cls", 2, "full"), ("fastv", None, "full")]
 )
 def test_run_inside_the_language_model(model_dir, picture, few_runs, method, layer, kv):
-    arguments = ["--method", method, "--kv", kv, *(("--prune-layer", layer) if layer else ())]
+    arguments = ["--keep", 64, "--method", method, "--kv", kv, *(("--prune-layer", layer) if layer else ())]
     asked = ("run", picture, QUESTION, "--model", model_dir, "--max-new-tokens", 3, "--compare", "--json", *arguments)
     found = json.loads(succeed(*asked).stdout)
     layer = layer or 2
@@ -72,7 +74,8 @@ def test_run_inside_the_language_model(model_dir, picture, few_runs, method, lay
 
 
 def test_compare_json_holds_real_figures(model_dir, picture, few_runs):
-    arguments = ("run", picture, QUESTION, "--model", model_dir, "--max-new-tokens", 2, "--compare", "--json")
+    arguments = ("run", picture, QUESTION, "--model", model_dir, "--keep", 64, "--max-new-tokens", 2)
+    arguments += ("--compare", "--json")
     result = succeed(*arguments)
     found = json.loads(result.stdout)
     assert result.stderr == ""
@@ -81,10 +84,12 @@ def test_compare_json_holds_real_figures(model_dir, picture, few_runs):
     prompt = len(("<s>", "user", ":", *QUESTION.split(), "assistant", ":"))
     for side in (short, full):
         assert side["kv_cache_bytes"] == 2 * LAYERS * WIDTH * BYTES * (prompt + side["visual_tokens"])
-        assert side["time_to_first_token_ms"] > 0
+        times = side["time_to_first_token_ms"]
+        assert 0 < times["min"] <= times["median"] <= times["max"]
     assert short["answer"] != full["answer"]
     assert found["backend"] == {"row_scores": "torch", "topk": "torch", "compact": "torch"}
-    assert (found["question"], found["image"], found["model"]) == (QUESTION, picture, model_dir)
+    assert (found["question"], found["images"], found["model"]) == (QUESTION, [picture], model_dir)
+    assert found["options"] == {"method": "vtc-cls", "keep": 64}
     assert (found["device"], found["dtype"], found["method"]) == ("cpu", "float32", "vtc-cls")
 
 
@@ -97,14 +102,15 @@ def test_ratio_and_dtype(model_dir, picture):
 
 
 def test_compare_table_is_plain_text_when_not_a_terminal(model_dir, picture, few_runs):
-    result = succeed("run", picture, QUESTION, "--model", model_dir, "--max-new-tokens", 1, "--compare")
+    arguments = ("--keep", 64, "--max-new-tokens", 1, "--compare", "--threads", 1)
+    result = succeed("run", picture, QUESTION, "--model", model_dir, *arguments)
     assert result.stdout.isascii()
     assert "\x1b" not in result.stdout
     lines = result.stdout.splitlines()
     assert re.split(r"\s{2,}", lines[1].strip()) == ["visual tokens", "time to first token", "KV cache", "answer"]
-    assert re.fullmatch(r"all tokens  576 +[\d.]+ ms +3\.\d\d MiB .*", lines[2])
-    assert re.fullmatch(r"vtc-cls     64 +[\d.]+ ms +0\.\d\d MiB .*", lines[3])
-    assert "median of" in result.stdout
+    assert re.fullmatch(r"all tokens  576 +[\d.]+ \([\d.]+-[\d.]+\) ms +3\.\d\d MiB .*", lines[2])
+    assert re.fullmatch(r"vtc-cls     64 +[\d.]+ \([\d.]+-[\d.]+\) ms +0\.\d\d MiB .*", lines[3])
+    assert "median (fastest-slowest) of 5 warm runs, in turns, on cpu, float32, 1 thread" in result.stdout
 
 
 def test_overlay_shows_what_was_kept(model_dir, picture, tmp_path):

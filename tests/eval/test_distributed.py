@@ -108,7 +108,7 @@ def test_two_processes_share_the_batches_and_the_first_alone_scores_and_prints(t
     assert numbers(tmp_path) == {"answers-0.jsonl": [0, 2, 4], "answers-1.jsonl": [1, 3, 5]}
     assert texts(tmp_path) == whole
     assert re.match(r"score Figure\(value=[\d.]+, questions=6\)\n$", (tmp_path / "out-0").read_text())
-    assert "scenes vtc-cls-8: 3 of 3 questions to ask" in (tmp_path / "err-0").read_text()
+    assert "scenes vtc-cls-8: 3 of 3 questions to go" in (tmp_path / "err-0").read_text()
     assert (tmp_path / "out-1").read_text() == "score None\n"
     assert (tmp_path / "err-1").read_text() == ""
 

@@ -9,6 +9,7 @@ from support.cli import call, refused, succeed
 from support.eval_data import write_all
 
 from vtc.cli import eval as evaluation
+from vtc.cli.options import options_of
 from vtc.eval.result import read
 from vtc.eval.tasks import BENCHMARKS, TASKS
 from vtc.methods import METHODS
@@ -115,7 +116,7 @@ def test_a_table_of_every_method_with_scenes(tmp_path):
     printed = succeed("eval", "scenes", *arguments).stdout
     results = read(out / "results.jsonl")
     assert [result.method for result in results] == ["none", *(name for name in METHODS if name != "none"), "floor"]
-    assert {result.label for result in results if result.method == "vtc-cls"} == {"vtc-cls-64-batch5-limit5"}
+    assert {result.label for result in results if result.method == "vtc-cls"} == {"vtc-cls-128-batch5-limit5"}
     assert results[0].visual_tokens == 576
     assert results[-1].visual_tokens is None
     rows = [line.split()[0] for line in printed.splitlines()[1 : len(results) + 2]]
@@ -157,7 +158,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
         (("scenes", "--option", "method=fastv"), "--option takes name=value with a name among"),
         (("scenes", "--option", "depth=3"), "--option takes name=value with a name among"),
         (("scenes", "--option", "seed"), "--option takes name=value"),
-        (("scenes", "--method", "random", "--start-layer", "2"), "start_layer is an option of 'vtc-cls'"),
+        (("scenes", "--method", "random", "--start-layer", "2"), "--start-layer is an option of 'vtc-cls'"),
         (("scenes", "--protocol", "best"), "unknown protocol 'best'; there are llava, hf"),
         (("scenes", "--engine", "best"), "unknown engine 'best'; there are local, ray"),
         (("scenes", "--model", "./nowhere"), "is no directory"),
@@ -175,7 +176,7 @@ def test_bad_input_is_one_line(arguments, says, tmp_path, monkeypatch):
 
 def test_options_become_pythons_values():
     given = ["seed=3", "ensemble=mean", "adaptive_count=false", "start_layer=none", "ratio=0.5"]
-    assert evaluation.options_of(given) == {
+    assert options_of(given) == {
         **{"seed": 3, "ensemble": "mean", "adaptive_count": False, "start_layer": None, "ratio": 0.5}
     }
 
@@ -184,16 +185,17 @@ def test_one_setting_or_a_table():
     def labels(method="vtc-cls", methods=None, every=False, swept=None, baselines=True, keep=None, **options):
         return [s.label for s in evaluation.settings_of(method, methods, every, swept, baselines, keep, options)]
 
-    assert labels() == ["vtc-cls-64"]
+    assert labels() == ["vtc-cls-128"]
     assert labels("none") == ["none"]
+    assert labels("prumerge") == ["prumerge"]
     assert labels(ratio=0.25) == ["vtc-cls-0.25"]
     assert labels(swept="keep=8,4") == ["none", "vtc-cls-8", "vtc-cls-4", "floor"]
-    assert labels(methods="random,none", baselines=False) == ["random-64"]
+    assert labels(methods="random,none", baselines=False) == ["random-128"]
     assert labels(methods="random,pool", baselines=False, ratio=0.25) == ["random-0.25", "pool-0.25"]
     assert labels(methods="pool,pool", swept="keep=8,8", baselines=False) == ["pool-8"]
     assert labels(methods="random,pool", keep=9, seed=1) == ["none", "random-9-seed=1", "pool-9", "floor"]
     assert labels(methods="prumerge,vtc-cls", swept="keep=8,4", start_layer=2) == [
-        *("none", "prumerge-8", "vtc-cls-8-start_layer=2", "vtc-cls-4-start_layer=2", "floor")
+        *("none", "prumerge", "vtc-cls-8-start_layer=2", "vtc-cls-4-start_layer=2", "floor")
     ]
 
 

@@ -28,17 +28,17 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_elsewhere_than_on_a_terminal_it_writes_a_line_a_minute_to_stderr(clock, capsys):
+def test_elsewhere_than_on_a_terminal_it_writes_a_line_each_half_minute_to_stderr(clock, capsys):
     with Progress("GQA none", total=100, done=40) as progress:
         for _ in range(8):
-            clock.now += 20
+            clock.now += 10
             progress.advance(2)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "GQA none: 60 of 100 questions to ask",
-        "GQA none: 46 of 100, 0.10 questions/s, 0:09:00 left",
-        "GQA none: 52 of 100, 0.10 questions/s, 0:08:00 left",
+        "GQA none: 60 of 100 questions to go",
+        "GQA none: 46 of 100, 0.20 questions/s, 0:04:30 left",
+        "GQA none: 52 of 100, 0.20 questions/s, 0:04:00 left",
     ]
 
 
@@ -78,7 +78,7 @@ def test_on_a_terminal_it_is_a_bar_with_count_rate_and_time_left(monkeypatch):
     assert "GQA none" in text
     assert "6/8" in text
     assert "/s" in text
-    assert "questions to ask" not in text
+    assert "questions to go" not in text
 
 
 def test_a_quiet_run_has_no_bar_on_a_terminal(monkeypatch):

@@ -427,15 +427,15 @@ def test_a_bar_in_a_name_does_not_break_the_table():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved, by file name."""
+    """The figures that were saved, in this order."""
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure as Drawing
 
-    figures = {}
+    figures = []
     save = Drawing.savefig
 
     def savefig(self, file, **options):
-        figures[file.name] = self
+        figures.append(self)
         save(self, file, **options)
 
     monkeypatch.setattr(Drawing, "savefig", savefig)
@@ -465,7 +465,8 @@ def test_plots_show_lines_baselines_published_and_incomplete_figures(tmp_path, d
     for file in files:
         assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert file.stat().st_size > 10_000
-    sqa, gqa, scenes = drawn["accuracy-over-tokens.png"].axes
+    over_tokens, over_time = drawn
+    sqa, gqa, scenes = over_tokens.axes
     assert [panel.get_title() for panel in (sqa, gqa, scenes)] == ["SciQA", "GQA", "SCENES"]
     assert points(gqa, "vtc-cls") == [[(32, 48.0), (64, 56.0)]]
     assert [line.get_ydata()[0] for line in gqa.get_lines() if line.get_label() in ("none", "floor")] == [62.5, 38.0]
@@ -478,7 +479,7 @@ def test_plots_show_lines_baselines_published_and_incomplete_figures(tmp_path, d
     }  # fmt: skip
     assert hollow(sqa) == {(576, 70.2): "black"}
     assert not hollow(scenes)
-    time = drawn["accuracy-over-time.png"].axes[1]
+    time = over_time.axes[1]
     assert points(time, "none") == [[(100.0, 62.5)]]
     assert points(time, "fastv") == [[(50.0, 46.5)]]
     assert not hollow(time)

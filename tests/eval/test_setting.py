@@ -40,7 +40,7 @@ def test_a_fingerprint_holds_defaults_too():
 def test_a_sweep_has_every_method_at_every_number_and_the_others_once():
     settings = sweep(["none", "vtc-cls", "prumerge", "floor"], [128, 64], start_layer=2)
     assert [setting.label for setting in settings] == [
-        *("none", "vtc-cls-128-start_layer=2", "vtc-cls-64-start_layer=2", "prumerge-128", "floor")
+        *("none", "vtc-cls-128-start_layer=2", "vtc-cls-64-start_layer=2", "prumerge", "floor")
     ]
     with pytest.raises(ValueError, match=r"no method of none, random has the option.s. start_layer"):
         sweep(["none", "random"], [64], start_layer=2)

@@ -574,7 +574,7 @@ def test_select(model, call, seen, case):
 
 @pytest.mark.parametrize("method", ["pool", "none"])
 def test_nothing_to_select(model, call, method):
-    with pytest.raises(ValueError, match=rf"'{method}' selects no patches.*by the image: 'vtc-cls', 'fastervlm'"):
+    with pytest.raises(ValueError, match=rf"'{method}' selects no patches.*select patches: 'vtc-cls', 'fastervlm'"):
         vtc.select(model, call["pixel_values"], keep=KEEP, method=method)
     with pytest.raises(ValueError, match=f"method '{method}' selects no patches"):
         api.require_selection(method)

@@ -11,14 +11,14 @@ LAYERS, WIDTH, BYTES = 4, 192, 4  # of the models below: language model layers, 
 QUESTION = "what shape is the red object ?"
 
 
-def call(*arguments):
+def call(*arguments, stdin=None):
     if arguments[0] in ("run", "demo") and "--device" not in arguments:
         arguments += ("--device", "cpu")
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
 
 
-def succeed(*arguments):
-    result = call(*arguments)
+def succeed(*arguments, stdin=None):
+    result = call(*arguments, stdin=stdin)
     assert result.exit_code == 0, result.stderr
     return result
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from vtc.tiny.data import MEAN, STD, Scenes, attention_of
 from vtc.tiny.model import PhraseContrast, build_model, encode
-from vtc.tiny.recipe import Phase, ViewGroup
+from vtc.tiny.recipe import RECIPE, Phase, ViewGroup
 from vtc.tiny.scenes import COUNTING, Scene
-from vtc.tiny.train import features, train, trainable
+from vtc.tiny.train import _export, features, train, trainable
 
 
 def test_training_runs_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
@@ -48,6 +48,33 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
         train(tmp_path / "other", phases[1:], start=first)
     with pytest.raises(ValueError, match="vision stage cannot go on"):
         train(tmp_path / "other", (*phases[:2], phases[0]), start=first)
+
+
+def test_training_refuses_to_replace_its_start_and_a_folder_that_takes_no_file(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "checkpoint")
+    for start in (tmp_path / "checkpoint", tmp_path / "link"):
+        with pytest.raises(ValueError, match="the checkpoint to go on from, and would be replaced"):
+            train(tmp_path, start=start)
+    (tmp_path / "state.pt").mkdir()
+    with pytest.raises(ValueError, match=r"state\.pt is a directory"):
+        train(tmp_path)
+
+
+def test_an_export_replaces_the_files_of_an_earlier_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "checkpoint"
+    _export(build_model(), tmp_path, RECIPE, 0, 60.0)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert {"model.safetensors", "config.json", "training.json", "tokenizer.json"} <= before.keys()
+
+    def killed(self: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)  # of training.json, the last file that is made
+    with pytest.raises(KeyboardInterrupt):
+        _export(build_model(), tmp_path, RECIPE, 1, 120.0)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 @pytest.mark.parametrize("stage", ["vision", "text", "projector", "language"])

@@ -4,25 +4,63 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import vtc
 from vtc import distribution
-from vtc.cli.output import errors, note, print_json, print_table, progress, quieten, writable
-
-DEFAULT_KEEP = 64
+from vtc.cli.errors import Command
+from vtc.cli.output import image_file, print_json, print_table, progress, quieten
 
 app = typer.Typer(
+    cls=Command,
     help="Ask LLaVA models about images with fewer visual tokens.",
-    no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+# Options that several commands have.
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Backend = Annotated[str | None, typer.Option(help="auto, triton or torch.", show_default="auto")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="the first GPU, else cpu")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+EnsembleLayers = Annotated[int | None, typer.Option(help="vtc-cls: number of scored vision layers.", show_default="3")]
+Keep = Annotated[
+    int | None,
+    typer.Option(help="Visual tokens to keep of an image.", show_default="128, or a quarter of at most 128"),
+]
+KV = Annotated[
+    str | None,
+    typer.Option(
+        help="With --prune-layer, the cache of the layers before: compact or full.",
+        show_default="full with fastv, else compact",
+    ),
+]
+Model = Annotated[
+    str | None, typer.Option(help="Directory or hub id of a LLaVA model.", show_default="the bundled one")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="Another option of the method; `vtc methods NAME` lists them."),
+]
+PruneLayer = Annotated[
+    int | None,
+    typer.Option(help="Drop them after this layer of the language model.", show_default="0: before; fastv: 2"),
+]
+Ratio = Annotated[float | None, typer.Option(help="Share of the visual tokens to keep, instead of --keep.")]
+Revision = Annotated[str | None, typer.Option(help="Of the model on the hub.")]
+Seed = Annotated[int | None, typer.Option(help="random: the seed.", show_default="0")]
+StartLayer = Annotated[
+    int | None, typer.Option(help="vtc-cls: the first scored vision layer, instead of --ensemble-layers.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="On the CPU.", show_default="1 for the bundled model, else at most the cores that may be used"
+    ),
+]
 
 
 def main() -> None:
@@ -36,128 +74,111 @@ def main() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; or set VTC_DEBUG=1.")] = False,
+) -> None:
     if version:
         typer.echo(f"vtc {vtc.__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
-@app.command()
+@app.command(short_help="Ask a question about an image, or about several.")
 def run(
-    image: Annotated[str, typer.Argument(help="Image file: JPEG, PNG, GIF, TIFF, WebP and what else Pillow reads.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
-    model: Annotated[
-        str | None, typer.Option(help="Directory or hub id of a LLaVA model.", show_default="the bundled one")
-    ] = None,
-    keep: Annotated[int | None, typer.Option(help="Visual tokens to keep.", show_default=f"{DEFAULT_KEEP}")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Share of the visual tokens to keep, instead of --keep.")] = None,
-    method: Annotated[str, typer.Option(help="How they are selected; `vtc methods` lists the names.")] = "vtc-cls",
-    prune_layer: Annotated[
-        int | None,
-        typer.Option(help="Drop them after this layer of the language model.", show_default="0: before; fastv: 2"),
-    ] = None,
-    kv: Annotated[
-        str | None,
-        typer.Option(
-            help="With --prune-layer, the cache of the layers before: compact or full.",
-            show_default="full with fastv, else compact",
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE", help="Files: JPEG, PNG, WebP, TIFF and others; -: the image on standard input."
         ),
-    ] = None,
+    ],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about them; it comes last.")],
+    model: Model = None,
+    revision: Revision = None,
+    method: Annotated[str, typer.Option(help="How tokens are selected; `vtc methods` lists the names.")] = "vtc-cls",
+    keep: Keep = None,
+    ratio: Ratio = None,
+    prune_layer: PruneLayer = None,
+    kv: KV = None,
+    ensemble_layers: EnsembleLayers = None,
+    start_layer: StartLayer = None,
+    seed: Seed = None,
+    backend: Backend = None,
+    option: Options = None,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    overlay: Annotated[str | None, typer.Option(help="Write the image with its kept patches to this file.")] = None,
+    overlay: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw the kept patches over the image, and write it.")
+    ] = None,
+    heatmap: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw the scores of the patches over the image, and write it.")
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also answer without compression, and measure.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a question about an image.
+    """Ask a question about an image, or about several.
 
     Prints the answer; with --compare, a table with the answers of the compressed and the uncompressed model.
     """
-    with errors():
-        from vtc.config import VTCConfig
-        from vtc.images import load_image
+    from vtc.cli import run as asking
+    from vtc.cli.options import options_of
 
-        # The input is checked before the slow part.
-        loaded = load_image(image)
-        setting: dict[str, Any] = {"method": method, "ratio": ratio, "prune_layer": prune_layer, "kv": kv}
-        setting["keep"] = DEFAULT_KEEP if keep is None and ratio is None else keep
-        config = VTCConfig(**setting)
-        out = writable(overlay) if overlay else None
-        progress("loading …")
-        quieten(model)
-
-        from vtc.api import require_selection
-        from vtc.cli import ask
-
-        if out:
-            require_selection(method)
-        net, processor = ask.load(model, device, dtype)
-        inputs = ask.prepare(net, processor, loaded, question)
-        result = {
-            "image": image,
-            "question": question,
-            "model": model or "bundled",
-            "device": str(net.device),
-            "dtype": str(net.dtype).removeprefix("torch."),
-            "method": config.method,
-            "prune_layer": config.prune_after,
-            **ask.compare(net, processor, inputs, max_new_tokens, timed=compare, **setting),
-            "overlay": str(out) if out else None,
-        }
-        if out:
-            selection = vtc.select(net, inputs["pixel_values"], **setting)
-            vtc.overlay(ask.as_seen(loaded, processor, inputs["pixel_values"]), selection).save(out)
-            note(f"kept patches drawn in {out}")
-        if words := ask.unknown_words(processor, question):
-            note(f"the model does not know: {' '.join(words)}")
-        if model is None:
-            note("the bundled model knows the images of `vtc demo` only; for photographs give --model")
-        if as_json:
-            print_json(result)
-        elif compare:
-            title, columns, rows = ask.comparison(result)
-            print_table(title, columns, rows)
-            typer.echo(ask.footnote(result))
-        else:
-            typer.echo(result["compressed"]["answer"])
-            note(f"{result['compressed']['visual_tokens']} visual tokens")
+    flags = {"keep": keep, "ratio": ratio, "prune_layer": prune_layer, "kv": kv, "ensemble_layers": ensemble_layers}
+    flags |= {"method": method, "start_layer": start_layer, "seed": seed, "backend": backend}
+    asking.run(
+        asking.Request(
+            images,
+            question,
+            options_of(option or [], **flags),
+            {"overlay": overlay, "heatmap": heatmap},
+            model=None if model == "bundled" else model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            max_new_tokens=max_new_tokens,
+            compare=compare,
+            as_json=as_json,
+        )
+    )
 
 
 @app.command()
 def demo(
     questions: Annotated[int, typer.Option(min=5, max=5000, help="How many held-out questions to ask.")] = 80,
-    out: Annotated[str, typer.Option(help="The file for the sheet of images.")] = "demo.png",
+    out: Annotated[str, typer.Option(metavar="FILE", help="For the sheet of images.")] = "demo.png",
     method: Annotated[
         str, typer.Option(help="With fewer and fewer tokens of this method; all: every method at 64 tokens.")
     ] = "vtc-cls",
     device: Device = None,
+    threads: Annotated[int, typer.Option(min=1, help="On the CPU.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the bundled model with fewer and fewer visual tokens, and draw what it kept."""
+    """Measure the bundled model with fewer and fewer visual tokens.
+
+    Prints a table, and draws what was kept.
+    """
     start = time.perf_counter()
-    with errors():
-        from vtc.config import VTCConfig
+    file = image_file(out)
 
-        if method != "all":
-            VTCConfig(method=method)
-        file = writable(out)
-        progress("loading …")
-        quieten(None)
+    from vtc.config import VTCConfig
 
-        from vtc.cli.demo import COLUMNS, measure
-        from vtc.cli.sheet import draw
+    if method != "all":
+        VTCConfig(method=method)
+    progress("loading …")
+    quieten(None)
 
-        found = measure(questions, device, progress, method)
-        draw(found).save(file)
-        seconds = time.perf_counter() - start
-        if as_json:
-            print_json({**found.record(), "picture": str(file), "seconds": round(seconds, 1)})
-            return
-        title = f"{questions} held-out questions to the bundled model on {found.device}"
-        print_table(title, COLUMNS, [row.cells() for row in found.rows])
-        typer.echo(found.footnote())
-        typer.echo(f"Sheet: {file} ({seconds:.0f} s in all)")
+    from vtc.cli import ask
+    from vtc.cli import demo as measuring
+    from vtc.cli.sheet import draw
+
+    ask.use_threads(threads, None)
+    found = measuring.measure(*ask.load(None, device, "float32"), questions, method, quiet=as_json)
+    measuring.show(found, draw, file, start, as_json)
 
 
 @app.command(name="eval")
@@ -168,20 +189,20 @@ def evaluate(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="The eight benchmarks.")] = False,
     data: Annotated[str | None, typer.Option(help="The folder with their files, in LLaVA's layout or flat.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Directory or hub id of a LLaVA model.", show_default="the bundled one")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of the model on the hub.")] = None,
+    model: Model = None,
+    revision: Revision = None,
     method: Annotated[
         str, typer.Option(help="As in `vtc methods`; none: no compression; floor: no visual tokens at all.")
     ] = "vtc-cls",
-    keep: Annotated[int | None, typer.Option(help="Visual tokens to keep.", show_default=f"{DEFAULT_KEEP}")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Share of the visual tokens to keep, instead of --keep.")] = None,
-    start_layer: Annotated[int | None, typer.Option(help="vtc-cls: the first scored vision layer.")] = None,
-    prune_layer: Annotated[
-        int | None, typer.Option(help="Drop tokens after this layer of the language model.", show_default="fastv: 2")
-    ] = None,
-    option: Annotated[list[str] | None, typer.Option(help="Another option of the method: name=value.")] = None,
+    keep: Keep = None,
+    ratio: Ratio = None,
+    prune_layer: PruneLayer = None,
+    kv: KV = None,
+    ensemble_layers: EnsembleLayers = None,
+    start_layer: StartLayer = None,
+    seed: Seed = None,
+    backend: Backend = None,
+    option: Options = None,
     methods: Annotated[str | None, typer.Option(help="A table of these methods: vtc-cls,fastv,prumerge+")] = None,
     all_methods: Annotated[bool, typer.Option("--all-methods", help="A table of every method.")] = False,
     sweep: Annotated[str | None, typer.Option(help="A table of these numbers of tokens: keep=256,128,64")] = None,
@@ -215,7 +236,7 @@ def evaluate(
         int | None, typer.Option(min=0, help="Processes that prepare images.", show_default="4 on a GPU, else 0")
     ] = None,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    dtype: Dtype = "auto",
     plots: Annotated[bool, typer.Option("--plots", help="Draw accuracy over tokens and over time.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -224,45 +245,45 @@ def evaluate(
     Prints a table of scores and one of times; report.md, report.csv, results.jsonl and the files for servers and judges
     are in --out. A run that was interrupted goes on where it stopped.
     """
-    with errors():
-        from vtc.cli import eval as evaluation
+    from vtc.cli import eval as evaluation
+    from vtc.cli.options import options_of
 
-        folder = Path(data) if data is not None else None
-        chosen = evaluation.tasks_of(tasks or [], everything, folder)
-        machine = evaluation.Machine(model, revision, device, dtype, engine, actors)
-        failures: list[str] = []
-        if answers is not None:
-            if len(chosen) != 1:
-                raise ValueError(f"--answers is a file of one task, got {len(chosen)} tasks")
-            results = [evaluation.score_file(chosen[0], Path(answers), partial)]
-        else:
-            quieten(model)
-            given = {"ratio": ratio, "start_layer": start_layer, "prune_layer": prune_layer}
-            given = {name: value for name, value in given.items() if value is not None}
-            given |= evaluation.options_of(option or [])
-            settings = evaluation.settings_of(method, methods, all_methods, sweep, baselines, keep, given)
-            options = evaluation.Options(
-                Path(out),
-                batch_size=batch_size,
-                limit=limit,
-                protocol=protocol,
-                skip_bad=skip_bad,
-                partial=partial,
-                workers=workers,
-                max_new_tokens=max_new_tokens,
-                check_batch=check_batch,
-                quiet=as_json,
-            )
-            results, failures = evaluation.evaluate(chosen, settings, machine, options, plots)
-        if machine.processes.is_main and as_json:
-            print_json(evaluation.document(results, failures))
-        elif machine.processes.is_main:
-            for title, columns, rows, notes in evaluation.report.tables(results):
-                print_table(title, columns, rows)
-                for line in notes:
-                    typer.echo(line)
-        if failures:
-            raise ValueError(f"{len(failures)} run(s) failed: {'; '.join(failures)}")
+    folder = Path(data) if data is not None else None
+    chosen = evaluation.tasks_of(tasks or [], everything, folder)
+    machine = evaluation.Machine(model, revision, device, dtype, engine, actors)
+    failures: list[str] = []
+    if answers is not None:
+        if len(chosen) != 1:
+            raise ValueError(f"--answers is a file of one task, got {len(chosen)} tasks")
+        results = [evaluation.score_file(chosen[0], Path(answers), partial)]
+    else:
+        quieten(model)
+        flags = {"ratio": ratio, "prune_layer": prune_layer, "kv": kv, "ensemble_layers": ensemble_layers}
+        flags |= {"start_layer": start_layer, "seed": seed, "backend": backend}
+        given = options_of(option or [], **flags)
+        settings = evaluation.settings_of(method, methods, all_methods, sweep, baselines, keep, given)
+        options = evaluation.Options(
+            Path(out),
+            batch_size=batch_size,
+            limit=limit,
+            protocol=protocol,
+            skip_bad=skip_bad,
+            partial=partial,
+            workers=workers,
+            max_new_tokens=max_new_tokens,
+            check_batch=check_batch,
+            quiet=as_json,
+        )
+        results, failures = evaluation.evaluate(chosen, settings, machine, options, plots)
+    if machine.processes.is_main and as_json:
+        print_json(evaluation.document(results, failures))
+    elif machine.processes.is_main:
+        for title, columns, rows, notes in evaluation.report.tables(results):
+            print_table(title, columns, rows)
+            for line in notes:
+                typer.echo(line)
+    if failures:
+        raise ValueError(f"{len(failures)} run(s) failed: {'; '.join(failures)}")
 
 
 @app.command()
@@ -274,34 +295,74 @@ def methods(
 
     The list says what each method scores and needs, where it drops tokens, and its paper.
     """
-    with errors():
-        from vtc.cli import methods as about
+    from vtc.cli import methods as about
 
-        if name is not None:
-            found = about.details(name)
-            if as_json:
-                print_json(found)
-            else:
-                about.show_details(found)
-        elif as_json:
-            print_json({"methods": about.listing()})
-        else:
-            about.show()
-
-
-@app.command()
-def env(as_json: AsJson = False) -> None:
-    """Show versions, devices, and which backend each operation would use."""
-    with errors():
-        quieten(None)
-
-        from vtc.cli import env as machine
-
-        found = machine.environment()
+    if name is not None:
+        found = about.details(name)
         if as_json:
             print_json(found)
         else:
-            machine.show(found)
+            about.show_details(found)
+    elif as_json:
+        print_json({"methods": about.listing()})
+    else:
+        about.show()
+
+
+@app.command()
+def ui(
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on. 0.0.0.0: for all who can reach this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Show the page in the browser.")] = True,
+) -> None:
+    """Open a page that compares answers with all tokens and with fewer.
+
+    It shows what was kept, too, and what the answers cost. It is for this machine only, unless --host says otherwise.
+    Ctrl-C ends it.
+    """
+    from vtc.ui import server
+
+    server.require_port(host, port)
+    server.require_gradio()
+    progress("loading …")
+    quieten(model)
+
+    from vtc.cli import ask
+    from vtc.ui.compare import Comparison
+
+    ask.use_threads(threads, model)
+    comparison = Comparison(*ask.load(model, device, dtype, revision), model or ask.BUNDLED)
+    server.serve(comparison, host, port, open_browser)
+
+
+@app.command()
+def env(
+    model: Annotated[
+        str | None, typer.Option(help="Also load this model, and show how it compresses; bundled: the bundled one.")
+    ] = None,
+    revision: Revision = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show versions, devices, and which backend each operation would use."""
+    quieten(model)
+
+    from vtc.cli import env as machine
+
+    found = machine.environment()
+    if model is not None:
+        found["model"] = machine.about_model(model, revision, device)
+    if as_json:
+        print_json(found)
+    else:
+        machine.show(found)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""`vtc run`: one question about one image. Load, prompt, answer, measure."""
+"""One question about images: load the model, make the prompt, answer, measure."""
 
 from __future__ import annotations
 
+import os
 import re
-import statistics
-import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,35 @@ from transformers import BatchFeature
 
 import vtc
 from vtc.eval.answerer import Answerer
+from vtc.eval.measure import RUNS, cell, first_tokens, noise
 from vtc.eval.model import BUNDLED, ModelSpec, pick_device, pick_dtype
+from vtc.eval.progress import Progress
 from vtc.eval.protocol import HFProtocol, Prompt
 from vtc.eval.setting import Setting
-from vtc.hf import names
-
-WARM_RUNS = 5
 
 
-def load(model: str | None, device: str | None, dtype: str) -> tuple[Any, Any]:
+def use_threads(count: int | None, model: str | None) -> int:
+    """Let torch use so many threads on the CPU, and return their number.
+
+    By default one for the bundled model, for which a second gains little on a quiet machine, and on a busy one the
+    threads wait for each other: times then vary tenfold. For other models as many as torch takes, but no more than the
+    cores that this process may use.
+
+    Raises
+    ------
+    ValueError
+        If it is not positive.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"--threads must be at least 1, got {count}")
+    if count is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = min(torch.get_num_threads(), cores) if model is not None else 1
+    torch.set_num_threads(count)
+    return count
+
+
+def load(model: str | None, device: str | None, dtype: str, revision: str | None = None) -> tuple[Any, Any]:
     """A LLaVA-1.5 model and its processor, from a folder or the hub; the bundled one for None.
 
     Raises
@@ -30,7 +50,9 @@ def load(model: str | None, device: str | None, dtype: str) -> tuple[Any, Any]:
         If there is no such model, device or dtype, or the model is another one.
     """
     where = pick_device(device)
-    spec = ModelSpec(model or BUNDLED, str(where), str(pick_dtype(dtype, where)).removeprefix("torch."))
+    spec = ModelSpec(
+        BUNDLED if model is None else model, str(where), str(pick_dtype(dtype, where)).removeprefix("torch."), revision
+    )
     if (kind := spec.config().model_type) != "llava":
         raise ValueError(
             f"model {model!r} is of type {kind!r}; this command runs 'llava' (LLaVA-1.5), README says which models VTC "
@@ -39,11 +61,10 @@ def load(model: str | None, device: str | None, dtype: str) -> tuple[Any, Any]:
     return spec.load(), spec.processor()
 
 
-def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> Any:
-    """Model inputs for one question, on the model's device."""
-    if not question.strip():
-        raise ValueError("the question is empty; ask something about the image")
-    inputs = HFProtocol(processor, model.config).prepare([Prompt(question, [image])])
+def prepare(model: Any, processor: Any, images: Image.Image | Sequence[Image.Image], question: str) -> Any:
+    """Model inputs for one question about one image or several, on the model's device."""
+    several = [images] if isinstance(images, Image.Image) else images
+    inputs = HFProtocol(processor, model.config).prepare([Prompt(question, several)])
     return BatchFeature(inputs).to(model.device, model.dtype)
 
 
@@ -58,43 +79,61 @@ def unknown_words(processor: Any, question: str) -> list[str]:
     ]
 
 
-def compare(model: Any, processor: Any, inputs: Any, length: int, timed: bool = True, **options: Any) -> dict[str, Any]:
+def compare(
+    model: Any,
+    processor: Any,
+    inputs: Any,
+    options: dict[str, Any],
+    length: int,
+    timed: bool = True,
+    quiet: bool = True,
+) -> dict[str, Any]:
     """The answer with compression and, if `timed`, the one without, with what both cost.
 
     Parameters
     ----------
     model, processor, inputs
         From `load` and `prepare`; the model is a stock one, before and afterwards.
+    options : dict
+        Fields of `VTCConfig`, and options of the method.
     length : int
         Longest answer in tokens.
     timed : bool
         Whether to measure, and to run the uncompressed model at all.
-    **options
-        Fields of `VTCConfig`.
+    quiet : bool
+        Show no progress.
 
     Returns
     -------
     dict
-        `compressed` and `uncompressed` (None if not `timed`), each with `visual_tokens` per image, `answer` and, if
-        `timed`, `time_to_first_token_ms` and `kv_cache_bytes`; `backend`, by operation.
+        `method`; `prune_layer`; `compressed` and `uncompressed` (None if not `timed`), each with `visual_tokens` per
+        image, `answer` and, if `timed`, `time_to_first_token_ms` (median, min, max) and `kv_cache_bytes`; `backend`, by
+        operation; `noisy`, a warning about the times or None.
     """
-
     answerer = Answerer(model, processor)
-
-    def side() -> dict[str, Any]:
-        texts, *_ = answerer.generate(inputs, Setting(), max_new_tokens=length)  # the open block compresses
-        found: dict[str, Any] = {"answer": texts[0]}
-        if timed:
-            seconds, kv_bytes = first_token(model, inputs)
-            found |= {"time_to_first_token_ms": round(1000 * seconds, 2), "kv_cache_bytes": kv_bytes}
-        return found
-
+    config = vtc.VTCConfig.of(**options)
+    own = {name: value for name, value in options.items() if name != "method"}
+    settings = [Setting(config.method, own), Setting()]
     with vtc.compress(model, **options) as run:
-        compressed = side()
+        texts, *_ = answerer.generate(inputs, Setting(), max_new_tokens=length)  # the open block compresses
+    short: dict[str, Any] = {"visual_tokens": run.tokens_after, "answer": texts[0]}
+    full: dict[str, Any] | None = None
+    warning = None
+    if timed:
+        texts, *_ = answerer.generate(inputs, Setting(), max_new_tokens=length)
+        full = {"visual_tokens": run.tokens_before, "answer": texts[0]}
+        with Progress("timing", (RUNS + 1) * len(settings), quiet=quiet, unit="runs") as progress:
+            found = first_tokens(answerer, inputs, settings, advance=progress.advance)
+        for side, cost in zip((short, full), found, strict=True):
+            side |= {"time_to_first_token_ms": cost.record(), "kv_cache_bytes": cost.kv_bytes}
+        warning = noise({config.name: found[0], "all tokens": found[1]})
     return {
-        "compressed": {"visual_tokens": run.tokens_after, **compressed},
-        "uncompressed": {"visual_tokens": run.tokens_before, **side()} if timed else None,
+        "method": config.name,
+        "prune_layer": config.prune_after,
+        "compressed": short,
+        "uncompressed": full,
         "backend": dict(run.backend),
+        "noisy": warning,
     }
 
 
@@ -104,8 +143,8 @@ def comparison(result: dict[str, Any]) -> tuple[str, tuple[str, ...], list[tuple
     rows: list[tuple[str, ...]] = [
         (
             name,
-            str(side["visual_tokens"]),
-            f"{side['time_to_first_token_ms']:.1f} ms",
+            f"{side['visual_tokens']:g}",
+            cell(side["time_to_first_token_ms"]),
             f"{side['kv_cache_bytes'] / 2**20:.2f} MiB",
             " ".join(side["answer"].split()),
         )
@@ -114,43 +153,33 @@ def comparison(result: dict[str, Any]) -> tuple[str, tuple[str, ...], list[tuple
     return result["question"], columns, rows
 
 
-def footnote(result: dict[str, Any]) -> str:
-    """How the figures of the table were measured."""
-    return (
-        f"Time to first token: median of {WARM_RUNS} warm runs on {result['device']}, {result['dtype']}, "
-        "from pixels to token. KV cache: after the prompt."
-    )
+def footnotes(result: dict[str, Any]) -> list[str]:
+    """How the figures of the table were measured, and whether the times are noisy."""
+    where = f"{result['device']}, {result['dtype']}"
+    if result["device"] == "cpu":
+        where += f", {threads_text(result['cpu_threads'])}"
+    tokens = "Visual tokens: of each image. " if len(result["images"]) > 1 else ""
+    return [
+        f"{tokens}Time to first token: median (fastest-slowest) of {RUNS} warm runs, in turns, on {where}, from pixels "
+        "to token. KV cache: after the prompt.",
+        *([result["noisy"]] if result["noisy"] else []),
+    ]
 
 
-def first_token(model: Any, inputs: Any, runs: int = WARM_RUNS) -> tuple[float, int]:
-    """Time to first token, and the size of the KV cache that the prompt leaves behind.
-
-    Returns
-    -------
-    seconds : float
-        Median over `runs` after one warm-up: from pixels on the device to the first new token on the host.
-    kv_bytes : int
-        Bytes of the keys and values in the cache, all layers.
-    """
-    times = []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
-        out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
-        out.sequences.cpu()  # waits for the device
-        times.append(time.perf_counter() - start)
-    layers = names.cache_of(out).layers
-    return statistics.median(times[1:]), sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+def threads_text(count: int) -> str:
+    """ "1 thread", "2 threads"."""
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
-def as_seen(image: Image.Image, processor: Any, pixel_values: torch.Tensor) -> Image.Image:
+def as_seen(image: Image.Image, processor: Any, pixel_values: torch.Tensor, index: int = 0) -> Image.Image:
     """The image to draw kept patches on: `image` itself if the processor only resizes and crops its centre.
 
-    Otherwise (padding, distortion) it is recovered from `pixel_values` [1, 3, H, W].
+    Otherwise (padding, distortion) it is recovered from image `index` of `pixel_values` [B, 3, H, W].
     """
     steps = processor.image_processor
     crop = {steps.crop_size["height"], steps.crop_size["width"]} if steps.do_center_crop else set()
     if steps.do_resize and crop == {steps.size.get("shortest_edge")} and not getattr(steps, "do_pad", False):
         return image
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (steps.image_mean, steps.image_std))
-    pixels = (pixel_values[0].float().cpu() * std + mean).clamp(0, 1) * 255
-    return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).numpy())
+    levels = (pixel_values[index].float().cpu() * std + mean).clamp(0, 1) * 255
+    return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).numpy())

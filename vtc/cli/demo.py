@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+import typer
 from PIL import Image
 
 import vtc
 from vtc.cli import ask
-from vtc.eval.engine import answer_all
-from vtc.eval.local import LocalEngine
-from vtc.eval.model import ModelSpec, pick_device
-from vtc.eval.setting import NONE, Setting
+from vtc.cli.output import print_json, print_table
+from vtc.eval.answerer import Answerer, prepare
+from vtc.eval.engine import batches_of
+from vtc.eval.intervals import Share, wilson
+from vtc.eval.measure import RUNS, FirstToken, Times, cell, first_tokens, noise
+from vtc.eval.progress import Progress
+from vtc.eval.protocol import PROTOCOLS
+from vtc.eval.question import Answer
+from vtc.eval.setting import NONE, Setting, ignores_keep
 from vtc.eval.tasks.scenes import Scenes
+from vtc.files import replacing
 from vtc.methods import METHODS
 from vtc.tiny.scenes import FAMILIES, Question, Scene
 
@@ -46,25 +54,30 @@ class Row:
     answers: list[str]
     right: list[bool]
     families: dict[str, list[bool]]  # which are right, family by family
-    first_token: float  # seconds, one question
-    per_question: float  # seconds, in batches
-    kv_bytes: int  # one question
+    first_token: FirstToken  # one question
+    per_question: Times  # in batches: each time is of a batch, over the number of its questions
 
     @property
     def accuracy(self) -> float:
         """Share of right answers."""
-        return sum(self.right) / len(self.right)
+        return self.interval[0]
+
+    @property
+    def interval(self) -> Share:
+        """Share of right answers, and its 95 % interval."""
+        return wilson(sum(self.right), len(self.right))
 
     def cells(self) -> tuple[str, ...]:
         """The row under `COLUMNS`."""
+        share, low, high = (100 * each for each in self.interval)
         return (
             self.selection,
             str(self.tokens),
             f"{sum(self.right)}/{len(self.right)}",
-            f"{100 * self.accuracy:.1f} %",
-            f"{1000 * self.first_token:.1f} ms",
-            f"{1000 * self.per_question:.1f} ms",
-            f"{self.kv_bytes / 2**20:.2f} MiB",
+            f"{share:.1f} % ({low:.0f}-{high:.0f})",
+            cell(self.first_token.record()),
+            cell(self.per_question.record()),
+            f"{self.first_token.kv_bytes / 2**20:.2f} MiB",
         )
 
     def record(self) -> dict[str, Any]:
@@ -74,10 +87,11 @@ class Row:
             "visual_tokens": self.tokens,
             "right": sum(self.right),
             "accuracy": round(self.accuracy, 4),
+            "accuracy_interval": [round(each, 4) for each in self.interval[1:]],
             "accuracy_by_family": {f: round(sum(oks) / len(oks), 4) for f, oks in self.families.items() if oks},
-            "time_to_first_token_ms": round(1000 * self.first_token, 2),
-            "per_question_ms": round(1000 * self.per_question, 2),
-            "kv_cache_bytes": self.kv_bytes,
+            "time_to_first_token_ms": self.first_token.record(),
+            "per_question_ms": self.per_question.record(),
+            "kv_cache_bytes": self.first_token.kv_bytes,
         }
 
 
@@ -94,86 +108,112 @@ class Demo:
 
     def record(self) -> dict[str, Any]:
         """The JSON document."""
-        rows = [row.record() for row in self.rows]
-        return {"questions": len(self.questions), "device": self.device, "cpu_threads": self.threads, "rows": rows}
+        return {
+            "questions": len(self.questions),
+            "device": self.device,
+            "cpu_threads": self.threads,
+            "rows": [row.record() for row in self.rows],
+            "noisy": self.noise(),
+        }
 
-    def footnote(self) -> str:
-        """How the figures of the table were taken."""
-        return (
-            f"Time to first token: one question, median of {ask.WARM_RUNS} warm runs, from pixels to token. "
-            f"Per question: in batches of {BATCH}, whole answer. KV cache: one question, after the prompt. "
-            f"Accuracies are good to about {self.half_width():.0f} points (95 %)."
-        )
+    def footnotes(self) -> list[str]:
+        """How the figures of the table were taken, and whether the times are noisy."""
+        where = f"on {self.device}" + (f", {ask.threads_text(self.threads)}" if self.device == "cpu" else "")
+        lines = [
+            "Accuracy: with its 95 % interval (Wilson). "
+            f"Times: median (fastest-slowest), settings in turns, {where}. "
+            f"To first token: one question, {RUNS} warm runs, from pixels to token. "
+            f"Per question: batches of {BATCH}, whole answer. KV cache: one question, after the prompt."
+        ]
+        return lines + ([warning] if (warning := self.noise()) else [])
 
-    def half_width(self) -> float:
-        """Half the widest 95 % interval of the accuracies, in percentage points."""
-        return max(196 * math.sqrt(row.accuracy * (1 - row.accuracy) / len(self.questions)) for row in self.rows)
+    def noise(self) -> str | None:
+        """A warning if the runs of a setting differ much; None if they do not."""
+        return noise({f"{row.selection} with {row.tokens} tokens": row.first_token for row in self.rows})
 
 
 def settings(method: str) -> tuple[tuple[str, int, str], ...]:
-    """The settings as (selection, tokens, method): `SETTINGS` with another method, or all methods at `SHOWN` tokens."""
+    """The settings as (selection, tokens, method): `SETTINGS` with another method, or all methods at `SHOWN` tokens.
+
+    A method that ignores the number of tokens is one of them.
+    """
     if method == "all":
         return (SETTINGS[0], *((name, SHOWN, name) for name in METHODS if name != NONE))
-    fewer = () if method == "random" else tuple((method, tokens, method) for tokens in FEWER)
-    return (SETTINGS[0], *fewer, SETTINGS[-1]) if method != NONE else (SETTINGS[0], (NONE, FULL, NONE))
+    if method == NONE:
+        return SETTINGS[:1]
+    if method == "random":
+        return (SETTINGS[0], SETTINGS[-1])
+    fewer = (SHOWN,) if ignores_keep(method, {}) else FEWER
+    return (SETTINGS[0], *((method, tokens, method) for tokens in fewer), SETTINGS[-1])
 
 
-def measure(
-    count: int, device: str | None = None, note: Callable[[str], None] = lambda line: None, method: str = "vtc-cls"
-) -> Demo:
-    """Ask the bundled model `count` held-out questions at every setting.
+def setting_of(method: str, tokens: int) -> Setting:
+    """A method that keeps so many tokens, if that is for the caller to say."""
+    return Setting(method, {} if ignores_keep(method, {}) else {"keep": tokens})
+
+
+def measure(model: Any, processor: Any, count: int, method: str = "vtc-cls", quiet: bool = False) -> Demo:
+    """Ask the bundled model `count` held-out questions at every setting, batch by batch in turns.
 
     Parameters
     ----------
     count : int
         Questions; families and answers are balanced, one question a scene.
-    device : str, optional
-        By default the first GPU, else the CPU. The model runs in float32.
-    note : callable
-        Gets a line of progress before each setting.
     method : str
         A method's name or "all"; see `settings`.
+    quiet : bool
+        Show no progress.
     """
-    import torch
-
-    task, engine, spec = Scenes(count=count), LocalEngine(), ModelSpec(device=str(pick_device(device)))
-    answerer = engine.answerer(spec)
-    model, processor = answerer.model, answerer.processor
+    task, answerer, rows = Scenes(count=count), Answerer(model, processor), settings(method)
+    chosen = [setting_of(name, tokens) for _, tokens, name in rows]
 
     def prepared(number: int) -> Any:
         scene, question = task.asked[number]
         return ask.prepare(model, processor, scene.image, question.text)
 
-    first, rows = prepared(0), []
-    for selection, tokens, name in settings(method):
-        note(f"{count} questions with {tokens} visual tokens ({selection}) …")
-        setting = Setting(name, {} if name == NONE else {"keep": tokens})
-        with vtc.compress(model, method=name, **setting.options) if setting.compresses else contextlib.nullcontext():
-            first_token, kv_bytes = ask.first_token(model, first)
-        answers = answer_all(engine, spec, task, setting, BATCH)
-        texts = {answer.line: answer.text for answer in answers}
-        rows.append(
-            Row(
-                selection,
-                round(statistics.fmean(answer.visual_tokens or 0 for answer in answers)),
-                list(texts.values()),
-                list(task.right(texts).values()),
-                task.families(texts),
-                first_token,
-                statistics.fmean(answer.generate_seconds for answer in answers),
-                kv_bytes,
-            )
-        )
+    with Progress("timing", (RUNS + 1) * len(chosen), quiet=quiet, unit="runs") as progress:
+        costs = first_tokens(answerer, prepared(0), chosen, advance=progress.advance)
+    with Progress(f"{count} questions", count * len(chosen), quiet=quiet, unit="answers") as progress:
+        answers = _answers(answerer, task, chosen, progress)
+    measured = [
+        _row(selection, task, given, cost) for (selection, *_), given, cost in zip(rows, answers, costs, strict=True)
+    ]
     shown = "vtc-cls" if method == "all" else method
     overlays = {}
-    for number in _cards(task.asked, rows):
+    for number in _cards(task.asked, measured):
         image = task.asked[number][0].image
-        if METHODS[shown].selects:
-            kept = vtc.select(model, prepared(number)["pixel_values"], keep=SHOWN, method=shown)
+        if METHODS[shown].selects or METHODS[shown].prunes_only_language():
+            kept = vtc.select(model, prepared(number), method=shown, **setting_of(shown, SHOWN).options)
             overlays[number] = vtc.overlay(image, kept, side=SIDE)
         else:  # no patch is dropped
             overlays[number] = image.resize((SIDE, SIDE))
-    return Demo(task.asked, rows, overlays, spec.device, torch.get_num_threads(), shown)
+    return Demo(task.asked, measured, overlays, str(model.device), torch.get_num_threads(), shown)
+
+
+def _answers(answerer: Answerer, task: Scenes, chosen: Sequence[Setting], progress: Progress) -> list[list[Answer]]:
+    """The answers at each setting, in the order of the questions. The settings take turns at every batch."""
+    protocol = PROTOCOLS[task.protocol](answerer.processor, answerer.model.config)
+    answers: list[list[Answer]] = [[] for _ in chosen]
+    for number, questions in enumerate(batches_of(task.questions, BATCH)):
+        batch = prepare(protocol, questions)
+        for place in range(len(chosen)):
+            each = (number + place) % len(chosen)
+            answers[each] += answerer.answer(batch, chosen[each], task.max_new_tokens)
+            progress.advance(len(questions))
+    return answers
+
+
+def _row(selection: str, task: Scenes, answers: Sequence[Answer], cost: FirstToken) -> Row:
+    texts = {answer.line: answer.text for answer in answers}
+    return Row(
+        selection,
+        round(statistics.fmean(answer.visual_tokens or 0 for answer in answers)),
+        list(texts.values()),
+        list(task.right(texts).values()),
+        task.families(texts),
+        cost,
+        Times(tuple(first.generate_seconds for first in answers[::BATCH])),  # the same for all of a batch
+    )
 
 
 def _cards(questions: list[tuple[Scene, Question]], rows: list[Row]) -> list[int]:
@@ -183,3 +223,23 @@ def _cards(questions: list[tuple[Scene, Question]], rows: list[Row]) -> list[int
     others = [n for n in range(len(questions)) if n not in cards]
     disagreed = [n for n in others if len({row.answers[n] for row in rows}) > 1]
     return cards + (disagreed or others)[:1]
+
+
+def show(found: Demo, draw: Callable[[Demo], Image.Image], file: Path, begun: float, as_json: bool) -> None:
+    """Print what was measured, then draw it. A JSON document names the sheet, so that it comes after it."""
+    record = {**found.record(), "picture": None}
+    if not as_json:
+        title = f"{len(found.questions)} held-out questions to the bundled model on {found.device}"
+        print_table(title, COLUMNS, [row.cells() for row in found.rows])
+        for line in found.footnotes():
+            typer.echo(line)
+    try:
+        with replacing(file) as temporary:
+            draw(found).save(temporary)
+        record["picture"] = str(file)
+    finally:
+        record["seconds"] = round(time.perf_counter() - begun, 1)
+        if as_json:
+            print_json(record)
+    if not as_json:
+        typer.echo(f"Sheet: {file} ({record['seconds']:.0f} s in all)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from importlib import metadata
 from typing import Any
@@ -12,6 +13,7 @@ import typer
 import vtc
 from vtc import ops
 from vtc.cli.output import print_table
+from vtc.eval.model import ModelSpec, pick_device, pick_dtype
 from vtc.hf import attention
 
 
@@ -38,6 +40,24 @@ def environment() -> dict[str, Any]:
         "attention": {name: _plain_attention(torch.device(name)) for name in devices},
         "flash_attn": flash,
     }
+
+
+def about_model(model: str, revision: str | None = None, device: str | None = None) -> dict[str, Any]:
+    """What VTC does with a model of a folder or the hub, or the bundled one, which is loaded to see it.
+
+    `type`, of its config; `compresses`, `way` and the other attributes of what `vtc.status` returns, once the model is
+    loaded with attn_implementation="vtc"; `text`, the same as text.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be loaded, or is not supported.
+    """
+    where = pick_device(device)
+    dtype = str(pick_dtype("auto", where)).removeprefix("torch.")
+    spec = ModelSpec(model, str(where), dtype, revision, attn_implementation="vtc")
+    found = vtc.status(spec.load())
+    return {"model": model, "type": spec.config().model_type, **dataclasses.asdict(found), "text": str(found)}
 
 
 def _backend(op: str, device: torch.device) -> dict[str, str]:
@@ -67,3 +87,7 @@ def show(found: dict[str, Any]) -> None:
     ]
     print_table("attention of layers without scores", ("device", "dtype", "choice", "why"), rows)
     typer.echo(f"flash-attn: {found['flash_attn'] or 'not installed'}")
+    if about := found.get("model"):
+        typer.echo(
+            f'\n{about["model"]}, of type {about["type"]}, loaded with attn_implementation="vtc"\n{about["text"]}'
+        )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vtc.config import SHARED
+from vtc.config import DEFAULT_KEEP
 from vtc.eval import report
 from vtc.eval.answers_file import read_answers
 from vtc.eval.engine import Engine
@@ -20,13 +20,12 @@ from vtc.eval.processes import Processes, current
 from vtc.eval.result import Result, Timing, environment, read
 from vtc.eval.rows import identity
 from vtc.eval.run import Options, Run
-from vtc.eval.setting import FLOOR, NONE, Setting, sweep
+from vtc.eval.setting import FLOOR, NONE, Setting, ignores_keep, sweep
 from vtc.eval.task import Task
 from vtc.eval.tasks import BENCHMARKS, TASKS, Scenes
 from vtc.methods import METHODS
 
 _log = logging.getLogger("vtc")
-DEFAULT_KEEP = 64
 ENGINES = ("local", "ray")
 
 
@@ -68,7 +67,7 @@ def settings_of(
         left to run.
     """
     if methods is None and not all_methods and swept is None:
-        fixed = method in (NONE, FLOOR) or "ratio" in options
+        fixed = ignores_keep(method, options) or "ratio" in options
         chosen = keep if fixed or keep is not None else DEFAULT_KEEP
         return [Setting(method, {"keep": chosen, **options})]
     if keep is not None and swept is not None:
@@ -92,36 +91,6 @@ def _keeps(swept: str) -> list[int]:
     if name != "keep" or not all(value.isdigit() for value in values.split(",")):
         raise ValueError(f"--sweep takes numbers of tokens, such as keep=256,128,64, got {swept!r}")
     return list(dict.fromkeys(int(value) for value in values.split(",")))
-
-
-def options_of(given: Sequence[str]) -> dict[str, Any]:
-    """The options of `--option name=value`: numbers, true, false and none become Python's.
-
-    Raises
-    ------
-    ValueError
-        If one has no `=`, or no method has it.
-    """
-    known = {*SHARED, *(option for each in METHODS.values() for option in each.options())} - {"method", "keep"}
-    found = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or name not in known:
-            raise ValueError(f"--option takes name=value with a name among {', '.join(sorted(known))}, got {text!r}")
-        found[name] = _value(value)
-    return found
-
-
-def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +118,7 @@ class Machine:
         else:
             where = pick_device(self.processes.device(self.device))
         dtype = str(pick_dtype(self.dtype, where)).removeprefix("torch.")
-        return ModelSpec(self.model or BUNDLED, str(where), dtype, self.revision)
+        return ModelSpec(BUNDLED if self.model is None else self.model, str(where), dtype, self.revision)
 
     def build_engine(self) -> Engine:
         """The engine by its name.
@@ -175,6 +144,7 @@ def evaluate(
 ) -> tuple[list[Result], list[str]]:
     """Run everything, and write the report after each run. Returns what `run_all` returns."""
 
+    report.require_folder(options.out, [path for task in tasks for path in getattr(task, "found", {}).values()])
     before = read(options.out / "results.jsonl") if (options.out / "results.jsonl").exists() else []
 
     def write(results: list[Result]) -> None:
@@ -202,7 +172,7 @@ def run_all(
 ) -> tuple[list[Result], list[str]]:
     """Every task with every setting.
 
-    A run that fails does not stop the others, unless there are several processes, which have to stay in step.
+    A run that fails does not stop the others, unless there are none, or several processes, which have to stay in step.
 
     Parameters
     ----------
@@ -226,7 +196,7 @@ def run_all(
             except (ValueError, RuntimeError) as error:
                 # The system kills workers when the machine's memory is full.
                 expected = isinstance(error, ValueError) or is_out_of_memory(error) or "DataLoader worker" in str(error)
-                if processes.world > 1 or not expected:
+                if processes.world > 1 or not expected or len(tasks) * len(settings) == 1:
                     raise
                 failures.append(f"{task.name} {setting.label}: {' '.join(str(error).split())}")
                 _log.warning("%s", failures[-1])

@@ -1,53 +1,29 @@
-"""What the command prints: tables, JSON, notes, and errors with their exit codes.
+"""What the command prints: tables, JSON and notes; and the names of the files that it writes.
 
 stdout carries the result only: a table (aligned text when it is not a terminal) or, with `--json`, one JSON document.
-Notes and errors go to stderr. Exit codes: 0 done, 2 bad input (one line on stderr), 1 anything else.
+Notes, warnings and errors go to stderr.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from vtc.files import require_writable
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-@contextlib.contextmanager
-def errors() -> Iterator[None]:
-    """A ValueError is bad input: exit 2. A full disk or GPU is not: exit 1. Both are reported in one line."""
-    try:
-        yield
-    except ValueError as error:
-        _fail(error, 2)
-    except OSError as error:
-        _fail(error, 1)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        _fail(f"out of memory; try --dtype float16, a smaller --keep or --device cpu ({error})", 1)
-
-
-def _fail(message: object, code: int) -> None:
-    typer.echo("vtc: " + " ".join(str(message).split()), err=True)
-    raise typer.Exit(code)
-
-
-def writable(name: str) -> Path:
-    """The path of an image file to be written; ValueError if it cannot be one."""
-    file = Path(name)
-    if file.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"{name} is no image file name; end it in one of {', '.join(IMAGE_SUFFIXES)}")
-    if not file.parent.is_dir():
-        raise ValueError(f"the directory {file.parent} of {name} does not exist; create it first")
-    if file.is_dir():
-        raise ValueError(f"{name} is a directory; give the name of a file")
-    return file
+def image_file(name: str, inputs: Iterable[str] = ()) -> Path:
+    """The path of an image file that can be written; ValueError if it cannot be one, or is one of the inputs."""
+    if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"{name!r} is no image file name; end it in one of {', '.join(IMAGE_SUFFIXES)}")
+    return require_writable(name, inputs)
 
 
 def quieten(model: str | None) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from vtc.api import selects
 from vtc.cli.demo import FULL, SHOWN, SIDE, Demo, Row
+from vtc.config import VTCConfig
 from vtc.methods import METHODS
+from vtc.tiny.scenes import FAMILIES
 
 MARGIN, GAP, HEAD, FOOT = 36, 16, 168, 40
+LINE = 24  # of the shares of right answers in the head
 CARD = (2 * SIDE + GAP, SIDE + 112)
-ACROSS = 2
+CHIP = 66  # height of a line of answers, with its gap
+ACROSS = 2  # cards
+CHIPS = 6  # answers in a line, at most
 PAPER, INK, FAINT = (255, 255, 255), (24, 28, 36), (104, 112, 124)
 RIGHT, WRONG = (26, 127, 55), (207, 34, 46)
 
@@ -20,36 +27,56 @@ def draw(demo: Demo) -> Image.Image:
     """The demo as one image: scenes, kept patches, questions, and the answer at every setting."""
     down = -(-len(demo.overlays) // ACROSS)
     width = 2 * MARGIN + ACROSS * CARD[0] + (ACROSS - 1) * MARGIN
-    sheet = Image.new("RGB", (width, HEAD + down * (CARD[1] + MARGIN) + FOOT), PAPER)
+    shares = [f"{_label(demo, row)}: {100 * row.accuracy:.0f} %" for row in demo.rows]
+    lines = _wrapped(f"Right answers to {len(demo.questions)} held-out questions:", shares, 19, width - 2 * MARGIN)
+    head = HEAD + LINE * (len(lines) - 1)
+    height = CARD[1] + CHIP * (_count_lines(demo) - 1)
+    sheet = Image.new("RGB", (width, head + down * (height + MARGIN) + FOOT), PAPER)
     pen = ImageDraw.Draw(sheet)
-    by = "the [CLS] token" if demo.shown == "vtc-cls" else demo.shown
-    title = f"{SHOWN} of {FULL} visual tokens, chosen by {by}"
-    right = f"what {demo.shown} keeps of it; the language model never sees the dark patches."
-    if not METHODS[demo.shown].selects:
-        title, right = f"{demo.shown}: {METHODS[demo.shown].scores}", "the same, for no patch is chosen."
-        if "tower" not in METHODS[demo.shown].prunes:
-            right = "the same, for what is kept depends on the question."
-    elif any("merge" in operation for operation in METHODS[demo.shown].operations):
-        right = f"the patches that {demo.shown} keeps; the dark ones go into merged tokens."
-    pen.text((MARGIN, 28), title, INK, _font(36))
-    pen.text(
-        (MARGIN, 80),
-        f"Left: the scene. Right: {right} Below: answers by number of visual tokens.",
-        FAINT,
-        _font(19),
-    )
-    size = 19 if len(demo.rows) < 7 else 15  # all methods are a long line
-    shares = "     ".join(f"{_label(demo, row)}: {100 * row.accuracy:.0f} %" for row in demo.rows)
-    pen.text(
-        (MARGIN, 114), f"Right answers to {len(demo.questions)} held-out questions:     {shares}", INK, _font(size)
-    )
+    title, right = _texts(demo)
+    names = "method and " if len({row.selection for row in demo.rows}) > 3 else ""
+    subtitle = f"Left: the scene. Right: {right} Below: answers by {names}number of visual tokens."
+    for y, text, colour, size in ((28, title, INK, 36), (80, subtitle, FAINT, 19)):
+        pen.text((MARGIN, y), text, colour, _fitting(text, size, width - 2 * MARGIN))
+    for number, line in enumerate(lines):
+        pen.text((MARGIN, 114 + LINE * number), line, INK, _font(19))
     for place, number in enumerate(demo.overlays):
         x = MARGIN + place % ACROSS * (CARD[0] + MARGIN)
-        y = HEAD + place // ACROSS * (CARD[1] + MARGIN)
+        y = head + place // ACROSS * (height + MARGIN)
         _draw_card(sheet, demo, number, x, y)
-    chosen = "Shown: the first question of each family, and the first other that the settings disagree on."
-    pen.text((MARGIN, sheet.height - FOOT - 10), chosen, FAINT, _font(16))
+    pen.text((MARGIN, sheet.height - FOOT - 10), _chosen(demo), FAINT, _font(16))
     return sheet
+
+
+def _texts(demo: Demo) -> tuple[str, str]:
+    """The title, and what the right image of a card shows."""
+    name, method = demo.shown, METHODS[demo.shown]
+    own = [row.tokens for row in demo.rows if row.selection == name]
+    tokens = min(own, key=lambda number: abs(number - SHOWN), default=FULL)  # some methods choose the number
+    if tokens == FULL:
+        return f"All {FULL} visual tokens", "the same, for no patch is dropped."
+    if not selects(method):
+        return f"{tokens} visual tokens instead of {FULL}, by {name}", f"the same, for {name} chooses no patches."
+    if any("merge" in operation for operation in method.operations):
+        mean = "on average " if method.adaptive else ""
+        title = f"{tokens} visual tokens {mean}instead of {FULL}, by {name}"
+        return title, f"the patches that {name} keeps; the dark ones go into merged tokens."
+    by = {"vtc-cls": "by the [CLS] token", "random": "at random"}.get(name, f"by {name}")
+    title = f"{tokens} of {FULL} visual tokens, chosen {by}"
+    if method.prunes_only_language():
+        layers = VTCConfig(method=name).prune_after
+        return title, f"what {name} keeps for this question; dark patches end after {layers} layers."
+    return title, f"what {name} keeps of it; the language model never sees the dark patches."
+
+
+def _chosen(demo: Demo) -> str:
+    """Which questions are drawn."""
+    *_, last = demo.overlays
+    text = "Shown: the first question of each family"
+    if len(demo.overlays) <= len(FAMILIES):
+        return f"{text}."
+    disagreed = len({row.answers[last] for row in demo.rows}) > 1
+    return f"{text}, and {'the first other that the settings disagree on' if disagreed else 'one more'}."
 
 
 def _draw_card(sheet: Image.Image, demo: Demo, number: int, x: int, y: int) -> None:
@@ -58,21 +85,29 @@ def _draw_card(sheet: Image.Image, demo: Demo, number: int, x: int, y: int) -> N
     sheet.paste(scene.image.resize((SIDE, SIDE)), (x, y))
     sheet.paste(demo.overlays[number], (x + SIDE + GAP, y))
     y += SIDE + 10
-    pen.text((x, y), question.text, INK, _font(21))
-    pen.text((x + CARD[0], y + 2), f"answer: {question.answer}", FAINT, _font(18), anchor="ra")
+    answer = f"answer: {question.answer}"
+    space = CARD[0] - _font(18).getlength(answer) - GAP
+    pen.text((x, y), question.text, INK, _fitting(question.text, 21, space))
+    pen.text((x + CARD[0], y + 2), answer, FAINT, _font(18), anchor="ra")
     y += 40
-    step = (CARD[0] + 8) / len(demo.rows)
+    across = -(-len(demo.rows) // _count_lines(demo))
+    step = (CARD[0] + 8) / across
     for i, row in enumerate(demo.rows):
-        right = row.right[number]
-        box = (round(x + i * step), y, round(x + (i + 1) * step) - 8, y + 58)
-        middle = (box[0] + box[2]) // 2
-        answer = _shortened(row.answers[number] or "(none)", box[2] - box[0] - 16)
-        pen.rounded_rectangle(box, 8, fill=RIGHT if right else WRONG)
-        pen.text((middle, y + 15), _label(demo, row), PAPER, _font(14 if len(demo.rows) < 7 else 11), anchor="mm")
-        pen.text((middle, y + 39), answer, PAPER, _font(20), anchor="mm")
-        if not right:  # crossed out as well, for those who do not tell red from green
-            half = _font(20).getlength(answer) / 2 + 4
-            pen.line((middle - half, y + 40, middle + half, y + 40), PAPER, 2)
+        left, top = x + i % across * step, y + i // across * CHIP
+        _draw_answer(pen, demo, row, number, (round(left), top, round(left + step) - 8, top + CHIP - 8))
+
+
+def _draw_answer(pen: Any, demo: Demo, row: Row, number: int, box: tuple[int, int, int, int]) -> None:
+    left, top, end, _ = box
+    middle, space, is_right = (left + end) // 2, end - left - 12, row.right[number]
+    label, answer = _label(demo, row), _shortened(row.answers[number] or "(none)", space)
+    font = _fitting(answer, 20, space)
+    pen.rounded_rectangle(box, 8, fill=RIGHT if is_right else WRONG)
+    pen.text((middle, top + 15), label, PAPER, _fitting(label, 14, space), anchor="mm")
+    pen.text((middle, top + 39), answer, PAPER, font, anchor="mm")
+    if not is_right:  # crossed out as well, for those who do not tell red from green
+        half = font.getlength(answer) / 2 + 4
+        pen.line((middle - half, top + 40, middle + half, top + 40), PAPER, 2)
 
 
 def _label(demo: Demo, row: Row) -> str:
@@ -80,8 +115,31 @@ def _label(demo: Demo, row: Row) -> str:
     return f"{row.selection} {row.tokens}" if once and row.tokens != FULL else str(row.tokens)
 
 
-def _shortened(text: str, width: int) -> str:
-    while _font(20).getlength(text) > width:
+def _count_lines(demo: Demo) -> int:
+    """Lines of answers on a card."""
+    return -(-len(demo.rows) // CHIPS)
+
+
+def _wrapped(begin: str, items: Sequence[str], size: int, width: int) -> list[str]:
+    """`begin` and the items as lines that are not wider than `width`."""
+    lines = [begin]
+    for item in items:
+        longer = f"{lines[-1]}     {item}"
+        if _font(size).getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(item)
+    return lines
+
+
+def _fitting(text: str, size: int, width: float, smallest: int = 12) -> Any:
+    """The font of `size`, or of a smaller one in which `text` is not wider than `width`."""
+    return next((_font(n) for n in range(size, smallest, -1) if _font(n).getlength(text) <= width), _font(smallest))
+
+
+def _shortened(text: str, width: float, smallest: int = 12) -> str:
+    """`text`, or as much of its begin as is not wider than `width` in the smallest font."""
+    while _font(smallest).getlength(text) > width:
         text = text.removesuffix("..")[:-1] + ".."
     return text
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,10 +96,22 @@ def batches_of(questions: Sequence[Question], size: int) -> list[list[Question]]
 
 
 def answer_all(
-    engine: Engine, spec: ModelSpec, task: Task, setting: Setting, batch_size: int, protocol: str | None = None
+    engine: Engine,
+    spec: ModelSpec,
+    task: Task,
+    setting: Setting,
+    batch_size: int,
+    protocol: str | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
-    """The answers to all questions of a task, in their order, without a journal: for short runs."""
+    """The answers to all questions of a task, in their order, without a journal: for short runs.
+
+    `advance` gets the number of answers of each batch.
+    """
     job = Job(spec, protocol or task.protocol, setting, task.max_new_tokens)
     batches = batches_of(task.questions, batch_size)
-    found = [answer for answers in engine.answers(job, batches, Cost()) for answer in answers]
+    found = []
+    for answers in engine.answers(job, batches, Cost()):
+        found += answers
+        advance(len(answers))
     return sorted(found, key=lambda answer: answer.line)

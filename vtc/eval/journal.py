@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from vtc.eval.question import Answer
+from vtc.files import replacing
 
 _log = logging.getLogger("vtc")
 LOCK_SECONDS = 10.0
@@ -96,10 +97,8 @@ class Journal:
             if file.exists():
                 self._compare()
                 return
-            made = self.folder / "run.tmp"
-            with _writing(file):
+            with _writing(file), replacing(file) as made:
                 made.write_text(json.dumps(self.fingerprint, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-                made.replace(file)  # whole or not at all
 
     def _compare(self) -> None:
         """Raise ValueError if `run.json` is there and holds another fingerprint."""

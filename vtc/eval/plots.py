@@ -12,6 +12,7 @@ from vtc.eval.result import Result
 from vtc.eval.rows import common_and_rest, conditions, incomplete, rows_of, tasks_of, time_conditions
 from vtc.eval.setting import FLOOR, NONE
 from vtc.eval.tables import FULL_TOKENS, HEADERS
+from vtc.files import replacing
 
 ACROSS = 4  # panels side by side
 BASELINES = {NONE: ("black", "--"), FLOOR: ("gray", ":")}
@@ -50,7 +51,8 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
             end = "" if len(models) == 1 else f"-{number}-{Path(model).name}"
             for over in ("tokens", "time"):
                 files.append(folder / f"accuracy-over-{over}{end}.png")
-                _figure([r for r in drawn if r.model == model], over).savefig(files[-1], dpi=150)
+                with replacing(files[-1]) as made:
+                    _figure([r for r in drawn if r.model == model], over).savefig(made, dpi=150)
     return files
 
 

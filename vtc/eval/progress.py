@@ -1,4 +1,4 @@
-"""Progress of a run: a bar with rate and time left on a terminal, a line a minute elsewhere. On stderr."""
+"""Progress of a run: a bar with rate and time left on a terminal, a line each half minute elsewhere. On stderr."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ import time
 from types import TracebackType
 from typing import Any
 
-INTERVAL = 60.0  # seconds between lines
+INTERVAL = 30.0  # seconds between lines
 
 
 class Progress:
-    """Counts answers.
+    """Counts what is done.
 
     Parameters
     ----------
     title : str
         What runs.
     total : int
-        Questions of this process.
+        How many there are for this process.
     done : int
-        Of these, how many were answered before.
+        How many of these were done before.
     quiet : bool
         Show nothing.
+    unit : str
+        What is counted.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, quiet: bool = False) -> None:
-        self.title, self.total, self.done, self.first = title, total, done, done
+    def __init__(self, title: str, total: int, done: int = 0, quiet: bool = False, unit: str = "questions") -> None:
+        self.title, self.total, self.done, self.first, self.unit = title, total, done, done, unit
         self.quiet, self.bar, self.task = quiet, None, None
         self.begun = self.shown = time.monotonic()
         if not quiet and sys.stderr.isatty():
@@ -36,7 +38,7 @@ class Progress:
         if self.bar is not None:
             self.bar.start()
         elif not self.quiet and self.done < self.total:
-            self._say(f"{self.title}: {self.total - self.done} of {self.total} questions to ask")
+            self._say(f"{self.title}: {self.total - self.done} of {self.total} {self.unit} to go")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -44,7 +46,7 @@ class Progress:
             self.bar.stop()
 
     def advance(self, count: int) -> None:
-        """`count` more questions have answers."""
+        """`count` more are done."""
         self.done += count
         if self.bar is not None:
             self.bar.advance(self.task, count)
@@ -56,7 +58,7 @@ class Progress:
         """How far it is, the rate, and the time left."""
         rate = (self.done - self.first) / max(time.monotonic() - self.begun, 1e-9)
         left = "" if rate == 0 else f", {_clock((self.total - self.done) / rate)} left"
-        return f"{self.title}: {self.done} of {self.total}, {rate:.2f} questions/s{left}"
+        return f"{self.title}: {self.done} of {self.total}, {rate:.2f} {self.unit}/s{left}"
 
     @staticmethod
     def _say(line: str) -> None:

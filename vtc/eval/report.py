@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from vtc.eval.result import Result
 from vtc.eval.rows import Row, device_of, tasks_of
 from vtc.eval.tables import Table, figure_table, score_table
 from vtc.eval.times import time_table, waiting, whole_per_question
+from vtc.files import replacing, require_writable
+
+FILES = ("report.md", "report.csv", "results.jsonl")
 
 
 def tables(results: Sequence[Result], full: bool = False) -> list[Table]:
@@ -41,8 +45,20 @@ def tables(results: Sequence[Result], full: bool = False) -> list[Table]:
     return found
 
 
+def require_folder(folder: Path, inputs: Iterable[Path] = ()) -> None:
+    """Raise ValueError unless `write` can write its files to the folder, and they are none of `inputs`.
+
+    The folder need not exist, and is not made.
+    """
+    existing = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    if not existing.is_dir():
+        raise ValueError(f"{folder} cannot be a folder, because {existing} is none; choose another --out")
+    for name in FILES if existing == folder else (".vtc-out",):
+        require_writable(existing / name, inputs)
+
+
 def write(results: Sequence[Result], folder: Path, plots: Sequence[Path] = ()) -> list[Path]:
-    """Write `report.md`, `report.csv` and `results.jsonl`; returns their paths.
+    """Write `report.md`, `report.csv` and `results.jsonl`, each whole or not at all; returns their paths.
 
     Parameters
     ----------
@@ -50,19 +66,19 @@ def write(results: Sequence[Result], folder: Path, plots: Sequence[Path] = ()) -
         Images in `folder`, which the report shows.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    report, sheet, lines = folder / "report.md", folder / "report.csv", folder / "results.jsonl"
+    report, sheet, lines = (folder / name for name in FILES)
     parts = [table.markdown() for table in tables(results, full=True)]
     parts += [f"![{file.stem}]({file.name})\n" for file in plots]
     parts.append("\n".join(["## Provenance", "", *(f"- {line}" for line in provenance(results))]) + "\n")
-    report.write_text("\n".join(parts), encoding="utf-8")
+    with replacing(report) as made:
+        made.write_text("\n".join(parts), encoding="utf-8")
     rows = [row for result in results for row in csv_rows(result)]
-    with sheet.open("w", encoding="utf-8", newline="") as file:
+    with replacing(sheet) as made, made.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    whole = lines.with_suffix(".tmp")
-    whole.write_text("".join(result.to_json() + "\n" for result in results), encoding="utf-8")
-    whole.replace(lines)  # at once: the next command reads it, also after this one was killed
+    with replacing(lines) as made:  # the next command reads it
+        made.write_text("".join(result.to_json() + "\n" for result in results), encoding="utf-8")
     return [report, sheet, lines]
 
 

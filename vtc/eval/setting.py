@@ -119,7 +119,7 @@ def sweep(methods: Sequence[str | Method], keeps: Sequence[int | None], **option
             raise ValueError(f"unknown method {method!r}; there are {', '.join([*METHODS, FLOOR])}")
         own = {k: v for k, v in options.items() if k in (*SHARED, *class_of(method).options())}
         used |= set(own)
-        for keep in keeps[:1] if ignores_keep(method, own) else keeps:
+        for keep in [None] if ignores_keep(method, own) else keeps:
             settings.append(Setting(method, {"keep": keep, **own}))
     if unused := sorted(name for name, value in options.items() if name not in used and value is not None):
         names = [method if isinstance(method, str) else method.name for method in methods]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from vtc.eval.files import DataFile, sha256
 from vtc.eval.question import Question
+from vtc.files import replacing
 
 
 class Figure(NamedTuple):
@@ -104,7 +105,7 @@ class Task:
         raise NotImplementedError
 
     def submission(self, answers: Mapping[int, str], folder: Path, model: str) -> list[Path]:
-        """Write the files that the official scorers, servers and judges take; returns their paths.
+        """Write the files that the official scorers, servers and judges take, each whole or not at all.
 
         The base class writes `answers.jsonl`, LLaVA's file of answers. A subclass adds its own.
 
@@ -118,7 +119,7 @@ class Task:
             The model's name, for the files that state it.
         """
         file = folder / "answers.jsonl"
-        with file.open("w", encoding="utf-8") as out:
+        with replacing(file) as made, made.open("w", encoding="utf-8") as out:
             for question in self.questions:
                 if question.line in answers:
                     out.write(json.dumps(self.llava_line(question, answers[question.line], model)) + "\n")

@@ -14,7 +14,7 @@ tells decoding steps what they need.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,12 +25,14 @@ from vtc import methods, ops
 from vtc.config import kept_count
 from vtc.hf import conversation
 from vtc.hf.conversation import PrunedConversation
+from vtc.hf.encode import Selection
 from vtc.hf.names import CACHE, cache_of
 from vtc.hf.prompt import Prompt, Shortening, require_ids
 from vtc.hf.prune_layers import ARGUMENT, LastToken, causal_mask, hooked
 from vtc.hf.prune_limits import is_static
 from vtc.hf.prune_mask import Masking
-from vtc.hf.settings import Settings
+from vtc.hf.settings import Run, Settings, running
+from vtc.hf.views import plan_of
 
 
 class _Prefill:
@@ -40,6 +42,7 @@ class _Prefill:
         self, settings: Settings, prompt: Prompt, token: int, counts: list[tuple[int, int]], indices: Tensor | None
     ) -> None:
         self.config, self.text = settings.config, settings.base.language_model.config
+        self.method = _method_of(settings)
         self.is_image, self.real, self.padding = prompt.is_image[token], prompt.real, prompt.padding
         self.is_masked = prompt.is_padded or prompt.hides_images
         self.images, (self.num_tokens, self.keep) = prompt.images[token], counts[0]
@@ -69,8 +72,7 @@ class _Prefill:
             return methods.keep_patches(is_image, self.indices.to(device), self.num_tokens) & text
         scores = self.last.scores(self.cache, self.config.prune_after - 1, self.real)
         keep = is_image.sum(1) // self.num_tokens * self.keep
-        method: Any = self.config.build_method()
-        stays: Tensor = method.keep_prompt(scores.to(device), is_image, keep)
+        stays: Tensor = self.method.keep_prompt(scores.to(device), is_image, keep)
         return stays & text
 
     def _shorten(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -127,6 +129,72 @@ class _Prefill:
                         layer.cumulative_length.fill_(key.shape[2])
 
 
+class _Selecting(Run):
+    """The run of a call that ends as soon as the method has selected, with `_Selected`."""
+
+
+class _Selected(Exception):
+    """What the method got and gave: scores `[B, L]` float32; which columns stay, and which are image tokens, bool."""
+
+    def __init__(self, scores: Tensor, stays: Tensor, is_image: Tensor) -> None:
+        super().__init__()
+        self.scores, self.stays, self.is_image = scores, stays, is_image
+
+
+class _Ending:
+    """A method that ends the call when it has selected."""
+
+    def __init__(self, method: Any) -> None:
+        self.method, self.backend = method, method.backend
+
+    def keep_prompt(self, scores: Tensor, is_image: Tensor, keep: int | Tensor) -> Tensor:
+        raise _Selected(scores, self.method.keep_prompt(scores, is_image, keep), is_image)
+
+
+def _method_of(settings: Settings) -> Any:
+    method = settings.config.build_method()
+    return _Ending(method) if isinstance(settings.run, _Selecting) else method
+
+
+def select(model: Any, settings: Settings, inputs: Mapping[str, Any]) -> Selection:
+    """The image tokens that `model.generate(**inputs)` keeps inside the language model, and their scores.
+
+    It runs `generate()`, or `forward()` of a model that has none, up to the layer that prunes. A model that selects
+    again for every new token shows the selection of the prompt's last token.
+
+    Returns
+    -------
+    Selection
+        A row for each image, in the order of the prompts. The images of a prompt share its K, so `counts` tells how
+        many tokens each keeps if they keep different numbers.
+
+    Raises
+    ------
+    ValueError
+        As `generate()`.
+    """
+    plan = plan_of(settings, "whole", inputs[settings.family.inputs[0].pixels])
+    try:
+        with running(settings._replace(run=_Selecting())):
+            if hasattr(model, "generate"):
+                model.generate(**inputs, max_new_tokens=1, num_beams=1, num_return_sequences=1)
+            else:
+                model(**inputs)
+    except _Selected as found:
+        stays, scores = (
+            each[found.is_image].unflatten(0, (-1, plan.num_tokens)) for each in (found.stays, found.scores)
+        )
+    else:
+        raise RuntimeError("the layer that prunes did not run")
+    counts = stays.sum(1)
+    places = torch.arange(plan.num_tokens, device=stays.device).expand_as(stays)
+    indices = places.masked_fill(~stays, plan.num_tokens).sort(1).values[:, : int(counts.max())]
+    is_even = bool((counts == counts[0]).all())
+    return Selection(
+        indices.masked_fill(indices == plan.num_tokens, -1), scores, plan.grid, None if is_even else counts
+    )
+
+
 def _expand_for_beams(indices: Tensor, images: list[int]) -> Tensor:
     """Repeat the indices `[images, K]` if the rows are C copies of each prompt (beams)."""
     copies, rest = divmod(sum(images), max(len(indices), 1))
@@ -167,7 +235,7 @@ def prefill(stock: Callable[..., Any], settings: Settings, call: dict[str, Any])
         raise ValueError("got mm_encoder_outputs, but VTC has to encode the images itself; pass pixel_values")
     sizes = [len(features) for features in outputs.pooler_output]
     keep = kept_count(config, sizes[0])
-    if keep == sizes[0]:
+    if keep == sizes[0] and not isinstance(settings.run, _Selecting):
         return stock(**call)
     token, static = getattr(base.config, visual.token), bool(getattr(cache, "is_compileable", False))
     prompt = Prompt.read(call["input_ids"], call.get("attention_mask"), {token: sizes}, static)
@@ -198,7 +266,7 @@ def _prefill_masked(
             "reselect=True masks tokens by hooks on layers, which a static cache does not support; use a dynamic "
             'cache, or reselect=False and kv="compact"'
         )
-    method, text, length = config.build_method(), base.language_model.config, prompt.shape[1]
+    method, text, length = _method_of(settings), base.language_model.config, prompt.shape[1]
     masking = Masking(method, text, config.prune_after, is_image, prompt.real, keep, length)
     with hooked(base.language_model.layers, masking):
         result = stock(**call, return_dict=True, **{ARGUMENT: masking})

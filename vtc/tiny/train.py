@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -42,6 +43,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
+from vtc.files import replacing, require_writable
 from vtc.tiny.data import Batch, Scenes, attention_of
 from vtc.tiny.model import PhraseContrast, build_model, build_processor, encode
 from vtc.tiny.recipe import QUICK, RECIPE, Phase
@@ -119,11 +121,21 @@ def train(
 
     Resumes from `out/state.pt` where that exists; or else begins with the checkpoint in `start`, if given, and skips
     the phases that made it, which must be the first ones of the recipe.
+
+    Raises
+    ------
+    ValueError
+        If `out` cannot be written to, or `start` does not fit the recipe, or is where the new checkpoint goes.
     """
+    if start is not None and start.resolve() == (out / "checkpoint").resolve():
+        raise ValueError(
+            f"{start} is the checkpoint to go on from, and would be replaced; give another folder to --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    require_writable(out / "state.pt")
     torch.manual_seed(seed)
     model = build_model()
     contrast = PhraseContrast(model.model.vision_tower)
-    out.mkdir(parents=True, exist_ok=True)
     state_file, begun = out / "state.pt", time.time()
     at_phase, at_step, spent = 0, 0, 0.0
     optimizer_states: list[dict[str, Any]] = []
@@ -146,8 +158,8 @@ def train(
         def save(phase_number: int, step: int, states: list[dict[str, Any]]) -> None:
             snapshot: dict[str, Any] = dict(model=model.state_dict(), contrast=contrast.state_dict(), optimizers=states)
             snapshot |= dict(phase=phase_number, step=step, seconds=spent + time.time() - begun)
-            torch.save(snapshot, state_file.with_suffix(".tmp"))
-            state_file.with_suffix(".tmp").replace(state_file)
+            with replacing(state_file) as made:
+                torch.save(snapshot, made)
 
         figures = np.zeros(3)
         for step, batch in _batches(recipe, number, at_step):
@@ -216,13 +228,21 @@ def _batches(recipe: tuple[Phase, ...], number: int, start: int) -> Iterator[tup
 def _export(
     model: LlavaForConditionalGeneration, out: Path, recipe: tuple[Phase, ...], seed: int, spent: float
 ) -> None:
-    """Write `out/checkpoint` as stock transformers reads it, fp16, with the recipe that made it."""
+    """Write `out/checkpoint` as stock transformers reads it, fp16, with the recipe that made it.
+
+    Each file takes the place of an earlier one whole.
+    """
     target = out / "checkpoint"
-    model.half().save_pretrained(target)
-    build_processor().save_pretrained(target)
+    target.mkdir(exist_ok=True)
     made = {"seed": seed, "minutes": round(spent / 60, 1), "torch": torch.__version__}
     made |= {"recipe": [asdict(phase) for phase in recipe]}
-    (target / "training.json").write_text(json.dumps(made, indent=1) + "\n")
+    with tempfile.TemporaryDirectory(prefix=".vtc-", dir=out) as name:
+        folder = Path(name)
+        model.half().save_pretrained(folder)
+        build_processor().save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(made, indent=1) + "\n")
+        for file in sorted(folder.iterdir()):
+            file.replace(target / file.name)
 
 
 def main() -> None:

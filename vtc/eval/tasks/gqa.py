@@ -10,6 +10,7 @@ from typing import ClassVar
 from vtc.eval.files import DataError, DataFile, read_json, require_fields
 from vtc.eval.join import EVAL_ZIP, check_join, count_note, read_questions
 from vtc.eval.task import Figure, Score, Task
+from vtc.files import replacing
 
 GOLD = "take testdev_balanced_questions.json from questions1.2.zip of the GQA site, and the questions from eval.zip"
 
@@ -89,5 +90,6 @@ class GQA(Task):
             if question.line in answers
         ]
         file = folder / "testdev_balanced_predictions.json"
-        file.write_text(json.dumps(predictions), encoding="utf-8")
+        with replacing(file) as made:
+            made.write_text(json.dumps(predictions), encoding="utf-8")
         return [*super().submission(answers, folder, model), file]

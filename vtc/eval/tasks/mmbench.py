@@ -12,6 +12,7 @@ from vtc.eval.files import DataError, DataFile, read_tsv
 from vtc.eval.join import LETTER_ANSWER
 from vtc.eval.question import EncodedImage, Question
 from vtc.eval.task import Figure, Score, Task
+from vtc.files import replacing
 
 LETTERS = "ABCD"
 ROUND = 10**6  # the index of a question's pass k is its first pass's plus k times this
@@ -252,7 +253,8 @@ def _write_spreadsheet(path: Path, header: Sequence[str], rows: list[list[Any]])
                 cell.data_type = "s"  # not a formula, whatever it begins with
             cells.append(cell)
         sheet.append(cells)
-    book.save(path)
+    with replacing(path) as made:
+        book.save(made)
     if changed:
         logger.warning("%s: %d cells lost characters that a spreadsheet cannot hold", path, changed)
     return path

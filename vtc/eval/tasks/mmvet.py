@@ -11,6 +11,7 @@ from vtc.eval.files import DataError, DataFile, read_jsonl
 from vtc.eval.join import EVAL_ZIP
 from vtc.eval.question import ImageFile, Question
 from vtc.eval.task import Score, Task
+from vtc.files import replacing
 
 OFFICIAL = 218  # questions
 JUDGE = "https://huggingface.co/spaces/whyu/MM-Vet_Evaluator"
@@ -69,5 +70,6 @@ class MMVet(Task):
         content = {
             f"v1_{question.id}": answers[question.line] for question in self.questions if question.line in answers
         }
-        file.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        with replacing(file) as made:
+            made.write_text(json.dumps(content, indent=2), encoding="utf-8")
         return [*files, file]

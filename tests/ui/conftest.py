@@ -1,0 +1,15 @@
+"""The bundled model, which the page shows and the tests ask, too."""
+
+import pytest
+import torch
+
+from vtc.cli import ask
+from vtc.ui.compare import Comparison
+
+
+@pytest.fixture(scope="session")
+def comparison():
+    threads = torch.get_num_threads()
+    ask.use_threads(None, None)
+    yield Comparison(*ask.load(None, "cpu", "auto"), ask.BUNDLED)
+    torch.set_num_threads(threads)
