@@ -432,7 +432,7 @@ MUTANTS = [
         "test_api",
         {
             "configure is silent": ("    if not settings.is_on(base):\n        _log", "    if False:\n        _log"),
-            "a mapping is not named": ("if isinstance(given, Mapping):", "if False:"),
+            "a mapping is not named": ("if isinstance(inputs, Mapping) and name not in inputs:", "if False:"),
         },
     ),
     *_of(
