@@ -432,7 +432,7 @@ MUTANTS = [
         "test_api",
         {
             "configure is silent": ("    if not settings.is_on(base):\n        _log", "    if False:\n        _log"),
-            "a mapping is not named": ("if isinstance(inputs, Mapping) and name not in inputs:", "if False:"),
+            "a mapping without pixels is not named": ("if isinstance(inputs, Mapping) and name not in inputs:", "if False:"),
         },
     ),
     *_of(
@@ -946,6 +946,59 @@ MUTANTS = [
         },
     ),
     *_of("vtc/hf/generate.py", "hf/test_arguments", {"no prompt is a prompt": ("value.shape[:1] == (0,)", "False")}),
+        },
+    ),
+    *_of(
+        "vtc/overlay.py",
+        "test_overlay",
+        {
+            "heat of the values": ("np.cbrt((scores", "((scores"),
+            "heat of another image": ("selection.scores[index].tolist()", "selection.scores[0].tolist()"),
+            "heat of registers": (".tolist())[_count_registers(selection) :]", ".tolist())[: rows * columns]"),
+            "NaN is drawn": ("int(np.isnan(scores).sum())", "int(0 * np.isnan(scores).sum())"),
+            "infinity sets the scale": ("scores[np.isfinite(scores)]", "scores[~np.isnan(scores)]"),
+        },
+    ),
+    *_of(
+        "vtc/images.py",
+        "test_images",
+        {
+            "drawings are opened": ("if begin in DRAWINGS:", "if False:"),
+            "all of Pillow's formats": ("formats=[each for each in FORMATS if each in Image.OPEN]", "formats=None"),
+            "Pillow's limit stays changed": ("Image.MAX_IMAGE_PIXELS = limit\n", "pass\n"),
+            "halved images lie on their side": ("ImageOps.exif_transpose(image)", "image"),
+            "a transparent colour is mixed": ('image.mode in ("L", "RGB"):', "False:"),
+            "a stream without end": ("if len(data) > MAX_BYTES:", "if False:"),
+        },
+    ),
+    *_of(
+        "vtc/hf/prune.py",
+        "hf/test_select",
+        {
+            "selects nothing of K = N": ("keep == sizes[0] and not isinstance(settings.run, _Selecting)", "keep == sizes[0]"),
+            "counts left out": ("None if is_even else counts", "None"),
+            "beams are counted as images": ("max_new_tokens=1, num_beams=1, num_return_sequences=1", "max_new_tokens=1"),
+            "indices out of order": (".sort(1).values[:, : int(counts.max())]", "[:, : int(counts.max())]"),
+        },
+    ),
+    *_of(
+        "vtc/eval/report.py",
+        "eval/test_killed_writers",
+        {
+            "results in place": ("with replacing(lines) as made:  # the next command reads it\n", "if made := lines:\n"),
+            "inputs are not asked for": ("require_writable(existing / name, inputs)", "require_writable(existing / name)"),
+        },
+    ),
+    *_of(
+        "vtc/cli/sheet.py",
+        "cli/test_sheet",
+        {
+            "one line of shares": ("<= width:\n            lines[-1] = longer", "<= 9999:\n            lines[-1] = longer"),
+            "one line of answers": ("CHIPS = 6", "CHIPS = 12"),
+            "always the same reason": ("if disagreed else 'one more'", "if True else 'one more'"),
+            "the question decides for all": ("if method.prunes_only_language():", "if True:"),
+        },
+    ),
 ]  # fmt: skip
 
 
