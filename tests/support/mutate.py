@@ -449,6 +449,34 @@ MUTANTS = [
         {"any model is run": ('!= "llava":', '== "":')},
     ),
     *_of(
+        "vtc/cli/ask.py",
+        "cli/test_cli_run",
+        {"as many threads as torch takes": ("min(torch.get_num_threads(), cores)", "torch.get_num_threads()")},
+    ),
+    *_of(
+        "vtc/cli/errors.py",
+        "cli/test_cli_errors",
+        {
+            "a path that is no good is not the user's": ("2 if error.errno in INPUT_ERRORS else 1", "1"),
+            "debug without a traceback": ("            if debug:", "            if False:"),
+            "warnings in the words of the API": ("{in_words_of_the_command(_line(record.getMessage()))}", "{_line(record.getMessage())}"),
+        },
+    ),
+    *_of(
+        "vtc/cli/run.py",
+        "cli/test_cli_errors",
+        {
+            "the photograph is overwritten": ("files[kind] = image_file(name, inputs)", "files[kind] = image_file(name)"),
+            "no answer without the picture": ("    if not request.as_json:\n        _print(request, result)\n    try:", "    try:"),
+            "the picture is written in its place": ("with replacing(file) as temporary:\n            sheet.save(temporary)", "file.write_text('')\n        sheet.save(file)"),
+        },
+    ),
+    *_of(
+        "vtc/eval/measure.py",
+        "eval/test_measure",
+        {"the quietest is named": ("max(times, key", "min(times, key"), "times without their range": ("max(self.seconds) / max(", "1 / max(")},
+    ),
+    *_of(
         "vtc/eval/protocol.py",
         "cli/test_cli_run",
         {"the template's first token is doubled": ("first is None or not texts[0].startswith(first)", "True")},
