@@ -974,8 +974,6 @@ MUTANTS = [
         },
     ),
     *_of("vtc/hf/generate.py", "hf/test_arguments", {"no prompt is a prompt": ("value.shape[:1] == (0,)", "False")}),
-        },
-    ),
     *_of(
         "vtc/overlay.py",
         "test_overlay",
