@@ -157,7 +157,7 @@ def _first_bytes(file: Path) -> bytes:
 
 def _checked(image: Any, name: str) -> Any:
     """The opened `image`, not decoded unless it is halved."""
-    from PIL import ExifTags, Image
+    from PIL import Image
 
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -169,15 +169,12 @@ def _checked(image: Any, name: str) -> Any:
     image.draft(None, (width // 2, height // 2))  # libjpeg decodes at half size; other formats ignore it
     if image.size != (width, height):
         return image
-    image.load()  # turns a TIFF, and takes its orientation away
+    image.load()  # turns a TIFF
     half = (-(-image.width // 2), -(-image.height // 2))
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
     if image.has_transparency_data and image.mode in ("L", "RGB"):  # one colour is transparent; a mean has others
         image = image.convert("RGBA")
     halved = image.resize(half, Image.Resampling.BOX)
     halved.format = image.format
-    if orientation is not None:
-        halved.getexif()[ExifTags.Base.Orientation] = orientation
     return halved
 
 

@@ -1,6 +1,7 @@
 """`vtc run`: the answer, what it costs, and the parts it is made of."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -182,3 +183,30 @@ def test_bundled_model_answers_as_it_does_in_python(tmp_path):
         result = succeed("run", tmp_path / "scene.png", question.text, "--keep", 64, "--max-new-tokens", 3)
         assert result.stdout.strip() == answer.text
         assert "bundled model knows" in result.stderr
+
+
+@pytest.mark.parametrize(("given", "threads"), [((), 1), (("--threads", 2), 2)])
+def test_the_bundled_model_runs_with_one_thread_unless_told_otherwise(picture, given, threads):
+    found = json.loads(succeed("run", picture, QUESTION, "--max-new-tokens", 1, "--json", *given).stdout)
+    assert (found["model"], found["cpu_threads"]) == ("bundled", threads)
+    assert torch.get_num_threads() == threads
+
+
+def test_another_model_runs_with_no_more_threads_than_cores(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
+    assert ask.use_threads(None, "some/model") == 3
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert ask.use_threads(None, "some/model") == 2
+    with pytest.raises(ValueError, match="--threads must be at least 1, got 0"):
+        ask.use_threads(0, None)
+
+
+def test_options_of_a_method_are_flags_or_name_and_value(model_dir, picture):
+    arguments = ("run", picture, QUESTION, "--model", model_dir, "--max-new-tokens", 1, "--json")
+    flags = ("--ensemble-layers", 2, "--backend", "torch", "--option", "ensemble=max")
+    found = json.loads(succeed(*arguments, *flags).stdout)
+    assert found["options"] == {"method": "vtc-cls", "ensemble_layers": 2, "backend": "torch", "ensemble": "max"}
+    found = json.loads(succeed(*arguments, "--method", "random", "--seed", 3).stdout)
+    assert found["options"] == {"method": "random", "seed": 3}

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -47,14 +48,38 @@ print(sorted(heavy), file=sys.stderr)
         assert word in done.stdout
 
 
-def test_version():
-    assert succeed("--version").stdout == f"vtc {vtc.__version__}\n"
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version(flag):
+    assert succeed(flag).stdout == f"vtc {vtc.__version__}\n"
 
 
-def test_usage_errors_exit_with_2():
-    assert call("run").exit_code == 2
-    assert call("nonsense").exit_code == 2
-    assert call("run", "a.png", "what ?", "--keep", "many").exit_code == 2
+@pytest.mark.parametrize("command", [(), ("run",), ("demo",), ("eval",), ("methods",), ("env",)])
+def test_h_is_help(command):
+    shown = succeed(*command, "-h").stdout
+    assert shown.startswith(" ".join(("Usage: vtc", *command)))
+    assert shown == succeed(*command, "--help").stdout
+
+
+def test_no_command_is_help():
+    assert call().stdout == succeed("--help").stdout
+
+
+def test_a_pipe_that_is_closed_early_is_quiet():
+    code = "from vtc.cli.__main__ import main; import sys; sys.argv[1:] = ['methods']; main()"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_the_shell_completes_commands():
+    words = {"_VTC_COMPLETE": "complete_bash", "COMP_WORDS": "vtc me", "COMP_CWORD": "1"}
+    code = "from vtc.cli.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | words, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["methods"]
 
 
 def test_methods_is_the_registry():
@@ -100,8 +125,9 @@ def test_an_unknown_method_is_one_line_with_the_names(as_json):
 
 
 def test_the_command_is_a_module():
-    done = subprocess.run([sys.executable, "-m", "vtc.cli", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"vtc {vtc.__version__}\n"
+    for module in ("vtc", "vtc.cli"):
+        done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"vtc {vtc.__version__}\n"
 
 
 def test_table_on_a_terminal(monkeypatch, capsys):
@@ -124,6 +150,14 @@ def test_env(monkeypatch):
     assert torch.__version__ in plain
     assert re.search(r"^cpu +row_scores +torch +", plain, re.MULTILINE)
     assert "flash-attn: " in plain
+
+
+def test_env_shows_what_a_model_does(model_dir):
+    arguments = ("--model", model_dir, "--device", "cpu")
+    found = json.loads(succeed("env", *arguments, "--json").stdout)["model"]
+    assert (found["type"], found["compresses"], found["tokens"], found["kept"]) == ("llava", True, 576, 128)
+    assert found["way"] == 'attn_implementation="vtc"'
+    assert found["text"] in succeed("env", *arguments).stdout
 
 
 def test_env_shows_an_override_that_cannot_work(monkeypatch):

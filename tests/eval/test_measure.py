@@ -8,7 +8,7 @@ import pytest
 
 from vtc.eval.answerer import Answerer
 from vtc.eval.local import LocalEngine
-from vtc.eval.measure import FirstToken, first_tokens
+from vtc.eval.measure import FirstToken, Times, cell, first_tokens, noise
 from vtc.eval.model import ModelSpec
 from vtc.eval.protocol import HFProtocol, Prompt
 from vtc.eval.setting import NONE, Setting
@@ -62,3 +62,19 @@ def test_the_cache_is_that_of_the_shorter_prompt(answerer: Answerer, inputs: Any
 
 def test_the_median_is_of_all_runs() -> None:
     assert FirstToken((3.0, 1.0, 8.0), 0).median == 3.0
+
+
+def test_times_are_a_median_with_the_fastest_and_the_slowest() -> None:
+    record = Times((0.2, 0.15, 0.1534)).record()
+    assert record == {"median": 153.4, "min": 150.0, "max": 200.0}
+    assert cell(record) == "153 (150-200) ms"
+    assert cell({"median": 12.34, "min": 9.876, "max": 1200.4}) == "12.3 (9.88-1200) ms"
+
+
+def test_the_noisiest_times_are_named() -> None:
+    quiet, loud = Times((1.0, 1.4)), Times((1.0, 2.0))
+    assert noise({"quiet": quiet}) is None
+    assert noise({}) is None
+    assert str(noise({"quiet": quiet, "loud": loud})).startswith(
+        "The timings are noisy: the slowest run of loud took 2.0 times as long as the fastest."
+    )

@@ -12,7 +12,7 @@ QUESTION = "what shape is the red object ?"
 
 
 def call(*arguments, stdin=None):
-    if arguments[0] in ("run", "demo") and "--device" not in arguments:
+    if arguments[:1] in (("run",), ("demo",)) and "--device" not in arguments:
         arguments += ("--device", "cpu")
     return CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
 

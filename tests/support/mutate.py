@@ -432,7 +432,7 @@ MUTANTS = [
         "test_api",
         {
             "configure is silent": ("    if not settings.is_on(base):\n        _log", "    if False:\n        _log"),
-            "a mapping is not named": ("if isinstance(given, Mapping):", "if False:"),
+            "a mapping without pixels is not named": ("if isinstance(inputs, Mapping) and name not in inputs:", "if False:"),
         },
     ),
     *_of(
@@ -447,6 +447,34 @@ MUTANTS = [
         "vtc/cli/ask.py",
         "cli/test_cli_errors",
         {"any model is run": ('!= "llava":', '== "":')},
+    ),
+    *_of(
+        "vtc/cli/ask.py",
+        "cli/test_cli_run",
+        {"as many threads as torch takes": ("min(torch.get_num_threads(), cores)", "torch.get_num_threads()")},
+    ),
+    *_of(
+        "vtc/cli/errors.py",
+        "cli/test_cli_errors",
+        {
+            "a path that is no good is not the user's": ("2 if error.errno in INPUT_ERRORS else 1", "1"),
+            "debug without a traceback": ("            if debug:", "            if False:"),
+            "warnings in the words of the API": ("{in_words_of_the_command(_line(record.getMessage()))}", "{_line(record.getMessage())}"),
+        },
+    ),
+    *_of(
+        "vtc/cli/run.py",
+        "cli/test_cli_errors",
+        {
+            "the photograph is overwritten": ("files[kind] = image_file(name, inputs)", "files[kind] = image_file(name)"),
+            "no answer without the picture": ("    if not request.as_json:\n        _print(request, result)\n    try:", "    try:"),
+            "the picture is written in its place": ("with replacing(file) as temporary:\n            sheet.save(temporary)", "file.write_text('')\n        sheet.save(file)"),
+        },
+    ),
+    *_of(
+        "vtc/eval/measure.py",
+        "eval/test_measure",
+        {"the quietest is named": ("max(times, key", "min(times, key"), "times without their range": ("max(self.seconds) / max(", "1 / max(")},
     ),
     *_of(
         "vtc/eval/protocol.py",
@@ -902,7 +930,6 @@ MUTANTS = [
         "vtc/eval/model.py",
         "eval/test_loading",
         {
-            "code of a checkpoint is run": ("trust_remote_code=False,\n                use_safetensors", "use_safetensors"),
             "code of a processor is run": ('backend="pil", trust_remote_code=False', 'backend="pil"'),
             "tensors without numbers": ("device=device).item()", "device=device)"),
         },
@@ -978,6 +1005,57 @@ MUTANTS = [
         },
     ),
     *_of("vtc/hf/generate.py", "hf/test_arguments", {"no prompt is a prompt": ("value.shape[:1] == (0,)", "False")}),
+    *_of(
+        "vtc/overlay.py",
+        "test_overlay",
+        {
+            "heat of the values": ("np.cbrt((scores", "((scores"),
+            "heat of another image": ("selection.scores[index].tolist()", "selection.scores[0].tolist()"),
+            "heat of registers": (".tolist())[_count_registers(selection) :]", ".tolist())[: rows * columns]"),
+            "NaN is drawn": ("int(np.isnan(scores).sum())", "int(0 * np.isnan(scores).sum())"),
+            "infinity sets the scale": ("scores[np.isfinite(scores)]", "scores[~np.isnan(scores)]"),
+        },
+    ),
+    *_of(
+        "vtc/images.py",
+        "test_images",
+        {
+            "drawings are opened": ("if begin in DRAWINGS:", "if False:"),
+            "all of Pillow's formats": ("formats=[each for each in FORMATS if each in Image.OPEN]", "formats=None"),
+            "Pillow's limit stays changed": ("Image.MAX_IMAGE_PIXELS = limit\n", "pass\n"),
+            "halved images lie on their side": ("ImageOps.exif_transpose(image)", "image"),
+            "a transparent colour is mixed": ('image.mode in ("L", "RGB"):', "False:"),
+            "a stream without end": ("if len(data) > MAX_BYTES:", "if False:"),
+        },
+    ),
+    *_of(
+        "vtc/hf/prune.py",
+        "hf/test_select",
+        {
+            "selects nothing of K = N": ("keep == sizes[0] and not isinstance(settings.run, _Selecting)", "keep == sizes[0]"),
+            "counts left out": ("None if is_even else counts", "None"),
+            "beams are counted as images": ("max_new_tokens=1, num_beams=1, num_return_sequences=1", "max_new_tokens=1"),
+            "indices out of order": (".sort(1).values[:, : int(counts.max())]", "[:, : int(counts.max())]"),
+        },
+    ),
+    *_of(
+        "vtc/eval/report.py",
+        "eval/test_killed_writers",
+        {
+            "results in place": ("with replacing(lines) as made:  # the next command reads it\n", "if made := lines:\n"),
+            "inputs are not asked for": ("require_writable(existing / name, inputs)", "require_writable(existing / name)"),
+        },
+    ),
+    *_of(
+        "vtc/cli/sheet.py",
+        "cli/test_sheet",
+        {
+            "one line of shares": ("<= width:\n            lines[-1] = longer", "<= 9999:\n            lines[-1] = longer"),
+            "one line of answers": ("CHIPS = 6", "CHIPS = 12"),
+            "always the same reason": ("if disagreed else 'one more'", "if True else 'one more'"),
+            "the question decides for all": ("if method.prunes_only_language():", "if True:"),
+        },
+    ),
 ]  # fmt: skip
 
 
