@@ -35,7 +35,7 @@ setup(
     ],
     extras_require={
         "bench": ["matplotlib"],
-        "ui": ["gradio>=6"],
+        "ui": ["gradio>=6.31"],
         "eval": ["matplotlib", "openpyxl", "accelerate"],
         "ray": ["ray[data]"],
         "test": [
@@ -47,7 +47,7 @@ setup(
             "accelerate",
             "peft",
             "setuptools>=77",
-            "gradio>=6",
+            "gradio>=6.31",
             "playwright",
             "nbclient",
             "ipykernel",
