@@ -58,7 +58,8 @@ def load(model: str | None, device: str | None, dtype: str, revision: str | None
             f"model {model!r} is of type {kind!r}; this command runs 'llava' (LLaVA-1.5), README says which models VTC "
             "supports in Python"
         )
-    return spec.load(), spec.processor()
+    processor = spec.processor()  # first: a checkpoint without one is refused before its weights are read
+    return spec.load(), processor
 
 
 def prepare(model: Any, processor: Any, images: Image.Image | Sequence[Image.Image], question: str) -> Any:
