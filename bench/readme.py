@@ -23,6 +23,7 @@ from vtc.eval.tasks import BENCHMARKS
 from vtc.hf import compatibility
 from vtc.hf.families import FAMILIES
 from vtc.hf.towers import TOWERS
+from vtc.hf.unsupported import UNSUPPORTED
 from vtc.methods import METHODS, PLACES, Method
 
 FOLDERS = (".github", "kernels", "vtc", "bench", "tests")  # where documents are, besides the top level
@@ -186,6 +187,14 @@ def models(page: Path) -> str:
     return plain(["model", "class in transformers", "what `keep` counts", "methods"], rows)
 
 
+def unsupported(page: Path) -> str:
+    """Known models that are refused, by the reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in UNSUPPORTED.values():
+        reasons.setdefault(why, []).append(name)
+    return plain(["not supported", "why"], [[", ".join(dict.fromkeys(names)), why] for why, names in reasons.items()])
+
+
 def tasks(page: Path) -> str:
     """The benchmarks: name, what is scored, files in LLaVA's layout and where they come from."""
     rows = []
@@ -296,4 +305,5 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "supported": supported,
     "tasks": tasks,
     "towers": towers,
+    "unsupported": unsupported,
 }

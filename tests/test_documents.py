@@ -28,6 +28,7 @@ from bench import __main__ as bench_command
 from bench import calls, parts, readme, record, speedups
 from vtc import config, tiny
 from vtc.eval.tasks import TASKS
+from vtc.hf.unsupported import UNSUPPORTED
 from vtc.tiny.scenes import Scene
 
 ROOT = Path(__file__).parent.parent
@@ -250,6 +251,12 @@ def test_every_operation_of_the_table_must_be_complete(monkeypatch: pytest.Monke
         readme.kernels(ROOT / "kernels/README.md")
 
 
+def test_what_readme_calls_unsupported_is_refused_by_name() -> None:
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    (names,) = re.findall(r"Not supported: (.*?) \(\[why\]", text)
+    assert set(names.split(", ")) <= {name for name, _ in UNSUPPORTED.values()}
+
+
 def test_every_shared_setting_is_in_the_table() -> None:
     (table,) = re.findall(r"^\| setting \|.*?\n\n", HF.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     for field in dataclasses.fields(config.VTCConfig):
@@ -281,8 +288,7 @@ def test_python_snippet(fence: Fence, tmp_path: Path) -> None:
         code = code.replace(name, repr(str(tiny.CHECKPOINT)))
     if not torch.cuda.is_available():
         code = code.replace('"cuda"', '"cpu"')
-    if '.save("scene.png")' not in code:
-        Scene("test", 1).image.save(tmp_path / "scene.png")
+    Scene("test", 1).image.save(tmp_path / "photograph.jpg", quality=95)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (fence.output or BUNDLED_SAYS.get(fence.id, ""))

@@ -142,10 +142,10 @@ def test_a_file_is_known_by_its_name(tmp_path):
     file = tmp_path / "holiday.png"
     file.write_text("no image")
     with pytest.raises(ImageError, match=r"^holiday\.png is not an image") as error:
-        compare.read({"path": str(file)})
+        compare.read({"path": str(file)}, tmp_path)
     assert str(tmp_path) not in str(error.value)
     with pytest.raises(ValueError, match="there is no image; upload or paste one"):
-        compare.read(None)
+        compare.read(None, tmp_path)
 
 
 # Examples.

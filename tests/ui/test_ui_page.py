@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -305,13 +306,22 @@ def test_other_files_and_other_routes_are_refused(server, visitor):
     # The page's own request, with another file in it: the file is not copied to where it can be read.
     config = json.loads(visitor.context.request.get(f"{server.address}config").body())
     look = next(each for each in config["dependencies"] if each["api_name"].startswith("look"))
-    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}, "orig_name": "secret.png"}
-    join = {"data": [file, COUNTING], "fn_index": look["id"], "session_hash": "abcdefgh"}
-    assert status_of(f"{server.address}gradio_api/queue/join", join) == 200
-    data = visitor.context.request.get(f"{server.address}gradio_api/queue/data?session_hash=abcdefgh").text()
-    assert '"success":false' in data.replace(" ", "")
-    assert "The scene" not in data
+    metas = ({"_type": "gradio.FileData"}, {}, {"_type": "x"}, None)  # without this mark gradio checks no path
+    paths = (str(secret), "secret.png", "/no/such/file.png", f"{server.temporary}/../cwd/secret.png")
+    said = set()
+    for number, (meta, path) in enumerate(itertools.product(metas, paths)):
+        file = {"path": path, "meta": meta, "orig_name": "secret.png"}
+        join = {"data": [file, COUNTING], "fn_index": look["id"], "session_hash": f"abcdef{number:02}"}
+        assert status_of(f"{server.address}gradio_api/queue/join", join) == 200
+        address = f"{server.address}gradio_api/queue/data?session_hash={join['session_hash']}"
+        data = visitor.context.request.get(address).text()
+        assert "The scene" not in data
+        if meta != metas[0]:
+            said |= set(re.findall(r"this file was not uploaded here|does not exist|is no", data))
+    assert said == {"this file was not uploaded here"}
     assert list(server.temporary.rglob("secret*")) == []
+    assert status_of(f"{server.address}gradio_api/queue/join", join, Origin="http://localhost:1234") == 403
+    assert status_of(f"{server.address}gradio_api/queue/join", join, Origin=server.address.rstrip("/")) == 200
     file["path"] = "https://example.com/x.png"
     assert status_of(f"{server.address}gradio_api/queue/join", join) == 403
     secret.unlink()

@@ -229,11 +229,16 @@ def described(method: str) -> str:
     return f"Scores: {about.scores}. Drops tokens {places}.{paper}"
 
 
-def read(file: Mapping[str, Any] | None) -> Image.Image:
-    """The image in an uploaded file, which has a "path". Raises ValueError if there is none or it cannot be used."""
+def read(file: Mapping[str, Any] | None, folder: Path) -> Image.Image:
+    """The image in an uploaded file, which has a "path". Raises ValueError if there is none or it cannot be used.
+
+    The path comes from the browser. Uploads lie in `folder`: what is elsewhere is refused unseen, whether it exists or not.
+    """
     if file is None:
         raise ValueError("there is no image; upload or paste one, or take an example")
-    path = file["path"]
+    path = str(file.get("path")) if isinstance(file, Mapping) else ""
+    if "\0" in path or not Path(path).resolve().is_relative_to(folder.resolve()):
+        raise ValueError("this file was not uploaded here; upload or paste an image")
     try:
         return load_image(path)
     except ImageError as error:  # the visitor knows the file by its name

@@ -57,7 +57,7 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
         if file is None:
             return "", ""
         try:
-            return "", cards.truth(example_of(read(file)), question)
+            return "", cards.truth(example_of(read(file, folder)), question)
         except ValueError as error:
             return cards.error(str(error)), ""
 
@@ -75,7 +75,7 @@ def build(comparison: Comparison, folder: Path) -> gr.Blocks:
         try:
             first, first_keep, second, second_keep, length, timed = controls
             choices = [Choice(first, first_keep), *([] if second == OFF else [Choice(second, second_keep)])]
-            for columns in comparison.ask(read(file), question, choices, length, timed):
+            for columns in comparison.ask(read(file, folder), question, choices, length, timed):
                 done = columns[0].cost is not None
                 yield [said(question), *shown(columns, timed), cards.hint(comparison.footnote()) if done else ""]
         except Stopped:

@@ -42,7 +42,9 @@ HEADERS = [
 
 
 class Gate:
-    """ASGI middleware: refuses what the page does not need, and tells browsers to load nothing from elsewhere.
+    """ASGI middleware: refuses what the page does not need, and what another page asks for.
+
+    It tells browsers to load nothing from elsewhere.
 
     Parameters
     ----------
@@ -80,6 +82,8 @@ class Gate:
         headers = dict(scope["headers"])
         if self.local and not is_local(re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1"))):
             return 403, "this page is served to this machine only"
+        if (origin := headers.get(b"origin")) is not None and not self._is_own(origin, headers):
+            return 403, "this page answers to itself only"
         if not NEEDED.fullmatch(scope["path"]):
             return 404, "there is nothing here"
         if scope["method"] == "POST":
@@ -89,6 +93,12 @@ class Gate:
             if int(length) > (MAX_UPLOAD + OVERHEAD if scope["path"] == UPLOAD else OVERHEAD):
                 return 413, f"the request is too long; a file may have {MAX_UPLOAD // 2**20} MiB"
         return None
+
+    @staticmethod
+    def _is_own(origin: bytes, headers: dict[bytes, bytes]) -> bool:
+        """Whether a request comes from this page: browsers tell the origin of what another site's page asks for."""
+        host = origin.partition(b"://")[2]
+        return host != b"" and host in (headers.get(b"host"), headers.get(b"x-forwarded-host"))
 
 
 async def _body(receive: Any) -> bytes:
