@@ -257,3 +257,46 @@ def test_which_methods_ignore_keep_is_said_by_their_classes():
     assert ignores_keep("prumerge+", {"adaptive_count": True, "keep": 4})
     assert not ignores_keep("prumerge", {"adaptive_count": False})
     assert not ignores_keep("a method of an earlier run", {"power": 3})
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong(Mine):
+    """It returns what `wrong` makes of the indices and the scores, or of the tokens."""
+
+    name = "wrong"
+    wrong: str = ""
+
+    def select(self, outputs, keep):
+        indices, scores = super().select(outputs, keep)
+        if self.wrong == "tokens":
+            return indices, scores
+        return {
+            "nothing": None,
+            "one": indices,
+            "fewer": (indices[:, :3], scores),
+            "int32": (indices.int(), scores),
+            "few scores": (indices, scores[:, :5]),
+        }[self.wrong]
+
+    def reduce(self, outputs, keep):
+        tokens = super().reduce(outputs, keep)
+        return tokens._replace(features=tokens.features[:, :3]) if self.wrong == "tokens" else tokens
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        ("nothing", "got a NoneType"),
+        ("one", "got a Tensor"),
+        ("fewer", r"got torch.int64 \[3, 3\] and torch.float32 \[3, 36\]"),
+        ("int32", r"got torch.int32 \[3, 9\] and torch.float32 \[3, 36\]"),
+        ("few scores", r"got torch.int64 \[3, 9\] and torch.float32 \[3, 5\]"),
+        ("tokens", r"reduce of method 'wrong' must return features \[3, 9, D\], as its num_outputs says, got \[3, 3, "),
+    ],
+)
+def test_what_a_method_returns_is_checked(wrong, got):
+    model, call = models.build(), inputs(prompts("left_padded"))
+    vtc.enable(model, method=Wrong(wrong=wrong), keep=9)
+    for run in (lambda: model.generate(**call, max_new_tokens=1), lambda: vtc.select(model, call["pixel_values"])):
+        with pytest.raises(ValueError, match=got):
+            run()

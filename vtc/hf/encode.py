@@ -148,6 +148,11 @@ def reduce(
     """
     vision, used = run_tower(settings, views, plan, tower_arguments)
     tokens = plan.method.reduce(vision, plan.num_kept)
+    if tokens.features.shape[:2] != (len(views), plan.num_outputs):
+        raise ValueError(
+            f"reduce of method {plan.method.name!r} must return features [{len(views)}, {plan.num_outputs}, D], as its "
+            f"num_outputs says, got {list(tokens.features.shape)}"
+        )
     counts, after = [plan.num_outputs] * len(views), plan.num_outputs
     if tokens.counts is not None:
         counts = tokens.counts.tolist()

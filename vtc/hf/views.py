@@ -190,7 +190,7 @@ class Views:
         plan = self.plan
         vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
         inside = plan.method.prunes_only_language()  # selected in the language model
-        indices = None if inside else plan.method.select(vision, plan.num_kept)[0]
+        indices = None if inside else plan.method.selected(vision, plan.num_kept)[0]
         encode.count(self.settings, plan, used, len(self.views), plan.num_tokens, plan.num_kept)
         self.counts = [(plan.num_tokens, plan.num_tokens)] * len(self.views)
         features: Tensor = self.settings.base.multi_modal_projector(vision.patches)
@@ -289,7 +289,7 @@ class Tiles(Views):
         """The best tokens of all views."""
         base, plan, backend = self.settings.base, self.plan, self.plan.config.backend
         vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
-        features, scores = vision.patches, plan.method.select(vision, 1)[1]  # [T, N, D], [T, N]
+        features, scores = vision.patches, plan.method.selected(vision, 1)[1]  # [T, N, D], [T, N]
         selected, kept_of_images, first = [], [], 0
         for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
             ranking = share_out(scores[first : first + tiling.num_tiles], tiling.layout, plan.config.tiles)

@@ -243,6 +243,30 @@ class Method:
         """
         raise ValueError(f"{self.name} does not select patches of the vision tower; use reduce, or another method")
 
+    def selected(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
+        """What `select` returns, once its types and shapes are those that it promises.
+
+        Whether indices ascend and scores are numbers is not looked at: that would synchronise with the device.
+
+        Raises
+        ------
+        ValueError
+            If they are not.
+        """
+        found: object = self.select(outputs, keep)
+        views, num_tokens = outputs.patches.shape[:2]
+        if isinstance(found, tuple) and [type(each) for each in found] == [Tensor, Tensor]:
+            indices, scores = found
+            if (indices.dtype, indices.shape, scores.shape) == (torch.int64, (views, keep), (views, num_tokens)):
+                return indices, scores
+            got = f"{indices.dtype} {list(indices.shape)} and {scores.dtype} {list(scores.shape)}"
+        else:
+            got = f"a {type(found).__name__}"
+        raise ValueError(
+            f"select of method {self.name!r} must return the indices, torch.int64 {[views, keep]}, and the scores, "
+            f"{[views, num_tokens]}, got {got}"
+        )
+
     def reduce(self, outputs: VisionOutputs, keep: int) -> Tokens:
         """Reduce the patches to `num_outputs(N, keep)` tokens. The caller has checked that 1 <= keep <= N.
 
@@ -251,7 +275,7 @@ class Method:
         ValueError
             If `outputs` lacks what the method needs, or `keep` is too small for it.
         """
-        indices, scores = self.select(outputs, keep)
+        indices, scores = self.selected(outputs, keep)
         return Tokens(ops.compact(outputs.patches, indices, backend=self.backend), None, indices, scores)
 
     def require(self, outputs: VisionOutputs, field: str) -> Tensor:
