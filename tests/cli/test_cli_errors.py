@@ -192,6 +192,18 @@ def test_an_interrupt_is_quiet(monkeypatch):
     assert (result.exit_code, result.output) == (130, "")
 
 
+UNTOUCHED = (  # names of files and of models
+    "keep=64.png does not exist",
+    "method=vtc-cls.tar.gz does not exist",
+    "vtc-eval/scenes/seed=3/run.json is broken",
+    "prune_layer.png does not exist",
+    "start_layer/a.png does not exist",
+    "model 'my/method=fastv' is no directory",
+    "model 'a keep=3' is no directory",
+    'the file "its prune_layer" is no image',
+)
+
+
 @pytest.mark.parametrize(
     ("message", "words"),
     [
@@ -210,6 +222,8 @@ def test_an_interrupt_is_quiet(monkeypatch):
         ("keep must be 1 or more", "--keep must be 1 or more"),
         ("what to keep and use", "what to keep and use"),
         ("a-keep=3.png and keep=3x", "a-keep=3.png and --keep 3x"),
+        ("got ratio=0.25, keep=4.", "got --ratio 0.25, --keep 4."),
+        *((text, text) for text in UNTOUCHED),
     ],
 )
 def test_messages_are_in_the_words_of_the_command_line(message, words):
@@ -220,6 +234,19 @@ def test_warnings_are_a_line_in_the_same_words(monkeypatch):
     monkeypatch.setattr(methods, "listing", lambda: logging.getLogger("vtc").warning("keep=%d\nis ignored", 5) or [])
     assert succeed("methods", "--json").stderr == "vtc: --keep 5 is ignored\n"
     assert not logging.getLogger("vtc").handlers
+
+
+def test_a_logged_exception_comes_with_its_traceback(monkeypatch):
+    def listing():
+        try:
+            raise KeyError("a")
+        except KeyError:
+            logging.getLogger("vtc").exception("a request failed")
+        return []
+
+    monkeypatch.setattr(methods, "listing", listing)
+    lines = succeed("methods", "--json").stderr.splitlines()
+    assert (lines[:2], lines[-1]) == (["vtc: a request failed", "Traceback (most recent call last):"], "KeyError: 'a'")
 
 
 def test_a_real_process_prints_one_line_and_exits_with_2():

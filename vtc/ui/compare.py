@@ -170,6 +170,7 @@ class Comparison:
         yield columns
         if timed:
             with self._computing:
+                self._check()
                 costs = first_tokens(self.answerer, inputs, settings, advance=self._check)
             yield [replace(column, cost=cost) for column, cost in zip(columns, costs, strict=True)]
 
