@@ -153,6 +153,11 @@ def test_arguments_that_are_wrong_are_one_line(arguments, says):
     assert says in refused(*arguments)
 
 
+@pytest.mark.parametrize("command", [("run", "a.png", "what ?"), ("eval", "scenes"), ("ui",), ("env",)])
+def test_an_empty_model_is_refused(command):
+    assert "Invalid value for '--model': it is empty" in refused(*command, "--model", "")
+
+
 def test_where_help_is_found():
     assert refused("run", "a.png", "what ?", "--kep", 3).endswith("; see vtc run --help\n")
 

@@ -877,7 +877,7 @@ MUTANTS = [
         "vtc/ui/compare.py",
         "ui/test_ui_answers",
         {
-            "a choice out of range": ("not 1 <= choice.keep <= self.num_tokens", "False"),
+            "a choice out of range": ("low <= value <= high and", ""),
             "the method's own number": ("if ignores_keep(choice.method, {}):", "if False:"),
             "the folder of an upload is told": ("str(error).replace(str(path), Path(path).name)", "str(error)"),
             "questions of any length": ("len(question) > MAX_QUESTION", "False"),

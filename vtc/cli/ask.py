@@ -12,15 +12,16 @@ from PIL import Image
 from transformers import BatchFeature
 
 import vtc
+from vtc.eval import BUNDLED
 from vtc.eval.answerer import Answerer
 from vtc.eval.measure import RUNS, cell, first_tokens, noise
-from vtc.eval.model import BUNDLED, ModelSpec, pick_device, pick_dtype
+from vtc.eval.model import ModelSpec, pick_device, pick_dtype
 from vtc.eval.progress import Progress
 from vtc.eval.protocol import HFProtocol, Prompt
 from vtc.eval.setting import Setting
 
 
-def use_threads(count: int | None, model: str | None) -> int:
+def use_threads(count: int | None, model: str = BUNDLED) -> int:
     """Let torch use so many threads on the CPU, and return their number.
 
     By default one for the bundled model, for which a second gains little on a quiet machine, and on a busy one the
@@ -36,13 +37,13 @@ def use_threads(count: int | None, model: str | None) -> int:
         raise ValueError(f"--threads must be at least 1, got {count}")
     if count is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = min(torch.get_num_threads(), cores) if model is not None else 1
+        count = min(torch.get_num_threads(), cores) if model != BUNDLED else 1
     torch.set_num_threads(count)
     return count
 
 
-def load(model: str | None, device: str | None, dtype: str, revision: str | None = None) -> tuple[Any, Any]:
-    """A LLaVA-1.5 model and its processor, from a folder or the hub; the bundled one for None.
+def load(model: str, device: str | None, dtype: str, revision: str | None = None) -> tuple[Any, Any]:
+    """A LLaVA-1.5 model and its processor, from a folder or the hub, or the bundled one.
 
     Raises
     ------
@@ -50,9 +51,7 @@ def load(model: str | None, device: str | None, dtype: str, revision: str | None
         If there is no such model, device or dtype, or the model is another one.
     """
     where = pick_device(device)
-    spec = ModelSpec(
-        BUNDLED if model is None else model, str(where), str(pick_dtype(dtype, where)).removeprefix("torch."), revision
-    )
+    spec = ModelSpec(model, str(where), str(pick_dtype(dtype, where)).removeprefix("torch."), revision)
     if (kind := spec.config().model_type) != "llava":
         raise ValueError(
             f"model {model!r} is of type {kind!r}; this command runs 'llava' (LLaVA-1.5), README says which models VTC "

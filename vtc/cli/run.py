@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vtc.cli.output import image_file, note, print_json, print_table, progress, quieten
+from vtc.eval import BUNDLED
 from vtc.files import replacing
 from vtc.images import load_image
 
@@ -40,7 +41,7 @@ class Request:
     question: str
     options: dict[str, Any]
     pictures: dict[str, str | None]
-    model: str | None = None
+    model: str = BUNDLED
     revision: str | None = None
     device: str | None = None
     dtype: str = "auto"
@@ -89,7 +90,7 @@ def run(request: Request) -> None:
     result = {
         "images": list(request.images),
         "question": request.question,
-        "model": "bundled" if request.model is None else request.model,
+        "model": request.model,
         "device": str(net.device),
         "dtype": str(net.dtype).removeprefix("torch."),
         "cpu_threads": threads,
@@ -112,7 +113,7 @@ def run(request: Request) -> None:
             print_json(result)
     if words := ask.unknown_words(processor, request.question):
         note(f"the model does not know: {' '.join(words)}")
-    if request.model is None:
+    if request.model == BUNDLED:
         note("the bundled model knows the images of `vtc demo` only; for photographs give --model")
 
 

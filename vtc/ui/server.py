@@ -258,10 +258,10 @@ def _until_a_signal() -> Iterator[None]:
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {each: signal.getsignal(each) for each in signals}
     try:
+        for each, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(each, end)
         with contextlib.suppress(KeyboardInterrupt):
-            for each, handler in before.items():
-                if handler != signal.SIG_IGN:
-                    signal.signal(each, end)
             yield
     finally:
         for each, handler in before.items():

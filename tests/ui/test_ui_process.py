@@ -1,10 +1,12 @@
-"""How the page ends: at once, and whole."""
+"""How the page begins and how it ends, without a browser."""
 
 import contextlib
 import os
 import signal
 
 import pytest
+import torch
+from support.cli import succeed
 
 from vtc.tiny.scenes import Scene
 from vtc.ui import server
@@ -40,3 +42,16 @@ def test_further_signals_do_not_cut_off_the_end(monkeypatch):
     server.serve(None, "127.0.0.1", 7860, True)
     assert ended == [True]
     assert [signal.getsignal(name) for name in names] == handlers
+
+
+@pytest.mark.parametrize("given", [(), ("--model", "bundled")])
+def test_the_bundled_model_takes_one_thread_by_any_spelling(monkeypatch, given):
+    names, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(server, "require_port", lambda host, port: None)
+    monkeypatch.setattr(server, "serve", lambda page, *rest: names.append((page.name, torch.get_num_threads())))
+    torch.set_num_threads(2)
+    try:
+        succeed("ui", "--device", "cpu", *given)
+    finally:
+        torch.set_num_threads(threads)
+    assert names == [("bundled", 1)]
