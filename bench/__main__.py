@@ -79,11 +79,12 @@ def _positive(text: str) -> int:
 
 def _device(name: str) -> str:
     """A device that can be used here."""
+    from vtc.eval.model import pick_device
+
     try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here") from error
-    return name
+        return str(pick_device(name))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _mode_options(add: argparse.ArgumentParser) -> None:

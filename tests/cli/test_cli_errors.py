@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from support.cli import QUESTION, call, python, refused, succeed
 
-from vtc.cli import ask, methods
+from vtc.cli import methods
+from vtc.cli import run as asking
 from vtc.cli.options import in_words_of_the_command
+from vtc.eval import ask
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_a_full_gpu_exits_with_1(model_dir, picture, monkeypatch):
     def full_gpu(*args, **kwargs):
         raise torch.OutOfMemoryError("tried to allocate 1 TiB")
 
-    monkeypatch.setattr(ask, "compare", full_gpu)
+    monkeypatch.setattr(asking, "compare", full_gpu)
     result = call("run", picture, QUESTION, "--model", model_dir)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("vtc: out of memory; try --dtype float16")

@@ -49,9 +49,10 @@ print(sorted(heavy), file=sys.stderr)
 
 
 def test_eval_keeps_128_tokens_of_any_model():
-    keeps = {command: re.search(r"--keep .*", succeed(command, "--help").stdout)[0] for command in ("run", "eval")}
-    assert "[default: (128, or a quarter" in keeps["run"]
-    assert "[default: (128)]" in keeps["eval"]
+    run, evaluate = (" ".join(succeed(command, "--help").stdout.split()) for command in ("run", "eval"))
+    begin = "--keep <int> Visual tokens to keep of an image. [default: (128"
+    assert f"{begin}, or a quarter of at most 128)]" in run
+    assert f"{begin})]" in evaluate
 
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])

@@ -444,12 +444,12 @@ MUTANTS = [
         },
     ),
     *_of(
-        "vtc/cli/ask.py",
+        "vtc/eval/ask.py",
         "cli/test_cli_errors",
         {"any model is run": ('!= "llava":', '== "":')},
     ),
     *_of(
-        "vtc/cli/ask.py",
+        "vtc/eval/ask.py",
         "cli/test_cli_run",
         {"as many threads as torch takes": ("min(torch.get_num_threads(), cores)", "torch.get_num_threads()")},
     ),

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from vtc.cli import ask
-from vtc.eval import BUNDLED
+from vtc.eval import BUNDLED, ask
 from vtc.ui.compare import Comparison
 
 

@@ -179,9 +179,9 @@ def demo(
     progress("loading …")
     quieten(BUNDLED)
 
-    from vtc.cli import ask
     from vtc.cli import demo as measuring
     from vtc.cli.sheet import draw
+    from vtc.eval import ask
 
     ask.use_threads(threads)
     found = measuring.measure(*ask.load(BUNDLED, device, "float32"), questions, method, quiet=as_json)
@@ -341,7 +341,7 @@ def ui(
     progress("loading …")
     quieten(model)
 
-    from vtc.cli import ask
+    from vtc.eval import ask
     from vtc.ui.compare import Comparison
 
     ask.use_threads(threads, model)

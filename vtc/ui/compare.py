@@ -13,9 +13,8 @@ from PIL import Image, ImageOps
 
 import vtc
 from vtc.api import selects
-from vtc.cli import ask
 from vtc.config import VTCConfig, kept_count
-from vtc.eval import BUNDLED
+from vtc.eval import BUNDLED, ask
 from vtc.eval.answerer import Answerer
 from vtc.eval.measure import RUNS, FirstToken, first_tokens
 from vtc.eval.setting import NONE, Setting, ignores_keep
@@ -80,7 +79,7 @@ class Comparison:
     Parameters
     ----------
     model, processor
-        From `vtc.cli.ask.load`. Nothing on them changes.
+        From `vtc.eval.ask.load`. Nothing on them changes.
     name : str
         Of the model, to be shown.
     """
