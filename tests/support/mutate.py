@@ -459,6 +459,7 @@ MUTANTS = [
         {
             "a path that is no good is not the user's": ("2 if error.errno in INPUT_ERRORS else 1", "1"),
             "debug without a traceback": ("            if debug:", "            if False:"),
+            "no traceback in the log": ("        if record.exc_info:", "        if False:"),
             "warnings in the words of the API": ("{in_words_of_the_command(_line(record.getMessage()))}", "{_line(record.getMessage())}"),
         },
     ),
@@ -903,6 +904,8 @@ MUTANTS = [
             "any difference is a gain": ("if low <= max(full.seconds) and min(full.seconds) <= high:", "if False:"),
         },
     ),
+    *_of("vtc/ui/compare.py", "ui/test_ui_process", {"times after the end": ("                self._check()\n                costs", "                costs")}),
+    *_of("vtc/ui/server.py", "ui/test_ui_process", {"any signal cuts off the end": ("if len(came) == 1:", "if came:")}),
     *_of("vtc/ui/examples.py", "ui/test_ui_answers", {"what is not known is wrong": ("None if right is None else", "False if right is None else")}),
     *_of(
         "vtc/eval/ray_engine.py",
