@@ -25,7 +25,8 @@ FLOORS = (  # from the ground up: what lies on a floor imports from its own and 
     ("vtc.tiny",),
     ("vtc",),  # vtc/__init__.py: the names
     ("vtc.eval",),
-    ("vtc.cli", "vtc.ui", "vtc.__main__", "bench"),
+    ("vtc.ui",),
+    ("vtc.cli", "vtc.__main__", "bench"),
 )
 SHARED = {"tuning", "search", "similarity"}  # of kernels/: what several operations use
 

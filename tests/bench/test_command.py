@@ -99,7 +99,7 @@ def test_a_relative_python_path_reaches_the_workers(tmp_path, monkeypatch):
     [
         ((), "arguments are required: command"),
         (("micro", "--keep", "0"), "argument --keep: must be a whole number from 1, got '0'"),
-        (("micro", "--device", "toaster"), "argument --device: 'toaster' cannot be used here"),
+        (("micro", "--device", "toaster"), "argument --device: device 'toaster' cannot be used here; use cpu"),
         (("micro", "--op", "nope", "--device", "cpu"), "unknown op nope"),
         (("micro", "--out", "/proc/x", "--device", "cpu"), "/proc/x: No such file or directory"),
         (("plot", str(Path(__file__).parent)), "Is a directory"),

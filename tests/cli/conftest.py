@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from vtc.cli import ask, demo
+from vtc.cli import demo
 from vtc.eval import measure
 from vtc.tiny.scenes import Scene
 
@@ -53,7 +53,7 @@ def _restore_logging():
 def few_runs(monkeypatch):
     """Times are not looked at here: measure once."""
     once = functools.partial(measure.first_tokens, runs=1)
-    for module in (ask, demo):
+    for module in (measure, demo):
         monkeypatch.setattr(module, "first_tokens", once)
 
 

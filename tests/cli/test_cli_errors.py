@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from support.cli import QUESTION, call, python, refused, succeed
 
-from vtc.cli import ask, methods
+from vtc.cli import methods
+from vtc.cli import run as asking
 from vtc.cli.options import in_words_of_the_command
+from vtc.eval import ask
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_a_full_gpu_exits_with_1(model_dir, picture, monkeypatch):
     def full_gpu(*args, **kwargs):
         raise torch.OutOfMemoryError("tried to allocate 1 TiB")
 
-    monkeypatch.setattr(ask, "compare", full_gpu)
+    monkeypatch.setattr(asking, "compare", full_gpu)
     result = call("run", picture, QUESTION, "--model", model_dir)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("vtc: out of memory; try --dtype float16")
@@ -153,6 +155,11 @@ def test_arguments_that_are_wrong_are_one_line(arguments, says):
     assert says in refused(*arguments)
 
 
+@pytest.mark.parametrize("command", [("run", "a.png", "what ?"), ("eval", "scenes"), ("ui",), ("env",)])
+def test_an_empty_model_is_refused(command):
+    assert "Invalid value for '--model': it is empty" in refused(*command, "--model", "")
+
+
 def test_where_help_is_found():
     assert refused("run", "a.png", "what ?", "--kep", 3).endswith("; see vtc run --help\n")
 
@@ -192,6 +199,18 @@ def test_an_interrupt_is_quiet(monkeypatch):
     assert (result.exit_code, result.output) == (130, "")
 
 
+UNTOUCHED = (  # names of files and of models
+    "keep=64.png does not exist",
+    "method=vtc-cls.tar.gz does not exist",
+    "vtc-eval/scenes/seed=3/run.json is broken",
+    "prune_layer.png does not exist",
+    "start_layer/a.png does not exist",
+    "model 'my/method=fastv' is no directory",
+    "model 'a keep=3' is no directory",
+    'the file "its prune_layer" is no image',
+)
+
+
 @pytest.mark.parametrize(
     ("message", "words"),
     [
@@ -210,6 +229,8 @@ def test_an_interrupt_is_quiet(monkeypatch):
         ("keep must be 1 or more", "--keep must be 1 or more"),
         ("what to keep and use", "what to keep and use"),
         ("a-keep=3.png and keep=3x", "a-keep=3.png and --keep 3x"),
+        ("got ratio=0.25, keep=4.", "got --ratio 0.25, --keep 4."),
+        *((text, text) for text in UNTOUCHED),
     ],
 )
 def test_messages_are_in_the_words_of_the_command_line(message, words):
@@ -220,6 +241,19 @@ def test_warnings_are_a_line_in_the_same_words(monkeypatch):
     monkeypatch.setattr(methods, "listing", lambda: logging.getLogger("vtc").warning("keep=%d\nis ignored", 5) or [])
     assert succeed("methods", "--json").stderr == "vtc: --keep 5 is ignored\n"
     assert not logging.getLogger("vtc").handlers
+
+
+def test_a_logged_exception_comes_with_its_traceback(monkeypatch):
+    def listing():
+        try:
+            raise KeyError("a")
+        except KeyError:
+            logging.getLogger("vtc").exception("a request failed")
+        return []
+
+    monkeypatch.setattr(methods, "listing", listing)
+    lines = succeed("methods", "--json").stderr.splitlines()
+    assert (lines[:2], lines[-1]) == (["vtc: a request failed", "Traceback (most recent call last):"], "KeyError: 'a'")
 
 
 def test_a_real_process_prints_one_line_and_exits_with_2():

@@ -12,7 +12,7 @@ from support.cli import BYTES, LAYERS, QUESTION, WIDTH, succeed
 
 import vtc
 from vtc import tiny
-from vtc.cli import ask
+from vtc.eval import ask
 from vtc.eval.engine import answer_all
 from vtc.eval.local import LocalEngine
 from vtc.eval.model import ModelSpec
@@ -199,7 +199,7 @@ def test_another_model_runs_with_no_more_threads_than_cores(monkeypatch):
     assert ask.use_threads(None, "some/model") == 3
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert ask.use_threads(None, "some/model") == 2
-    with pytest.raises(ValueError, match="--threads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^threads must be at least 1, got 0"):
         ask.use_threads(0, None)
 
 

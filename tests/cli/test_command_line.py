@@ -48,6 +48,13 @@ print(sorted(heavy), file=sys.stderr)
         assert word in done.stdout
 
 
+def test_eval_keeps_128_tokens_of_any_model():
+    run, evaluate = (" ".join(succeed(command, "--help").stdout.split()) for command in ("run", "eval"))
+    begin = "--keep <int> Visual tokens to keep of an image. [default: (128"
+    assert f"{begin}, or a quarter of at most 128)]" in run
+    assert f"{begin})]" in evaluate
+
+
 @pytest.mark.parametrize("flag", ["--version", "-V"])
 def test_version(flag):
     assert succeed(flag).stdout == f"vtc {vtc.__version__}\n"
@@ -156,6 +163,7 @@ def test_env_shows_what_a_model_does(model_dir):
     arguments = ("--model", model_dir, "--device", "cpu")
     found = json.loads(succeed("env", *arguments, "--json").stdout)["model"]
     assert (found["type"], found["compresses"], found["tokens"], found["kept"]) == ("llava", True, 576, 128)
+    assert found["backends"]["topk"] == json.loads(succeed("env", "--json").stdout)["backends"]["cpu"]["topk"]
     assert found["way"] == 'attn_implementation="vtc"'
     assert found["text"] in succeed("env", *arguments).stdout
 

@@ -47,7 +47,7 @@ def test_demo_measures_each_setting(model_dir, tmp_path, monkeypatch, few_runs):
         for times in (row["time_to_first_token_ms"], row["per_question_ms"]):
             assert 0 < times["min"] <= times["median"] <= times["max"]
     assert Image.open(out).format == "PNG"
-    assert (found["picture"], found["cpu_threads"]) == (str(out), 1)
+    assert (found["sheet"], found["cpu_threads"]) == (str(out), 1)
 
 
 def test_demo_of_all_methods(model_dir, tmp_path, monkeypatch, few_runs):

@@ -15,7 +15,7 @@ from PIL import Image
 from support.cli import QUESTION, call, succeed
 
 import vtc
-from vtc.cli import ask
+from vtc.eval import ask
 from vtc.tiny.scenes import Scene
 
 SIDE = 672

@@ -122,14 +122,14 @@ def test_a_report_that_is_a_file_of_the_benchmark_is_refused_before_anything_run
     place = out / "report.csv"
     place.symlink_to(task.found["questions"]) if kind == "symlink" else place.hardlink_to(task.found["questions"])
     monkeypatch.setattr(evaluation, "run_all", lambda *_: pytest.fail("ran"))
-    machine = evaluation.Machine(None, None, "cpu", "auto", "local", 1)
+    machine = evaluation.Machine("bundled", None, "cpu", "auto", "local", 1)
     with pytest.raises(ValueError, match=r"is the input .* which would be lost"):
         evaluation.evaluate([task], [Setting()], machine, evaluation.Options(out), False)
 
 
 def test_a_folder_that_takes_no_files_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "run_all", lambda *_: pytest.fail("ran"))
-    machine = evaluation.Machine(None, None, "cpu", "auto", "local", 1)
+    machine = evaluation.Machine("bundled", None, "cpu", "auto", "local", 1)
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "report" / "report.md").mkdir(parents=True)

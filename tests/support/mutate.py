@@ -444,12 +444,12 @@ MUTANTS = [
         },
     ),
     *_of(
-        "vtc/cli/ask.py",
+        "vtc/eval/ask.py",
         "cli/test_cli_errors",
         {"any model is run": ('!= "llava":', '== "":')},
     ),
     *_of(
-        "vtc/cli/ask.py",
+        "vtc/eval/ask.py",
         "cli/test_cli_run",
         {"as many threads as torch takes": ("min(torch.get_num_threads(), cores)", "torch.get_num_threads()")},
     ),
@@ -459,6 +459,7 @@ MUTANTS = [
         {
             "a path that is no good is not the user's": ("2 if error.errno in INPUT_ERRORS else 1", "1"),
             "debug without a traceback": ("            if debug:", "            if False:"),
+            "no traceback in the log": ("        if record.exc_info:", "        if False:"),
             "warnings in the words of the API": ("{in_words_of_the_command(_line(record.getMessage()))}", "{_line(record.getMessage())}"),
         },
     ),
@@ -877,7 +878,7 @@ MUTANTS = [
         "vtc/ui/compare.py",
         "ui/test_ui_answers",
         {
-            "a choice out of range": ("not 1 <= choice.keep <= self.num_tokens", "False"),
+            "a choice out of range": ("low <= value <= high and", ""),
             "the method's own number": ("if ignores_keep(choice.method, {}):", "if False:"),
             "the folder of an upload is told": ("str(error).replace(str(path), Path(path).name)", "str(error)"),
             "questions of any length": ("len(question) > MAX_QUESTION", "False"),
@@ -903,6 +904,8 @@ MUTANTS = [
             "any difference is a gain": ("if low <= max(full.seconds) and min(full.seconds) <= high:", "if False:"),
         },
     ),
+    *_of("vtc/ui/compare.py", "ui/test_ui_process", {"times after the end": ("                self._check()\n                costs", "                costs")}),
+    *_of("vtc/ui/server.py", "ui/test_ui_process", {"any signal cuts off the end": ("if len(came) == 1:", "if came:")}),
     *_of("vtc/ui/examples.py", "ui/test_ui_answers", {"what is not known is wrong": ("None if right is None else", "False if right is None else")}),
     *_of(
         "vtc/eval/ray_engine.py",

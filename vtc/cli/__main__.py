@@ -12,6 +12,7 @@ import vtc
 from vtc import distribution
 from vtc.cli.errors import Command
 from vtc.cli.output import image_file, print_json, print_table, progress, quieten
+from vtc.eval import BUNDLED
 
 app = typer.Typer(
     cls=Command,
@@ -20,6 +21,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _not_empty(text: str | None) -> str | None:
+    """What was given. An empty text would be this folder."""
+    if text is not None and not text.strip():
+        raise typer.BadParameter("it is empty; give a directory or a hub id, or leave the option out")
+    return text
+
 
 # Options that several commands have.
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -38,9 +47,7 @@ KV = Annotated[
         show_default="full with fastv, else compact",
     ),
 ]
-Model = Annotated[
-    str | None, typer.Option(help="Directory or hub id of a LLaVA model.", show_default="the bundled one")
-]
+Model = Annotated[str, typer.Option(help="Directory or hub id of a LLaVA model.", callback=_not_empty)]
 Options = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="NAME=VALUE", help="Another option of the method; `vtc methods NAME` lists them."),
@@ -95,7 +102,7 @@ def run(
         ),
     ],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about them; it comes last.")],
-    model: Model = None,
+    model: Model = BUNDLED,
     revision: Revision = None,
     method: Annotated[str, typer.Option(help="How tokens are selected; `vtc methods` lists the names.")] = "vtc-cls",
     keep: Keep = None,
@@ -135,7 +142,7 @@ def run(
             question,
             options_of(option or [], **flags),
             {"overlay": overlay, "heatmap": heatmap},
-            model=None if model == "bundled" else model,
+            model=model,
             revision=revision,
             device=device,
             dtype=dtype,
@@ -170,14 +177,14 @@ def demo(
     if method != "all":
         VTCConfig(method=method)
     progress("loading …")
-    quieten(None)
+    quieten(BUNDLED)
 
-    from vtc.cli import ask
     from vtc.cli import demo as measuring
     from vtc.cli.sheet import draw
+    from vtc.eval import ask
 
-    ask.use_threads(threads, None)
-    found = measuring.measure(*ask.load(None, device, "float32"), questions, method, quiet=as_json)
+    ask.use_threads(threads)
+    found = measuring.measure(*ask.load(BUNDLED, device, "float32"), questions, method, quiet=as_json)
     measuring.show(found, draw, file, start, as_json)
 
 
@@ -189,12 +196,12 @@ def evaluate(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="The eight benchmarks.")] = False,
     data: Annotated[str | None, typer.Option(help="The folder with their files, in LLaVA's layout or flat.")] = None,
-    model: Model = None,
+    model: Model = BUNDLED,
     revision: Revision = None,
     method: Annotated[
         str, typer.Option(help="As in `vtc methods`; none: no compression; floor: no visual tokens at all.")
     ] = "vtc-cls",
-    keep: Keep = None,
+    keep: Annotated[int | None, typer.Option(help="Visual tokens to keep of an image.", show_default="128")] = None,
     ratio: Ratio = None,
     prune_layer: PruneLayer = None,
     kv: KV = None,
@@ -311,7 +318,7 @@ def methods(
 
 @app.command()
 def ui(
-    model: Model = None,
+    model: Model = BUNDLED,
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -334,25 +341,28 @@ def ui(
     progress("loading …")
     quieten(model)
 
-    from vtc.cli import ask
+    from vtc.eval import ask
     from vtc.ui.compare import Comparison
 
     ask.use_threads(threads, model)
-    comparison = Comparison(*ask.load(model, device, dtype, revision), model or ask.BUNDLED)
+    comparison = Comparison(*ask.load(model, device, dtype, revision), model)
     server.serve(comparison, host, port, open_browser)
 
 
 @app.command()
 def env(
     model: Annotated[
-        str | None, typer.Option(help="Also load this model, and show how it compresses; bundled: the bundled one.")
+        str | None,
+        typer.Option(
+            help="Also load this model, and show how it compresses; bundled: the bundled one.", callback=_not_empty
+        ),
     ] = None,
     revision: Revision = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Show versions, devices, and which backend each operation would use."""
-    quieten(model)
+    quieten(BUNDLED if model is None else model)
 
     from vtc.cli import env as machine
 

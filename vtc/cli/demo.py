@@ -14,8 +14,9 @@ import typer
 from PIL import Image
 
 import vtc
-from vtc.cli import ask
+from vtc.api import selects
 from vtc.cli.output import print_json, print_table
+from vtc.eval import ask
 from vtc.eval.answerer import Answerer, prepare
 from vtc.eval.engine import batches_of
 from vtc.eval.intervals import Share, wilson
@@ -182,7 +183,7 @@ def measure(model: Any, processor: Any, count: int, method: str = "vtc-cls", qui
     overlays = {}
     for number in _cards(task.asked, measured):
         image = task.asked[number][0].image
-        if METHODS[shown].selects or METHODS[shown].prunes_only_language():
+        if selects(METHODS[shown]):
             kept = vtc.select(model, prepared(number), method=shown, **setting_of(shown, SHOWN).options)
             overlays[number] = vtc.overlay(image, kept, side=SIDE)
         else:  # no patch is dropped
@@ -227,7 +228,7 @@ def _cards(questions: list[tuple[Scene, Question]], rows: list[Row]) -> list[int
 
 def show(found: Demo, draw: Callable[[Demo], Image.Image], file: Path, begun: float, as_json: bool) -> None:
     """Print what was measured, then draw it. A JSON document names the sheet, so that it comes after it."""
-    record = {**found.record(), "picture": None}
+    record = {**found.record(), "sheet": None}
     if not as_json:
         title = f"{len(found.questions)} held-out questions to the bundled model on {found.device}"
         print_table(title, COLUMNS, [row.cells() for row in found.rows])
@@ -236,7 +237,7 @@ def show(found: Demo, draw: Callable[[Demo], Image.Image], file: Path, begun: fl
     try:
         with replacing(file) as temporary:
             draw(found).save(temporary)
-        record["picture"] = str(file)
+        record["sheet"] = str(file)
     finally:
         record["seconds"] = round(time.perf_counter() - begun, 1)
         if as_json:

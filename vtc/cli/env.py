@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 from importlib import metadata
 from typing import Any
@@ -57,7 +56,7 @@ def about_model(model: str, revision: str | None = None, device: str | None = No
     dtype = str(pick_dtype("auto", where)).removeprefix("torch.")
     spec = ModelSpec(model, str(where), dtype, revision, attn_implementation="vtc")
     found = vtc.status(spec.load())
-    return {"model": model, "type": spec.config().model_type, **dataclasses.asdict(found), "text": str(found)}
+    return {"model": model, "type": spec.config().model_type, **found.to_dict(), "text": str(found)}
 
 
 def _backend(op: str, device: torch.device) -> dict[str, str]:

@@ -91,10 +91,12 @@ def _line(message: object) -> str:
 
 
 class _Warnings(logging.Handler):
-    """The warnings of VTC, a line each, in the words of the command line."""
+    """The warnings of VTC, a line each, in the words of the command line; of a logged exception, the traceback, too."""
 
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(f"vtc: {in_words_of_the_command(_line(record.getMessage()))}", err=True)
+        if record.exc_info:
+            typer.echo(logging.Formatter().formatException(record.exc_info), err=True)
 
 
 def _open_streams() -> None:

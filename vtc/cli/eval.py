@@ -15,7 +15,7 @@ from vtc.eval import report
 from vtc.eval.answers_file import read_answers
 from vtc.eval.engine import Engine
 from vtc.eval.local import LocalEngine, is_out_of_memory
-from vtc.eval.model import BUNDLED, ModelSpec, pick_device, pick_dtype
+from vtc.eval.model import ModelSpec, pick_device, pick_dtype
 from vtc.eval.processes import Processes, current
 from vtc.eval.result import Result, Timing, environment, read
 from vtc.eval.rows import identity
@@ -97,7 +97,7 @@ def _keeps(swept: str) -> list[int]:
 class Machine:
     """Which model, and where it runs, as on the command line."""
 
-    model: str | None
+    model: str
     revision: str | None
     device: str | None
     dtype: str
@@ -118,7 +118,7 @@ class Machine:
         else:
             where = pick_device(self.processes.device(self.device))
         dtype = str(pick_dtype(self.dtype, where)).removeprefix("torch.")
-        return ModelSpec(BUNDLED if self.model is None else self.model, str(where), dtype, self.revision)
+        return ModelSpec(self.model, str(where), dtype, self.revision)
 
     def build_engine(self) -> Engine:
         """The engine by its name.

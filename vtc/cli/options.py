@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Those with a flag of their own; the others are --option NAME=VALUE.
 FLAGS = ("method", "keep", "ratio", "prune_layer", "kv", "start_layer", "ensemble_layers", "seed", "backend")
+# In messages of the API:
+BEGIN = r"(?<![\w'\"./\\-])"  # of a name that stands alone
+VALUE = r"'[^']*'|\"[^\"]*\"|-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|[\w-]*\w\+?)"
+QUOTED = r"(?<!\w)(?:'[^']*'|\"[^\"]*\")"
 
 
 def options_of(given: Sequence[str], **flags: Any) -> dict[str, Any]:
@@ -54,19 +58,25 @@ def _value(text: str) -> Any:
 
 
 def in_words_of_the_command(text: str) -> str:
-    """A message of the API as advice for the command line: keep=9 becomes --keep 9, and calls only their arguments."""
+    """A message of the API as advice for the command line: keep=9 becomes --keep 9, and calls only their arguments.
+
+    Names of files, and what stands in quotes, remain as they are.
+    """
     if "vtc.config" not in sys.modules:  # then the message is of the command itself
         return text
     known = "|".join(sorted(_known(), key=len, reverse=True))
-    # A value ends before the comma of a list and inside no word; what follows --option or --sweep is right already.
-    pair = re.compile(
-        rf"(?<!--option )(?<!--sweep )(?<![\w'-])({known})=('[^']*'|\"[^\"]*\"|-?[\w.-]*\w\+?)(?!\w|,\w|\.\d)"
-    )
-    text = re.sub(r"vtc\.\w+\(model, ([^()]*)\)", lambda call: call[1].replace(", ", " "), text)
-    text = pair.sub(lambda found: f"{_flag(found[1])}{found[2].strip(chr(39) + chr(34))}", text)
+    text = _replaced(r"vtc\.\w+\(model, ([^()]*)\)", lambda call: call[1].replace(", ", " "), text)
+    # What follows --option or --sweep is right already, and keep=256,128 is a list.
+    pair = rf"(?<!--option )(?<!--sweep ){BEGIN}({known})=({VALUE})(?![\w/\\+-]|[.,]\w)"
+    text = _replaced(pair, lambda found: f"{_flag(found[1])}{found[2].strip(chr(39) + chr(34))}", text)
     # "keep" may be a verb.
     names = "|".join(name if "_" in name else rf"(?:(?<=use )|(?<!.)){name}(?! to\b)" for name in FLAGS)
-    return re.sub(rf"(?<![\w'-])({names})\b(?!=)", lambda found: _flag(found[1]).strip(), text)
+    return _replaced(rf"{BEGIN}({names})(?![\w/\\=-]|\.\w)", lambda found: _flag(found[1]).strip(), text)
+
+
+def _replaced(pattern: str, new: Callable[[re.Match[str]], str], text: str) -> str:
+    """`re.sub` outside of quotes. The pattern has a group."""
+    return re.sub(f"{pattern}|{QUOTED}", lambda found: new(found) if found.lastindex else found[0], text)
 
 
 def _flag(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from vtc.eval import BUNDLED
 from vtc.files import require_writable
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -26,12 +27,12 @@ def image_file(name: str, inputs: Iterable[str] = ()) -> Path:
     return require_writable(name, inputs)
 
 
-def quieten(model: str | None) -> None:
+def quieten(model: str) -> None:
     """Silence transformers' warnings and progress bars; but a model that may be downloaded shows its progress."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    if model is None or Path(model).is_dir() or not sys.stderr.isatty():
+    if model == BUNDLED or Path(model).is_dir() or not sys.stderr.isatty():
         logging.disable_progress_bar()
 
 

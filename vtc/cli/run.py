@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vtc.cli.output import image_file, note, print_json, print_table, progress, quieten
+from vtc.eval import BUNDLED
 from vtc.files import replacing
 from vtc.images import load_image
 
@@ -32,15 +33,15 @@ class Request:
     ----------
     options : dict
         Fields of `VTCConfig`, and options of the method.
-    pictures : dict
+    drawings : dict
         Files to write, by "overlay" and "heatmap"; those that are None are not asked for.
     """
 
     images: Sequence[str]
     question: str
     options: dict[str, Any]
-    pictures: dict[str, str | None]
-    model: str | None = None
+    drawings: dict[str, str | None]
+    model: str = BUNDLED
     revision: str | None = None
     device: str | None = None
     dtype: str = "auto"
@@ -79,7 +80,7 @@ def run(request: Request) -> None:
     quieten(request.model)
 
     from vtc.api import require_selection
-    from vtc.cli import ask
+    from vtc.eval import ask
 
     if files:
         require_selection(method)
@@ -89,15 +90,13 @@ def run(request: Request) -> None:
     result = {
         "images": list(request.images),
         "question": request.question,
-        "model": "bundled" if request.model is None else request.model,
+        "model": request.model,
         "device": str(net.device),
         "dtype": str(net.dtype).removeprefix("torch."),
         "cpu_threads": threads,
         "options": request.options,
-        **ask.compare(
-            net, processor, inputs, request.options, request.max_new_tokens, request.compare, request.as_json
-        ),
-        **dict.fromkeys(request.pictures),
+        **compare(net, processor, inputs, request.options, request.max_new_tokens, request.compare, request.as_json),
+        **dict.fromkeys(request.drawings),
     }
     if not request.as_json:
         _print(request, result)
@@ -112,7 +111,7 @@ def run(request: Request) -> None:
             print_json(result)
     if words := ask.unknown_words(processor, request.question):
         note(f"the model does not know: {' '.join(words)}")
-    if request.model is None:
+    if request.model == BUNDLED:
         note("the bundled model knows the images of `vtc demo` only; for photographs give --model")
 
 
@@ -120,11 +119,11 @@ def _files(request: Request) -> dict[str, Path]:
     """The pictures to write, by kind. Raises ValueError if one cannot be written, or would replace an image."""
     inputs = [image for image in request.images if image != STDIN]
     files: dict[str, Path] = {}
-    for kind, name in request.pictures.items():
+    for kind, name in request.drawings.items():
         if name is not None:
             files[kind] = image_file(name, inputs)
     if len({file.resolve() for file in files.values()}) < len(files):
-        raise ValueError(f"--overlay and --heatmap are the same file, {request.pictures['overlay']}; give two names")
+        raise ValueError(f"--overlay and --heatmap are the same file, {request.drawings['overlay']}; give two names")
     return files
 
 
@@ -135,13 +134,113 @@ def _load(names: Sequence[str]) -> list[Image.Image]:
     return [load_image(sys.stdin.buffer if name == STDIN else name) for name in names]
 
 
-def _print(request: Request, result: dict[str, Any]) -> None:
-    from vtc.cli import ask
+def compare(
+    model: Any,
+    processor: Any,
+    inputs: Any,
+    options: dict[str, Any],
+    length: int,
+    timed: bool = True,
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """The answer with compression and, if `timed`, the one without, with what both cost.
 
+    Parameters
+    ----------
+    model, processor, inputs
+        From `load` and `prepare` of `vtc.eval.ask`; the model is a stock one, before and afterwards.
+    options : dict
+        Fields of `VTCConfig`, and options of the method.
+    length : int
+        Longest answer in tokens.
+    timed : bool
+        Whether to measure, and to run the uncompressed model at all.
+    quiet : bool
+        Show no progress.
+
+    Returns
+    -------
+    dict
+        `method`; `prune_layer`; `compressed` and `uncompressed` (None if not `timed`), each with `visual_tokens` per
+        image, `answer` and, if `timed`, `time_to_first_token_ms` (median, min, max) and `kv_cache_bytes`; `backend`, by
+        operation; `noisy`, a warning about the times or None.
+    """
+    import vtc
+    from vtc.eval.answerer import Answerer
+    from vtc.eval.measure import RUNS, first_tokens, noise
+    from vtc.eval.progress import Progress
+    from vtc.eval.setting import Setting
+
+    answerer = Answerer(model, processor)
+    config = vtc.VTCConfig.of(**options)
+    own = {name: value for name, value in options.items() if name != "method"}
+    settings = [Setting(config.method, own), Setting()]
+
+    def answered(setting: Setting) -> dict[str, Any]:
+        texts, _, tokens = answerer.generate(inputs, setting, max_new_tokens=length)
+        if not setting.compresses:  # then they are those of the prompt
+            tokens = int(tokens or 0) // len(inputs["pixel_values"])
+        return {"visual_tokens": tokens, "answer": texts[0]}
+
+    short, full, warning = answered(settings[0]), None, None
+    with vtc.compress(model, **options):
+        backends = vtc.status(model).backends
+    if timed:
+        full = answered(settings[1])
+        with Progress("timing", (RUNS + 1) * len(settings), quiet=quiet, unit="runs") as progress:
+            found = first_tokens(answerer, inputs, settings, advance=progress.advance)
+        for side, cost in zip((short, full), found, strict=True):
+            side |= {"time_to_first_token_ms": cost.record(), "kv_cache_bytes": cost.kv_bytes}
+        warning = noise({config.name: found[0], "all tokens": found[1]})
+    return {
+        "method": config.name,
+        "prune_layer": config.prune_after,
+        "compressed": short,
+        "uncompressed": full,
+        "backend": {operation: backend for operation, (backend, _) in backends.items()},
+        "noisy": warning,
+    }
+
+
+def table_of(result: dict[str, Any]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """Title, columns and rows of the table of `vtc run --compare`, of its JSON document."""
+    from vtc.eval.measure import cell
+
+    columns = ("", "visual tokens", "time to first token", "KV cache", "answer")
+    rows: list[tuple[str, ...]] = [
+        (
+            name,
+            f"{side['visual_tokens']:g}",
+            cell(side["time_to_first_token_ms"]),
+            f"{side['kv_cache_bytes'] / 2**20:.2f} MiB",
+            " ".join(side["answer"].split()),
+        )
+        for name, side in (("all tokens", result["uncompressed"]), (result["method"], result["compressed"]))
+    ]
+    return result["question"], columns, rows
+
+
+def footnotes(result: dict[str, Any]) -> list[str]:
+    """How the figures of the table were measured, and whether the times are noisy."""
+    from vtc.eval.ask import threads_text
+    from vtc.eval.measure import RUNS
+
+    where = f"{result['device']}, {result['dtype']}"
+    if result["device"] == "cpu":
+        where += f", {threads_text(result['cpu_threads'])}"
+    tokens = "Visual tokens: of each image. " if len(result["images"]) > 1 else ""
+    return [
+        f"{tokens}Time to first token: median (fastest-slowest) of {RUNS} warm runs, in turns, on {where}, from pixels "
+        "to token. KV cache: after the prompt.",
+        *([result["noisy"]] if result["noisy"] else []),
+    ]
+
+
+def _print(request: Request, result: dict[str, Any]) -> None:
     if request.compare:
-        title, columns, rows = ask.comparison(result)
+        title, columns, rows = table_of(result)
         print_table(title, columns, rows)
-        for line in ask.footnotes(result):
+        for line in footnotes(result):
             typer.echo(line)
     else:
         typer.echo(result["compressed"]["answer"])

@@ -11,9 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
 from vtc import tiny
-from vtc.eval import checkpoint
+from vtc.eval import BUNDLED, checkpoint
 
-BUNDLED = "bundled"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _log = logging.getLogger("vtc")
 

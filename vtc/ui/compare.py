@@ -13,11 +13,10 @@ from PIL import Image, ImageOps
 
 import vtc
 from vtc.api import selects
-from vtc.cli import ask
 from vtc.config import VTCConfig, kept_count
+from vtc.eval import BUNDLED, ask
 from vtc.eval.answerer import Answerer
 from vtc.eval.measure import RUNS, FirstToken, first_tokens
-from vtc.eval.model import BUNDLED
 from vtc.eval.setting import NONE, Setting, ignores_keep
 from vtc.images import ImageError, load_image
 from vtc.methods import METHODS, PLACES
@@ -80,7 +79,7 @@ class Comparison:
     Parameters
     ----------
     model, processor
-        From `vtc.cli.ask.load`. Nothing on them changes.
+        From `vtc.eval.ask.load`. Nothing on them changes.
     name : str
         Of the model, to be shown.
     """
@@ -115,12 +114,7 @@ class Comparison:
             raise ValueError(f"there is no method {choice.method!r}; take one of {', '.join(CHOICES)}")
         if ignores_keep(choice.method, {}):
             return Setting(choice.method)
-        if choice.keep != int(choice.keep) or not 1 <= choice.keep <= self.num_tokens:
-            raise ValueError(
-                f"the number of tokens to keep is {choice.keep:g}; an image of this model has {self.num_tokens}, so "
-                f"take a whole number from 1 to {self.num_tokens}"
-            )
-        return Setting(choice.method, {"keep": int(choice.keep)})
+        return Setting(choice.method, {"keep": whole(choice.keep, 1, self.num_tokens, "the number of tokens to keep")})
 
     def ask(
         self, image: Image.Image, question: str, choices: Sequence[Choice], length: int, timed: bool = True
@@ -150,8 +144,7 @@ class Comparison:
             raise ValueError("the question is empty; ask something about the image")
         if len(question) > MAX_QUESTION:
             raise ValueError(f"the question has {len(question)} characters; shorten it to {MAX_QUESTION}")
-        if length != int(length) or not 1 <= length <= MAX_NEW_TOKENS:
-            raise ValueError(f"the longest answer is {length:g} tokens; take a whole number from 1 to {MAX_NEW_TOKENS}")
+        length = whole(length, 1, MAX_NEW_TOKENS, "the longest answer in tokens")
         settings = [Setting(), *map(self.setting, choices)]
         with self._computing:
             self._check()
@@ -162,7 +155,7 @@ class Comparison:
             columns = []
             for setting in settings:
                 texts, _, kept = self.answerer.generate(
-                    inputs, setting, max_new_tokens=int(length), stopping_criteria=[self._is_done]
+                    inputs, setting, max_new_tokens=length, stopping_criteria=[self._is_done]
                 )
                 right = example.is_right(question, texts[0]) if example else None
                 column = Column(setting.name, texts[0], right, kept or 0, self._plain(seen))
@@ -170,6 +163,7 @@ class Comparison:
         yield columns
         if timed:
             with self._computing:
+                self._check()
                 costs = first_tokens(self.answerer, inputs, settings, advance=self._check)
             yield [replace(column, cost=cost) for column, cost in zip(columns, costs, strict=True)]
 
@@ -219,6 +213,13 @@ class Comparison:
             note += f" All tokens pass the first {layers} layers."
         heatmap = vtc.heatmap(seen, selection)
         return replace(column, image=vtc.overlay(seen, selection), heatmap=heatmap, note=note)
+
+
+def whole(value: Any, low: int, high: int, what: str) -> int:
+    """`value`, which is what a browser sent, as an int. Raises ValueError if it is no whole number in this range."""
+    if isinstance(value, int | float) and low <= value <= high and value == int(value):
+        return int(value)
+    raise ValueError(f"{what} is {value!r:.40}; take a whole number from {low} to {high}")
 
 
 def described(method: str) -> str:

@@ -245,15 +245,34 @@ def serve(comparison: Comparison, host: str, port: int, open_browser: bool) -> N
     ValueError
         As `running`.
     """
-
-    def end(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    for name in ("SIGTERM", "SIGHUP"):  # else the folder would stay
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), end)
-    with contextlib.suppress(KeyboardInterrupt), running(comparison, host, port) as address:
+    with _until_a_signal(), running(comparison, host, port) as address:
         print(f"{address} shows the page; Ctrl-C ends it", file=sys.stderr, flush=True)
         if open_browser:
             webbrowser.open(address)
         threading.Event().wait()
+
+
+@contextlib.contextmanager
+def _until_a_signal() -> Iterator[None]:
+    """The first Ctrl-C or signal to end leaves the block; further ones are ignored, or the folder would stay.
+
+    What this process was told to ignore, as by nohup, is ignored.
+    """
+    came: list[int] = []
+
+    def end(number: int, frame: Any) -> None:
+        came.append(number)
+        if len(came) == 1:
+            raise KeyboardInterrupt
+
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {each: signal.getsignal(each) for each in signals}
+    try:
+        for each, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(each, end)
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
