@@ -246,7 +246,7 @@ def test_a_setting_of_an_object_answers_and_is_told_apart():
     assert [answer.text for answer in mine] == [answer.text for answer in theirs]
     labels = [each.label for each in sweep([Mine(), MyMerge(), MyMerge(adaptive_count=False)], [9, 4], seed=3)]
     assert labels == [
-        *("mine-9-seed=3", "mine-4-seed=3", "my-merge-9"),
+        *("mine-9-seed=3", "mine-4-seed=3", "my-merge"),
         *("my-merge-9-adaptive_count=False", "my-merge-4-adaptive_count=False"),
     ]
 
