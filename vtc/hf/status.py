@@ -45,8 +45,8 @@ class Status:
     backends : dict
         Of each operation that an image takes without gradients: its backend, and why.
     images : int
-        Images that it has compressed since it was switched on, in a block since that was opened. Calls of a graph that
-        torch.compile made are not counted.
+        Images that it has compressed since it was switched on, in a block since that was opened; about so many if
+        several threads use the model. Calls of a graph that torch.compile made are not counted.
     problem : str or None
         Why the settings do not fit this model, which the next image would raise.
     """
