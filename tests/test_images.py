@@ -235,7 +235,7 @@ def test_the_limit_of_the_program_for_pillow_does_not_count(tmp_path, monkeypatc
 def test_threads_decode_at_the_same_time(tmp_path, monkeypatch):
     """Each waits in the middle of its decoding for the other. Meanwhile their warnings and Pillow's limit are own."""
     two_halves().save(tmp_path / "a.png")
-    both, load, limit = threading.Barrier(2, timeout=30), PngImageFile.load, Image.MAX_IMAGE_PIXELS
+    both, load, limit = threading.Barrier(2, timeout=10), PngImageFile.load, Image.MAX_IMAGE_PIXELS
     seen = []
 
     def waiting(self):

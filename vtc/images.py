@@ -174,7 +174,7 @@ def _first_bytes(file: Path) -> bytes:
 
 def _checked(image: Any, name: str) -> Any:
     """The opened `image`, halved if it is large. Most formats are not decoded before that."""
-    from PIL import Image
+    from PIL import ExifTags, Image
 
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -182,8 +182,10 @@ def _checked(image: Any, name: str) -> Any:
     if width * height > MAX_PIXELS:
         raise ImageError(f"{name} is {width} x {height}, more than {MAX_PIXELS:,} pixels; make it smaller first")
     with _own_limit():
-        if "exif" in image.info:
-            image.getexif()  # warns of odd metadata
+        if "exif" in image.info:  # only one entry counts, and odd ones would be warned of again later
+            exif, turned = Image.Exif(), image.getexif().get(ExifTags.Base.Orientation)
+            exif.update({ExifTags.Base.Orientation: turned} if turned in range(2, 9) else {})
+            image.info["exif"] = exif.tobytes()
         if image.format in DECODERS_WITH_LIMIT:
             image.load()
     if width * height <= MAX_PIXELS_IN_FULL:
