@@ -319,5 +319,7 @@ def test_a_device_that_fails_is_one_line(copy, monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access\nCompile with")
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "to", broken)
-    with pytest.raises(ValueError, match="cannot be loaded: RuntimeError: CUDA error: an illegal memory access Compile"):
+    with pytest.raises(
+        ValueError, match="cannot be loaded: RuntimeError: CUDA error: an illegal memory access Compile"
+    ):
         copy().load()

@@ -192,7 +192,9 @@ def test_inputs_that_lack_something_are_refused(stock, change, method, says):
 
 def test_a_model_that_does_not_run_its_layers_is_refused(stock, monkeypatch):
     monkeypatch.setattr(type(stock), "generate", lambda self, **call: call["input_ids"])
-    with pytest.raises(ValueError, match=r"the generate\(\) of a LlavaForCondit\w+ did not run layer 2 .*; pass a LLaVA"):
+    with pytest.raises(
+        ValueError, match=r"the generate\(\) of a LlavaForCondit\w+ did not run layer 2 .*; pass a LLaVA"
+    ):
         vtc.select(stock, inputs(prompts("one")), method="fastv", keep=KEEP)
 
 

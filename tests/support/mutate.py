@@ -875,7 +875,7 @@ MUTANTS = [
     *_of("vtc/eval/processes.py", "eval/test_distributed", {"no group on a CPU": ("PartialState(cpu=True, ", "PartialState(")}),
     *_of(
         "vtc/ui/compare.py",
-        "ui/test_ui_answers",
+        "ui/test_ui_compare",
         {
             "a choice out of range": ("not 1 <= choice.keep <= self.num_tokens", "False"),
             "the method's own number": ("if ignores_keep(choice.method, {}):", "if False:"),
@@ -886,7 +886,7 @@ MUTANTS = [
     ),
     *_of(
         "vtc/ui/server.py",
-        "ui/test_ui_answers",
+        "ui/test_ui_server",
         {
             "any name": ("if self.local and not is_local(", "if False and not is_local("),
             "any route": ("if not NEEDED.fullmatch(scope[\"path\"])", "if not NEEDED.match(scope[\"path\"])"),
@@ -897,13 +897,13 @@ MUTANTS = [
     ),
     *_of(
         "vtc/ui/cards.py",
-        "ui/test_ui_answers",
+        "ui/test_ui_cards",
         {
             "answers are HTML": ("answer = escape(column.answer)", "answer = column.answer"),
             "any difference is a gain": ("if low <= max(full.seconds) and min(full.seconds) <= high:", "if False:"),
         },
     ),
-    *_of("vtc/ui/examples.py", "ui/test_ui_answers", {"what is not known is wrong": ("None if right is None else", "False if right is None else")}),
+    *_of("vtc/ui/examples.py", "ui/test_ui_compare", {"what is not known is wrong": ("None if right is None else", "False if right is None else")}),
     *_of(
         "vtc/eval/ray_engine.py",
         "eval/test_ray",
