@@ -191,8 +191,8 @@ class VTCConfig:
         """Return a copy with `changes`: shared fields, and options of the (new) method.
 
         A new `keep` replaces an old `ratio`, and a new `ratio` an old `keep`. A `backend` counts before that of a
-        method object, and a new object's before the old `backend`, unless it is "auto". Another method starts with its own
-        defaults; the same method keeps the options that are not changed.
+        method object, and a new object's before the old `backend`, unless it is "auto". Another method starts with its
+        own defaults; the same method keeps the options that are not changed.
 
         Raises
         ------

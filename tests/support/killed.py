@@ -1,6 +1,5 @@
 """Kill a process while it writes a file."""
 
-import signal
 import subprocess
 import time
 

@@ -345,3 +345,4 @@ def test_ctrl_c_ends_it_quietly_and_leaves_nothing(own_server, browser):
     assert server.process.returncode == 0
     assert files(server.temporary) == files(server.directory) == []
     assert not list(server.temporary.glob("vtc-ui-*"))
+    visitor.context.close()
