@@ -4,11 +4,15 @@ import io
 import os
 import re
 import struct
+import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from vtc import images
 from vtc.images import ImageError, load_image
@@ -219,6 +223,42 @@ def test_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatch, si
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     refused(tmp_path / "bomb.png", "more than 200,000,000 pixels; make it smaller first")
     assert limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.ico"])
+def test_the_limit_of_the_program_for_pillow_does_not_count(tmp_path, monkeypatch, name):
+    Image.new("RGB", (64, 64), RED).save(tmp_path / name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert load_image(tmp_path / name).size == (64, 64)
+
+
+def test_threads_decode_at_the_same_time(tmp_path, monkeypatch):
+    """Each waits in the middle of its decoding for the other. Meanwhile their warnings and Pillow's limit are own."""
+    two_halves().save(tmp_path / "a.png")
+    both, load, limit = threading.Barrier(2, timeout=10), PngImageFile.load, Image.MAX_IMAGE_PIXELS
+    seen = []
+
+    def waiting(self):
+        both.wait()
+        seen.append(Image.MAX_IMAGE_PIXELS)
+        return load(self)
+
+    monkeypatch.setattr(PngImageFile, "load", waiting)
+    monkeypatch.setattr(images, "MAX_PIXELS", 10**6)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(load_image, [tmp_path / "a.png"] * 2)
+    assert first.tobytes() == second.tobytes() == two_halves().tobytes()
+    assert set(seen) == {limit}
+
+
+def test_warnings_of_odd_metadata_are_ignored(tmp_path):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"  # promises five entries, and has one
+    two_halves().save(tmp_path / "a.jpg", exif=exif)
+    with pytest.warns(UserWarning, match="Corrupt EXIF data"), Image.open(tmp_path / "a.jpg") as image:
+        image.getexif()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_image(tmp_path / "a.jpg")
 
 
 def test_images_of_108_and_200_megapixels_pass_the_size_check(tmp_path):

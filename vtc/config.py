@@ -179,7 +179,7 @@ class VTCConfig:
     def build_method(self) -> Method:
         """The method with its options and `backend`."""
         if isinstance(self.method, Method):
-            return self.method if self.method.backend == self.backend else self.method.changed(backend=self.backend)
+            return _with_backend(self.method, self.backend)
         return methods.build(self.method, backend=self.backend, **self.options)
 
     def without_effect(self) -> dict[str, str]:
@@ -190,8 +190,9 @@ class VTCConfig:
     def updated(self, /, **changes: Any) -> "VTCConfig":
         """Return a copy with `changes`: shared fields, and options of the (new) method.
 
-        A new `keep` replaces an old `ratio`, and a new `ratio` an old `keep`. Another method starts with its own
-        defaults; the same method keeps the options that are not changed.
+        A new `keep` replaces an old `ratio`, and a new `ratio` an old `keep`. A `backend` counts before that of a
+        method object, and a new object's before the old `backend`, unless it is "auto". Another method starts with its
+        own defaults; the same method keeps the options that are not changed.
 
         Raises
         ------
@@ -212,6 +213,11 @@ class VTCConfig:
             shared["ratio"] = None
         elif "ratio" in shared and shared.get("keep") is None:
             shared["keep"] = None
+        if isinstance(method, Method):
+            if "backend" in shared:
+                method = shared["method"] = _with_backend(method, shared["backend"])
+            elif "method" in shared and method.backend != "auto":
+                shared["backend"] = method.backend
         before = {name: getattr(self, name) for name in SHARED}
         options = self.options if isinstance(method, str) and method == self.method else {}
         return VTCConfig(**{**before, **shared}, options={**options, **changes})
@@ -277,6 +283,11 @@ def _say_default(num_tokens: int) -> None:
         num_tokens,
         DEFAULT_RATIO,
     )
+
+
+def _with_backend(method: Method, backend: str) -> Method:
+    check_one_of("backend", backend, ops.BACKENDS)
+    return method if method.backend == backend else method.changed(backend=backend)
 
 
 def _is_number(value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,27 +37,19 @@ def replacing(path: StrPath) -> Iterator[Path]:
         If the folder or the disk does not take it.
     """
     target = Path(os.path.realpath(path))
-    handle, name = tempfile.mkstemp(prefix=".vtc-", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.with_name(f".vtc-{secrets.token_hex(8)}{target.suffix}")
+    # Not by tempfile, whose files are for their owner only: here the kernel applies the umask.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
-        temporary.chmod(_mode(target))
+        if target.exists():
+            temporary.chmod(target.stat().st_mode & 0o777)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _mode(target: Path) -> int:
-    """The permissions of `target`, or those that a new file gets here."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def require_writable(path: StrPath, inputs: Iterable[StrPath] = ()) -> Path:

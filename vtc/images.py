@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -32,7 +34,9 @@ DRAWINGS = {
     b"<svg": "SVG",
     b"<?xm": "SVG, or other XML",
 }
-_LOCK = threading.Lock()  # around what changes globals of Pillow and Python while an image is decoded
+DECODERS_WITH_LIMIT = ("TIFF", "ICO")  # the formats for which Pillow reads its limit when it decodes, too
+
+_LOCK = threading.Lock()  # around what changes globals of Pillow and Python
 
 
 class ImageError(ValueError):
@@ -132,20 +136,33 @@ def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
     begin = file.getvalue()[:4] if isinstance(file, io.BytesIO) else _first_bytes(file)
     if begin in DRAWINGS:
         raise ImageError(f"{name} is {DRAWINGS[begin]}, a drawing and no pixels; convert it to PNG")
-    # Pillow warns above its own limit and raises above twice that, both before decoding. `_check_size` replaces the
-    # warning; other warnings (odd metadata) are ignored.
+    try:
+        with _own_limit():
+            Image.init()
+            image = Image.open(file, formats=[each for each in FORMATS if each in Image.OPEN])  # reads the header only
+        with image:
+            return _upright(_checked(image, name))
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has more than {MAX_PIXELS:,} pixels; make it smaller first") from error
+    except UnidentifiedImageError as error:
+        hint = f"convert it to JPEG or PNG if it is an image (VTC reads {', '.join(FORMATS)})"
+        raise ImageError(f"{name} is not an image in a format that VTC reads; {hint}") from error
+
+
+@contextlib.contextmanager
+def _own_limit() -> Iterator[None]:
+    """Replace Pillow's limit by `MAX_PIXELS`, and ignore warnings: in one thread at a time, so as briefly as possible.
+
+    Pillow warns above its limit and raises above twice that. `_checked` replaces the warning; others are of odd
+    metadata.
+    """
+    from PIL import Image
+
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
         try:
-            Image.init()
-            with Image.open(file, formats=[each for each in FORMATS if each in Image.OPEN]) as image:
-                return _upright(_checked(image, name))
-        except Image.DecompressionBombError as error:
-            raise ImageError(f"{name} has more than {MAX_PIXELS:,} pixels; make it smaller first") from error
-        except UnidentifiedImageError as error:
-            hint = f"convert it to JPEG or PNG if it is an image (VTC reads {', '.join(FORMATS)})"
-            raise ImageError(f"{name} is not an image in a format that VTC reads; {hint}") from error
+            yield
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
@@ -156,20 +173,27 @@ def _first_bytes(file: Path) -> bytes:
 
 
 def _checked(image: Any, name: str) -> Any:
-    """The opened `image`, not decoded unless it is halved."""
-    from PIL import Image
+    """The opened `image`, halved if it is large. Most formats are not decoded before that."""
+    from PIL import ExifTags, Image
 
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(f"{name} is {width} x {height}, longer than {MAX_ASPECT} times its other side; crop it first")
     if width * height > MAX_PIXELS:
         raise ImageError(f"{name} is {width} x {height}, more than {MAX_PIXELS:,} pixels; make it smaller first")
+    with _own_limit():
+        if "exif" in image.info:  # only one entry counts, and odd ones would be warned of again later
+            exif, turned = Image.Exif(), image.getexif().get(ExifTags.Base.Orientation)
+            exif.update({ExifTags.Base.Orientation: turned} if turned in range(2, 9) else {})
+            image.info["exif"] = exif.tobytes()
+        if image.format in DECODERS_WITH_LIMIT:
+            image.load()
     if width * height <= MAX_PIXELS_IN_FULL:
         return image
     image.draft(None, (width // 2, height // 2))  # libjpeg decodes at half size; other formats ignore it
     if image.size != (width, height):
         return image
-    image.load()  # turns a TIFF
+    image.load()
     half = (-(-image.width // 2), -(-image.height // 2))
     if image.has_transparency_data and image.mode in ("L", "RGB"):  # one colour is transparent; a mean has others
         image = image.convert("RGBA")

@@ -2,13 +2,13 @@
 
 import hashlib
 import io
-import multiprocessing
-import random
-import time
+import sys
+from pathlib import Path
 
 import pytest
 from openpyxl import load_workbook
 from support.eval_data import write_all
+from support.killed import kill_while_it_writes
 
 from vtc.cli import eval as evaluation
 from vtc.eval import plots, report
@@ -17,7 +17,6 @@ from vtc.eval.setting import Setting
 from vtc.eval.task import Figure
 from vtc.eval.tasks import TASKS
 
-KILLS = 10
 WRITERS = ("gqa", "mmbench", "mmvet", "report")
 
 
@@ -40,12 +39,16 @@ def write(name, version, task, folder):
         task.submission(answers, folder, "model")
 
 
-def forever(name, task, folder, ready):
-    number = 0
-    while True:
-        write(name, number % 2, task, folder)
-        ready.set()
-        number += 1
+FOREVER = f"""
+import itertools, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from eval.test_killed_writers import TASKS, write
+name, data, out = sys.argv[1], *map(Path, sys.argv[2:])
+task = None if name == "report" else TASKS[name](data)
+for number in itertools.count(1):
+    write(name, number % 2, task, out)
+"""
 
 
 def digests(folder):
@@ -61,7 +64,7 @@ def _digest(name, content):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_kill_leaves_each_file_whole(name, tmp_path):
-    data, out = tmp_path / "data", tmp_path / "out"
+    data = tmp_path / "data"
     data.mkdir()
     write_all(data)
     task = None if name == "report" else TASKS[name](data)
@@ -73,26 +76,12 @@ def test_a_kill_leaves_each_file_whole(name, tmp_path):
         versions.append(digests(out))
     assert versions[0].keys() == versions[1].keys()
     assert not set(versions[0].values()) & set(versions[1].values())
-    out = tmp_path / "out"
-    out.mkdir()
-    context, rng, cut = multiprocessing.get_context("fork"), random.Random(0), 0
-    for _ in range(KILLS if name != "report" else 4):
-        ready = context.Event()
-        process = context.Process(target=forever, args=(name, task, out, ready))
-        process.start()
-        assert ready.wait(60)
-        time.sleep(rng.uniform(0, 0.02))
-        process.kill()
-        process.join()
-        found = digests(out)
-        assert found.keys() == versions[0].keys()
-        for file, digest in found.items():
-            assert digest in (versions[0][file], versions[1][file]), file
-        left = [path for path in out.iterdir() if path.name.startswith(".vtc-")]
-        cut += len(left)
-        for path in left:
-            path.unlink()
-    assert cut or name == "report"  # else no kill came while a file was written
+    out = tmp_path / "version0"
+    kill_while_it_writes([sys.executable, "-c", FOREVER, name, data, out], out)
+    found = digests(out)
+    assert found.keys() == versions[0].keys()
+    for file, digest in found.items():
+        assert digest in (versions[0][file], versions[1][file]), file
 
 
 def unchanged(folder):
@@ -142,6 +131,6 @@ def test_a_folder_that_takes_no_files_is_refused_before_a_model_is_loaded(tmp_pa
         (tmp_path / "report", "report.md is a directory"),
     ):
         with pytest.raises(ValueError, match=says):
-            evaluation.evaluate([], [Setting()], machine, evaluation.Options(evaluation.Path(out)), False)
+            evaluation.evaluate([], [Setting()], machine, evaluation.Options(Path(out)), False)
     report.require_folder(tmp_path / "new" / "folder")
     assert not (tmp_path / "new").exists()

@@ -6,9 +6,11 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.cli import refused
+from support.cli import call, refused
+from transformers import LlavaForConditionalGeneration
 
 from vtc import tiny
+from vtc.eval import model as loading
 from vtc.eval.model import ModelSpec, pick_device
 from vtc.hf import unsupported
 from vtc.hf.families import FAMILIES, type_refusal
@@ -291,3 +293,33 @@ def test_the_command_refuses_weights_that_are_nan_in_one_line(copy, tmp_path):
     spec = copy(weights=lambda w: {name: each * float("nan") for name, each in w.items()})
     message = refused("run", tmp_path / "a.png", "what is there ?", "--model", spec.model)
     assert "145 of the weights of model" in message
+
+
+FULL = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+
+
+@pytest.mark.parametrize("place", ["from_pretrained", "to"])
+def test_a_full_memory_is_not_the_fault_of_the_checkpoint(copy, tmp_path, monkeypatch, place):
+    def full(*args, **kwargs):
+        raise RuntimeError(FULL)
+
+    owner = loading.AutoModelForImageTextToText if place == "from_pretrained" else LlavaForConditionalGeneration
+    monkeypatch.setattr(owner, place, full)
+    spec = copy()
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        spec.load()
+    tiny.scenes.Scene("test", 0).image.save(tmp_path / "a.png")
+    result = call("run", tmp_path / "a.png", "what is there ?", "--model", spec.model)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("vtc: out of memory; try --dtype float16")
+
+
+def test_a_device_that_fails_is_one_line(copy, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access\nCompile with")
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "to", broken)
+    with pytest.raises(
+        ValueError, match="cannot be loaded: RuntimeError: CUDA error: an illegal memory access Compile"
+    ):
+        copy().load()

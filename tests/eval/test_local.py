@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vtc.eval import local
 from vtc.eval.answerer import Answerer, Batch
 from vtc.eval.engine import Cost, Job, batches_of
 from vtc.eval.local import LocalEngine
+from vtc.eval.memory import is_out_of_memory
 from vtc.eval.model import ModelSpec
 from vtc.eval.question import Answer, EncodedImage
 from vtc.eval.run import Options, Run
@@ -213,13 +213,13 @@ def test_memory_is_freed_before_the_smaller_batch(monkeypatch):
 
 
 def test_is_out_of_memory_knows_the_errors_of_torch():
-    assert local.is_out_of_memory(torch.cuda.OutOfMemoryError("x"))
-    assert local.is_out_of_memory(RuntimeError("CUDA error: out of memory\nCompile with"))  # outside of the allocator
-    assert local.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
+    assert is_out_of_memory(torch.cuda.OutOfMemoryError("x"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCompile with"))  # outside of the allocator
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
-    assert local.is_out_of_memory(caught.value)
-    assert not local.is_out_of_memory(RuntimeError("x"))
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("x"))
 
 
 class Counting:

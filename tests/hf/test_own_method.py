@@ -177,6 +177,13 @@ def test_settings_with_an_object():
     assert config.updated(seed=4) == vtc.VTCConfig.of(method=Mine(seed=4), keep=9)
     assert config.updated(backend="torch").build_method() == Mine(seed=3, backend="torch")
     assert vtc.VTCConfig.of(method=Mine(backend="torch")).backend == "torch"
+    assert vtc.VTCConfig(method=Mine(backend="torch")).backend == "torch"
+    assert vtc.VTCConfig.of(method=Mine(backend="torch")).updated(backend="auto").backend == "auto"
+    assert vtc.VTCConfig.of(method=Mine(backend="torch"), backend="auto").backend == "auto"
+    assert vtc.VTCConfig.of(backend="triton").updated(method=Mine(backend="torch")).backend == "torch"
+    assert vtc.VTCConfig.of(backend="torch").updated(method=Mine()).build_method() == Mine(backend="torch")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        config.updated(backend="cuda")
     assert vtc.VTCConfig.of(method=MyFastV()).prune_after == 2
     assert vtc.VTCConfig.of(method=MyFastV()).kept_kv == "full"
 

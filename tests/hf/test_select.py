@@ -190,6 +190,14 @@ def test_inputs_that_lack_something_are_refused(stock, change, method, says):
         vtc.select(stock, change(inputs(prompts("left_padded"))), method=method, keep=KEEP)
 
 
+def test_a_model_that_does_not_run_its_layers_is_refused(stock, monkeypatch):
+    monkeypatch.setattr(type(stock), "generate", lambda self, **call: call["input_ids"])
+    with pytest.raises(
+        ValueError, match=r"the generate\(\) of a LlavaForCondit\w+ did not run layer 2 .*; pass a LLaVA"
+    ):
+        vtc.select(stock, inputs(prompts("one")), method="fastv", keep=KEEP)
+
+
 def test_only_methods_that_select_no_patches_are_refused():
     refused = []
     for name in vtc.methods.METHODS:

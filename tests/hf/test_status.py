@@ -122,7 +122,7 @@ def test_none_tiles_objects_and_adaptive_methods(stock):
 
 @pytest.fixture
 def fresh():
-    settings._warn_of_option.cache_clear()
+    settings._NAMED.clear()
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,18 @@ def test_an_option_without_effect_is_named_once(stock, caplog, fresh, options, s
         with vtc.compress(stock, **options):
             pass
     assert [record.message[: len(says)] for record in caplog.records] == [says]
+
+
+def test_another_value_without_effect_is_not_named_again(stock, caplog, fresh):
+    for keep in (5, 6, 7):
+        with vtc.compress(stock, method="prumerge", keep=keep):
+            pass
+    with vtc.compress(stock, method="none", keep=5):
+        pass
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "keep=5 has no effect with method 'prumerge'",
+        "keep=5 has no effect with method 'none'",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -876,7 +876,7 @@ MUTANTS = [
     *_of("vtc/eval/processes.py", "eval/test_distributed", {"no group on a CPU": ("PartialState(cpu=True, ", "PartialState(")}),
     *_of(
         "vtc/ui/compare.py",
-        "ui/test_ui_answers",
+        "ui/test_ui_compare",
         {
             "a choice out of range": ("low <= value <= high and", ""),
             "the method's own number": ("if ignores_keep(choice.method, {}):", "if False:"),
@@ -887,7 +887,7 @@ MUTANTS = [
     ),
     *_of(
         "vtc/ui/server.py",
-        "ui/test_ui_answers",
+        "ui/test_ui_server",
         {
             "any name": ("if self.local and not is_local(", "if False and not is_local("),
             "any route": ("if not NEEDED.fullmatch(scope[\"path\"])", "if not NEEDED.match(scope[\"path\"])"),
@@ -898,15 +898,17 @@ MUTANTS = [
     ),
     *_of(
         "vtc/ui/cards.py",
-        "ui/test_ui_answers",
+        "ui/test_ui_cards",
         {
             "answers are HTML": ("answer = escape(column.answer)", "answer = column.answer"),
             "any difference is a gain": ("if low <= max(full.seconds) and min(full.seconds) <= high:", "if False:"),
         },
     ),
     *_of("vtc/ui/compare.py", "ui/test_ui_process", {"times after the end": ("                self._check()\n                costs", "                costs")}),
+    *_of("vtc/ui/compare.py", "ui/test_ui_compare", {"any file of the machine is opened": (".is_relative_to(folder.resolve())", ".exists()")}),
+    *_of("vtc/ui/server.py", "ui/test_ui_server", {"any page may ask": ("and not self._is_own(origin, headers)", "and False")}),
     *_of("vtc/ui/server.py", "ui/test_ui_process", {"any signal cuts off the end": ("if len(came) == 1:", "if came:")}),
-    *_of("vtc/ui/examples.py", "ui/test_ui_answers", {"what is not known is wrong": ("None if right is None else", "False if right is None else")}),
+    *_of("vtc/ui/examples.py", "ui/test_ui_compare", {"what is not known is wrong": ("None if right is None else", "False if right is None else")}),
     *_of(
         "vtc/eval/ray_engine.py",
         "eval/test_ray",
@@ -926,6 +928,7 @@ MUTANTS = [
             "pickled weights named as missing": ("if pickled and not any", "if False and not any"),
             "attention of the hub accepted": ('if "/" in str(part.get(name)):', "if False:"),
             "errors of transformers reach the user": ("except _ERRORS as error:", "except OSError as error:"),
+            "a full memory is a bad checkpoint": ("if is_out_of_memory(error):", "if False:"),
             "any model_type": ("if refusal := refusal or type_refusal(kind):", "if False:"),
         },
     ),
@@ -949,6 +952,8 @@ MUTANTS = [
             "options beside an object are lost": ("method = method.changed(**self.options)", "pass"),
             "an object of a built-in class stays one": ("if METHODS.get(method.name) is type(method):", "if False:"),
             "the object's backend is lost": ('object.__setattr__(self, "backend", method.backend)', "pass"),
+            "the backend cannot be set back": ('method = shared["method"] = _with_backend(method, shared["backend"])', "pass"),
+            "a new object's backend is the old one": ('elif "method" in shared and method.backend != "auto":', "elif False:"),
             "an object never reselects": ('getattr(self.method, "reselect", self.options.get("reselect"))', 'self.options.get("reselect")'),
         },
     ),
@@ -974,6 +979,7 @@ MUTANTS = [
         "vtc/hf/settings.py",
         "hf/test_status",
         {
+            "each value is named": ("_NAMED.add((name, method, why))", "pass"),
             "images since ever": ("IMAGES.pop(base, None)\n        base", "base"),
             "tiles everywhere": ("if all(visual.layout != TILES.layout for visual in family.inputs):", "if False:"),
         },

@@ -68,12 +68,22 @@ class Server:
         return self.stderr.read_text()[before:]
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
+def running_server(folder):
+    server = Server(folder)
     yield server
     server.process.kill()
     server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    yield from running_server(tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture
+def own_server(tmp_path):
+    """For a test that ends it."""
+    yield from running_server(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -331,8 +341,9 @@ def files(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_ctrl_c_ends_it_quietly_and_leaves_nothing(server, visitor):
-    """The last test of the server; in the middle of an answer."""
+def test_ctrl_c_ends_it_quietly_and_leaves_nothing(own_server, browser):
+    """In the middle of an answer."""
+    server, visitor = own_server, Visitor(browser, own_server.address)
     assert server.stderr.read_text().startswith(f"{server.address} shows the page; Ctrl-C ends it\n")
     assert {file.relative_to(server.temporary).parts[0][:7] for file in files(server.temporary)} == {"vtc-ui-"}
     visitor.choose("second", "random")
@@ -344,3 +355,4 @@ def test_ctrl_c_ends_it_quietly_and_leaves_nothing(server, visitor):
     assert server.process.returncode == 0
     assert files(server.temporary) == files(server.directory) == []
     assert not list(server.temporary.glob("vtc-ui-*"))
+    visitor.context.close()

@@ -80,7 +80,7 @@ def explain(error: Exception) -> tuple[str, int]:
 
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, RuntimeError):
-        from vtc.eval.local import is_out_of_memory
+        from vtc.eval.memory import is_out_of_memory
 
         return is_out_of_memory(error)
     return isinstance(error, MemoryError)

@@ -14,7 +14,8 @@ from vtc.config import DEFAULT_KEEP
 from vtc.eval import report
 from vtc.eval.answers_file import read_answers
 from vtc.eval.engine import Engine
-from vtc.eval.local import LocalEngine, is_out_of_memory
+from vtc.eval.local import LocalEngine
+from vtc.eval.memory import is_out_of_memory
 from vtc.eval.model import ModelSpec, pick_device, pick_dtype
 from vtc.eval.processes import Processes, current
 from vtc.eval.result import Result, Timing, environment, read

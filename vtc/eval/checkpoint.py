@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from vtc.eval.memory import is_out_of_memory
 from vtc.hf.families import FAMILIES, type_refusal
 from vtc.hf.unsupported import UNSUPPORTED, format_refusal
 
@@ -26,12 +27,15 @@ _ERRORS = (
 
 @contextlib.contextmanager
 def loading(model: str, part: str) -> Iterator[None]:
-    """Errors of transformers while it loads `part` of `model` become a ValueError of one line that names both."""
+    """Errors while `part` of `model` is loaded become a ValueError of one line that names both.
+
+    A full memory says nothing about the checkpoint: its error is raised as it is.
+    """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except _ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             why = "it brings code of its own, which VTC never runs; use a checkpoint of transformers' own classes"

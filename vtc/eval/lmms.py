@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vtc.eval.answerer import Answerer
-from vtc.eval.local import is_out_of_memory
+from vtc.eval.memory import is_out_of_memory
 from vtc.eval.model import ModelSpec, pick_device, pick_dtype
 from vtc.eval.protocol import PROTOCOLS, HFProtocol, Prompt, Turn
 from vtc.eval.question import ImageFile

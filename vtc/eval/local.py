@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vtc.eval.answerer import Answerer, Batch, prepare
 from vtc.eval.engine import Cost, Job
+from vtc.eval.memory import is_out_of_memory
 from vtc.eval.model import ModelSpec
 from vtc.eval.protocol import Protocol
 from vtc.eval.question import Answer, Question
@@ -98,9 +99,3 @@ class LocalEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return self.answer(answerer, batch, job)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the memory of a GPU or of the machine is full."""
-    says = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in says)

@@ -121,8 +121,8 @@ class ModelSpec:
                 ignore_mismatched_sizes=True,  # they are among `info`
                 output_loading_info=True,
             )
-        model, info = loaded
+            model, info = loaded
+            model = model.eval().to(self.device)
         checkpoint.require_weights(self.model, info)
-        model = model.eval().to(self.device)
         checkpoint.require_finite(self.model, model)
         return model

@@ -171,7 +171,7 @@ def select(model: Any, settings: Settings, inputs: Mapping[str, Any]) -> Selecti
     Raises
     ------
     ValueError
-        As `generate()`.
+        As `generate()`, and if the layer at which the method selects does not run.
     """
     plan = plan_of(settings, "whole", inputs[settings.family.inputs[0].pixels])
     try:
@@ -185,7 +185,11 @@ def select(model: Any, settings: Settings, inputs: Mapping[str, Any]) -> Selecti
             each[found.is_image].unflatten(0, (-1, plan.num_tokens)) for each in (found.stays, found.scores)
         )
     else:
-        raise RuntimeError("the layer that prunes did not run")
+        what = f"the {'generate' if hasattr(model, 'generate') else 'forward'}() of a {type(model).__name__}"
+        raise ValueError(
+            f"{what} did not run layer {settings.config.prune_after} of the language model on these inputs; pass a "
+            "LLaVA that runs its own layers, and inputs with an image and its tokens"
+        )
     counts = stays.sum(1)
     places = torch.arange(plan.num_tokens, device=stays.device).expand_as(stays)
     indices = places.masked_fill(~stays, plan.num_tokens).sort(1).values[:, : int(counts.max())]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import weakref
 from collections.abc import Iterator, Mapping
@@ -205,12 +204,16 @@ def name_without_effect(base: Any, config: VTCConfig, given: Mapping[str, Any]) 
         reasons["tiles"] = f"{family.name} sees an image in one piece"
     for name in given.keys() & reasons.keys():
         if given[name] is not None:
-            _warn_of_option(name, str(given[name]), config.name, reasons[name])
+            _warn_of_option(name, given[name], config.name, reasons[name])
 
 
-@functools.cache
-def _warn_of_option(name: str, value: str, method: str, why: str) -> None:
-    _log.warning("%s=%s has no effect with method %r: %s", name, value, method, why)
+_NAMED: set[tuple[str, str, str]] = set()  # without the value: a server takes many
+
+
+def _warn_of_option(name: str, value: Any, method: str, why: str) -> None:
+    if (name, method, why) not in _NAMED:
+        _NAMED.add((name, method, why))
+        _log.warning("%s=%s has no effect with method %r: %s", name, value, method, why)
 
 
 def is_on(model: Any) -> bool:

@@ -6,12 +6,15 @@ import dataclasses
 from typing import Any
 
 from vtc import ops
+from vtc.config import VTCConfig
 from vtc.hf import encode, settings
 from vtc.hf.families import TILES
 from vtc.hf.settings import NAME, Settings
 from vtc.hf.towers import tower_of
 from vtc.hf.views import plan_of
 from vtc.plan import Plan
+
+_DEFAULTS, _NOTHING = VTCConfig().to_dict(), object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,28 +48,28 @@ class Status:
     backends : dict
         Of each operation that an image takes without gradients: its backend, and why.
     images : int
-        Images that it has compressed since it was switched on, in a block since that was opened. Calls of a graph that
-        torch.compile made are not counted.
+        Images that it has compressed since it was switched on, in a block since that was opened; about so many if
+        several threads use the model. Calls of a graph that torch.compile made are not counted.
     problem : str or None
         Why the settings do not fit this model, which the next image would raise.
     """
 
     compresses: bool
     way: str | None
-    method: str | None
-    settings: dict[str, Any]
-    tokens: int | None
-    kept: int | None
-    adaptive: bool
-    prune_layer: int
     tower: str
     attention: str
-    scored: tuple[int, ...]
     layers: int
     device: str
-    backends: dict[str, tuple[str, str]]
     images: int
-    problem: str | None
+    method: str | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokens: int | None = None
+    kept: int | None = None
+    adaptive: bool = False
+    prune_layer: int = 0
+    scored: tuple[int, ...] = ()
+    backends: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    problem: str | None = None
 
     def __str__(self) -> str:
         if self.way is None:
@@ -107,49 +110,45 @@ class Status:
 def status_of(base: Any) -> Status:
     """The status of the LLaVA `base`. Runs nothing."""
     way, block, tower = settings.way(base), settings.block_of(base), base.vision_tower
-    found: dict[str, Any] = {
-        **dict.fromkeys(("method", "tokens", "kept", "problem")),
-        **{
-            "settings": {},
-            "prune_layer": 0,
-            "adaptive": False,
-            "scored": (),
-            "backends": {},
-            "tower": tower.config.model_type,
-        },
-    }
-    try:
-        current = Settings.of(base)
-        config = current.config
-        method = config.build_method()
-        given = {name: value for name, value in config.to_dict().items() if value != _DEFAULTS.get(name, _NOTHING)}
-        own = {name: settings.plain_value(value) for name, value in method.given().items()}
-        found["adaptive"] = method.adaptive
-        found |= {"method": config.name, "settings": given | own, "prune_layer": config.prune_after}
-        found["settings"].pop("method", None)
-        found["tower"] = tower_of(tower.config).name
-        if config.compresses:
-            plan = plan_of(current)
-            found["scored"] = tuple(plan.scored) if method.needs.cls_probs else ()
-            found["backends"] = {
-                op: ops.backend_for(op, tower.device, config.backend) for op in _operations(base, plan)
-            }
-            if current.family.inputs[0].layout != TILES.layout:
-                found |= {"tokens": plan.num_tokens, "kept": plan.num_outputs}
-    except ValueError as error:
-        found["problem"] = str(error)
-    return Status(
-        compresses=way is not None and found["problem"] is None and config.compresses,
+    found = Status(
+        compresses=False,
         way=way,
+        tower=tower.config.model_type,
         attention=tower.config._attn_implementation,
         layers=tower.config.num_hidden_layers,
         device=str(tower.device),
         images=block.run.images if block else settings.IMAGES.get(base, 0),
-        **found,
     )
+    try:
+        current = Settings.of(base)
+        found = dataclasses.replace(found, **_of_settings(current.config))
+        found = dataclasses.replace(found, tower=tower_of(tower.config).name)
+        if current.config.compresses:
+            found = dataclasses.replace(found, compresses=way is not None, **_of_plan(current, plan_of(current)))
+    except ValueError as error:
+        found = dataclasses.replace(found, problem=str(error))
+    return found
 
 
-_DEFAULTS, _NOTHING = settings.VTCConfig().to_dict(), object()
+def _of_settings(config: VTCConfig) -> dict[str, Any]:
+    """What is known of settings that are valid."""
+    method = config.build_method()
+    given = {name: value for name, value in config.to_dict().items() if value != _DEFAULTS.get(name, _NOTHING)}
+    given |= {name: settings.plain_value(value) for name, value in method.given().items()}
+    given.pop("method", None)
+    return {"method": config.name, "settings": given, "adaptive": method.adaptive, "prune_layer": config.prune_after}
+
+
+def _of_plan(current: Settings, plan: Plan) -> dict[str, Any]:
+    """What is known of settings that fit the model."""
+    device, backend = current.base.vision_tower.device, current.config.backend
+    found: dict[str, Any] = {
+        "scored": tuple(plan.scored) if plan.method.needs.cls_probs else (),
+        "backends": {op: ops.backend_for(op, device, backend) for op in _operations(current.base, plan)},
+    }
+    if current.family.inputs[0].layout != TILES.layout:
+        found |= {"tokens": plan.num_tokens, "kept": plan.num_outputs}
+    return found
 
 
 def _operations(base: Any, plan: Plan) -> list[str]:

@@ -233,8 +233,7 @@ def described(method: str) -> str:
 def read(file: Mapping[str, Any] | None, folder: Path) -> Image.Image:
     """The image in an uploaded file, which has a "path". Raises ValueError if there is none or it cannot be used.
 
-    The path comes from the browser. Uploads lie in `folder`: what is elsewhere is refused unseen, whether it is there or
-    not.
+    The path comes from the browser. Uploads lie in `folder`; what is elsewhere is refused unseen, there or not.
     """
     if file is None:
         raise ValueError("there is no image; upload or paste one, or take an example")

@@ -1,30 +1,23 @@
-"""What the page computes and says, without gradio and without a browser."""
+"""What the page computes, without gradio and without a browser."""
 
-import asyncio
-import json
 import re
-import socket
-import sys
 import threading
-from html import unescape
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.cli import BYTES, LAYERS, WIDTH, refused
+from support.cli import BYTES, LAYERS, WIDTH
 
 import vtc
-from vtc.eval.measure import FirstToken
 from vtc.images import ImageError
 from vtc.methods import METHODS
 from vtc.tiny.scenes import Scene
-from vtc.ui import cards, compare, server
-from vtc.ui.compare import Choice, Column
+from vtc.ui import compare
+from vtc.ui.compare import Choice
 from vtc.ui.examples import EXAMPLES, Example, example_of
 
 SCENE = Scene("test", 1)  # five objects
 QUESTION = "how many objects are there ?"
-GREY = Image.new("RGB", (8, 8), "grey")
 
 
 def answered(comparison, *choices, image=SCENE.image, question=QUESTION, length=4, timed=False):
@@ -38,9 +31,6 @@ def api_answer(comparison, image, question, **options):
     with vtc.compress(model, **options):
         out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     return inputs, processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-
-
-# Answers.
 
 
 @pytest.mark.parametrize("method", compare.CHOICES)
@@ -153,7 +143,21 @@ def test_a_file_is_known_by_its_name(tmp_path):
         compare.read(None, tmp_path)
 
 
-# Examples.
+def test_a_path_from_the_browser_leads_to_uploads_only(tmp_path, monkeypatch):
+    """Whatever else it leads to, and whether there is anything: the visitor reads the same."""
+    uploads, secret = tmp_path / "uploads", tmp_path / "secret.png"
+    uploads.mkdir()
+    EXAMPLES[0].scene.image.save(secret)
+    (uploads / "link.png").symlink_to(secret)
+    (uploads / "own.png").write_bytes(secret.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert compare.read({"path": str(uploads / "own.png")}, uploads).size == EXAMPLES[0].scene.image.size
+    links = (str(secret), "secret.png", f"{uploads}/../secret.png", f"{uploads}/link.png", f"{secret}\0", "/etc/passwd")
+    for path in (*links, "/no/such.png", None, 3, ["a"]):
+        with pytest.raises(ValueError, match="^this file was not uploaded here; upload or paste an image$"):
+            compare.read({"path": path}, uploads)
+    with pytest.raises(ValueError, match="^this file was not uploaded here"):
+        compare.read(str(secret), uploads)
 
 
 def test_examples_are_known_by_their_pixels_and_their_truth_is_told():
@@ -179,150 +183,3 @@ def test_an_answer_is_judged_only_if_the_truth_is_known():
     assert example.is_right(QUESTION, " 5 ") is True
     assert example.is_right(QUESTION, "4") is False
     assert example.is_right("is this art ?", "yes") is None
-
-
-# Cards.
-
-
-def text_of(html):
-    return " ".join(unescape(re.sub(r"<[^>]*>", " ", html)).split())
-
-
-def test_a_card_says_what_is_gained_and_nothing_that_the_spread_does_not_show():
-    full = Column("all tokens", "5", True, 576, GREY, cost=FirstToken((0.2, 0.21, 0.25), 4 * 2**20))
-    fast = Column("vtc-cls", "4", False, 64, GREY, GREY, "note", FirstToken((0.1, 0.105, 0.19), 2**20))
-    same = Column("pool", "4", None, 64, GREY, None, "note", FirstToken((0.1, 0.105, 0.2), 2**20))
-    slow = Column("random", "", None, 64, GREY, cost=FirstToken((0.42, 0.42, 0.42), 2**20))
-    assert text_of(cards.card(full, 576, full)) == (
-        "all tokens 5 ✓ right tokens 576 of 576 first token 210 ms (200 to 250) KV cache 4.00 MiB"
-    )
-    assert text_of(cards.card(fast, 576, full)) == (
-        "vtc-cls 4 ✗ wrong tokens 64 of 576 (11 %) first token 105 ms (100 to 190) 2.0 times as fast "
-        "KV cache 1.00 MiB (25 %) note"
-    )
-    assert "105 ms (100 to 200) no clear difference" in text_of(cards.card(same, 576, full))
-    assert "(nothing) tokens 64" in text_of(cards.card(slow, 576, full))
-    assert "0.5 times as fast" in text_of(cards.card(slow, 576, full))
-    waiting = Column("vtc-cls", "5", None, 64, GREY)
-    assert "first token measuring … KV cache …" in text_of(cards.card(waiting, 576, full))
-    assert "first token" not in cards.card(waiting, 576, full, timed=False)
-
-
-def test_nothing_that_was_said_becomes_html():
-    evil = '<img src=x onerror="alert(1)">'
-    column = Column(evil, evil, None, 1, GREY, note=evil)
-    for html in (
-        cards.card(column, 576, column),
-        cards.error(evil),
-        cards.hint(evil),
-        cards.header(evil, False, 576),
-    ):
-        assert "<img" not in html
-        assert "&lt;img" in html
-
-
-def test_the_head_of_the_page_says_what_the_model_knows(comparison):
-    assert "It knows its own scenes only: for photographs, start vtc ui --model" in text_of(
-        cards.header("bundled", True, 576)
-    )
-    assert "scenes" not in cards.header("llava-1.5-7b-hf", False, 576)
-    model, processor = comparison.answerer.model, comparison.answerer.processor
-    assert compare.Comparison(model, processor, "/home/me/models/llava").name == "llava"
-
-
-def test_the_truth_is_told_with_the_answer_to_this_question():
-    assert text_of(cards.truth(EXAMPLES[0], QUESTION)).endswith("Right answer: 5 .")
-    assert "Right answer" not in cards.truth(EXAMPLES[0], "is this art ?")
-    assert cards.truth(None, QUESTION) == ""
-
-
-# The server's gate.
-
-
-def passed(path, *, method="GET", body=b"", local=True, **headers):
-    """The status that the gate answers with; 200 if it lets the request through."""
-    sent = []
-    given = {"host": "127.0.0.1:7860"} | ({"content-length": str(len(body))} if method == "POST" else {})
-    given |= {name.replace("_", "-"): value for name, value in headers.items()}
-    given = {name: value for name, value in given.items() if value is not None}
-    scope = {"type": "http", "method": method, "path": path}
-    scope["headers"] = [(name.encode(), value.encode()) for name, value in given.items()]
-    parts = [{"body": body[:10], "more_body": True}, {"body": body[10:], "more_body": False}]
-    received = []
-
-    async def app(scope, receive, send):
-        more = True
-        while more:
-            message = await receive()
-            received.append(message["body"])
-            more = message.get("more_body", False)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    async def receive():
-        return {"type": "http.request", **parts.pop(0)}
-
-    async def send(message):
-        sent.append(message)
-
-    asyncio.run(server.Gate(app, local)(scope, receive, send))
-    assert b"".join(received) in (b"", body)
-    if sent[0]["status"] == 200:
-        assert b"".join(received) == body
-        assert b"default-src 'self' " in dict(sent[0]["headers"])[b"content-security-policy"]
-    return sent[0]["status"]
-
-
-def test_the_gate_lets_through_what_the_page_needs():
-    for path in ("/", "/config", "/theme.css", "/assets/index.js", "/gradio_api/file=/tmp/x/a.png"):
-        assert passed(path) == 200
-    for path in ("/gradio_api/info", "/gradio_api/run/look", "/gradio_api/call/look", "/login", "/monitoring", "/x"):
-        assert passed(path) == 404
-    assert passed("/gradio_api/file=http://example.com/a.png") == 404
-    assert passed("/gradio_api/proxy=http://example.com/") == 404
-
-
-def test_the_gate_knows_this_machine_by_its_own_names():
-    for host in ("localhost", "localhost:7860", "127.0.0.1", "[::1]:7860"):
-        assert passed("/", host=host) == 200
-    for host in ("example.com", "localhost.example.com:7860", "10.0.0.1", "", None):
-        assert passed("/", host=host) == 403
-        assert passed("/", host=host, local=False) == 200
-
-
-def test_the_gate_bounds_what_is_sent():
-    upload = "/gradio_api/upload"
-    assert passed(upload, method="POST", content_length=str(20 * 2**20)) == 200
-    assert passed(upload, method="POST", content_length=str(22 * 2**20)) == 413
-    assert passed(upload, method="POST", content_length=None) == 411
-    assert passed(upload, method="POST", content_length="-1") == 411
-    assert passed("/gradio_api/queue/join", method="POST", content_length=str(2 * 2**20)) == 413
-
-
-@pytest.mark.parametrize(("path", "status"), [("https://example.com/a.png", 403), ("/tmp/x/a.png", 200)])
-def test_the_gate_refuses_files_that_gradio_would_fetch(path, status):
-    file = {"path": path, "url": "http://127.0.0.1:7860/gradio_api/file=x", "meta": {"_type": "gradio.FileData"}}
-    body = json.dumps({"data": [file, "http://this.is/a question ?"]}).encode()
-    assert passed("/gradio_api/queue/join", method="POST", body=body) == status
-    escaped = body.replace(b"https:", b"\\u0068ttps:")
-    assert passed("/gradio_api/queue/join", method="POST", body=escaped) == status
-
-
-# The command.
-
-
-def test_a_port_in_use_is_one_line():
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        assert f"cannot listen on port {port} of 127.0.0.1 (Address already in use)" in refused("ui", "--port", port)
-
-
-def test_a_host_that_does_not_exist_is_one_line():
-    assert "cannot listen on port 7860 of no.such.host.invalid" in refused("ui", "--host", "no.such.host.invalid")
-
-
-def test_missing_gradio_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.setattr(server, "require_port", lambda host, port: None)
-    assert refused("ui") == "vtc: the page needs gradio, which is not installed; pip install 'vtc-cls[ui]'\n"
