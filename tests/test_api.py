@@ -522,3 +522,10 @@ def test_a_reloaded_module_is_guarded_again(saved):
         saved,
     )
     assert seen == 9
+
+
+def test_a_class_is_no_model():
+    with pytest.raises(
+        ValueError, match="got the class LlavaForConditionalGeneration, which is no model; pass the model"
+    ):
+        vtc.status(LlavaForConditionalGeneration)

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def enable(model: torch.nn.Module, **options: Any) -> VTCConfig:
         As `configure`.
     """
     base = _llava(model)
-    config = settings.stored(base).updated(**options)
+    config = _before(base, options, settings.stored).updated(**options)
     require(base, config)
     settings.switch_on(base)
     if not settings.is_on(base):
@@ -214,10 +214,23 @@ def selects(method: type[Method]) -> bool:
 def _checked(model: torch.nn.Module, options: dict[str, Any]) -> tuple[Any, VTCConfig]:
     """The LLaVA in `model`, and its settings with `options`. Unsupported settings fail here, not at the first image."""
     base = _llava(model)
-    config = Settings.of(base).config.updated(**options)
+    config = _before(base, options, lambda base: Settings.of(base).config).updated(**options)
     require(base, config)
     settings.name_without_effect(base, config, options)
     return base, config
+
+
+def _before(base: Any, options: dict[str, Any], read: Callable[[Any], VTCConfig]) -> VTCConfig:
+    """The settings that `options` change. Stored ones that are not valid do not hinder a new method.
+
+    They are those of a model that was saved with a method object, for instance.
+    """
+    try:
+        return read(base)
+    except ValueError:
+        if "method" not in options:
+            raise
+        return VTCConfig()
 
 
 def _llava(model: torch.nn.Module) -> Any:

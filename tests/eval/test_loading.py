@@ -2,16 +2,21 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.cli import call, refused
 from transformers import LlavaForConditionalGeneration
 
 from vtc import tiny
+from vtc.eval import ask
 from vtc.eval import model as loading
+from vtc.eval import protocol as protocols
 from vtc.eval.model import ModelSpec, pick_device
+from vtc.eval.protocol import HFProtocol, LlavaProtocol, Prompt
 from vtc.hf import unsupported
 from vtc.hf.families import FAMILIES, type_refusal
 
@@ -192,7 +197,7 @@ def test_code_of_a_checkpoint_is_never_run_and_never_asked_for(copy, tmp_path, m
     classes = {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model"}
     spec = copy(config={"auto_map": classes}, files=code)
     assert type(spec.load()).__module__.startswith("transformers.")
-    assert "brings code of its own, which is not run: transformers' own class is" in caplog.text
+    assert "brings code of its own. It is not run; transformers' own class is used" in caplog.text
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps(config | {"model_type": "evil"}))
     assert "'evil', which is not supported" in (message := refusal(spec.load, spec))
@@ -323,3 +328,84 @@ def test_a_device_that_fails_is_one_line(copy, monkeypatch):
         ValueError, match="cannot be loaded: RuntimeError: CUDA error: an illegal memory access Compile"
     ):
         copy().load()
+
+
+def eights(weights):
+    return {name: each.to(torch.int8) if "q_proj" in name else each for name, each in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"weights": eights}, "16 of the weights of model "),
+        ({"files": {"generation_config.json": '{"a": '}}, "the generation_config.json of model "),
+        ({"files": {"generation_config.json": "[1]"}}, "holds no JSON object; download it again"),
+        ({"files": {"generation_config.json": '{"eos_token_id": "x"}'}}, "has eos_token_id='x'; it must be an integer"),
+    ],
+)
+def test_what_transformers_loads_all_the_same(copy, change, says):
+    """Weights that are numbers of another kind, and a generation config that is ignored or fails at the first token."""
+    spec = copy(**change)
+    assert says in refusal(spec.load, spec)
+
+
+def test_the_configs_of_other_things(copy):
+    vision = json.loads((tiny.CHECKPOINT / "config.json").read_text())["vision_config"]
+    spec = copy(config={"vision_config": vision | {"patch_size": 0}})
+    assert "patch_size is 0, image_size 336" in refusal(spec.config, spec)
+
+
+def test_what_is_no_id_and_a_revision_of_a_folder():
+    spec = ModelSpec("https://huggingface.co/llava-hf/llava-1.5-7b-hf")
+    assert "is a URL; pass its id alone" in refusal(spec.config, spec)
+    spec = ModelSpec(str(tiny.CHECKPOINT), revision="main")
+    assert "is a folder, which has none" in refusal(spec.config, spec)
+
+
+def test_the_processor_of_another_model(copy):
+    own = json.loads((tiny.CHECKPOINT / "processor_config.json").read_text())
+    spec = copy(files={"processor_config.json": json.dumps(own | {"processor_class": "BlipProcessor"})})
+    assert "is a BlipProcessor, not a LLaVA's" in refusal(spec.processor, spec)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ messages.__class__.__mro__ }}", "cannot be used (SecurityError: "),
+        ("{% for m in messages %}", "cannot be used (TemplateSyntaxError: "),
+        ("no image", "makes 0 <image> for 1 image(s); use the chat_template.jinja of its authors"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used(copy, template, says):
+    spec = copy(files={"chat_template.jinja": template})
+    with pytest.raises(ValueError, match=re.escape(says)):
+        HFProtocol(spec.processor(), spec.config()).prepare([Prompt("what ?", [Image.new("RGB", (9, 9))])])
+
+
+def test_prompts_without_a_template_are_named(copy, caplog):
+    spec = copy(without=["chat_template.jinja"])
+    protocol = HFProtocol(spec.processor(), spec.config())
+    protocols._say_no_template.cache_clear()
+    assert protocol.text(Prompt("what ?", [Image.new("RGB", (9, 9))])) == "USER: <image>\nwhat ? ASSISTANT:"
+    assert "the model has no chat template: prompts are LLaVA-1.5's" in caplog.text
+
+
+def test_ids_beyond_the_embeddings(copy):
+    processor, config = copy().processor(), copy_of_config(40)
+    for kind in (HFProtocol, LlavaProtocol):
+        with pytest.raises(ValueError, match="and the model has 40 embeddings; take both from one checkpoint"):
+            kind(processor, config).prepare([Prompt("how many ?", [Image.new("RGB", (9, 9))])])
+
+
+def copy_of_config(rows):
+    config = ModelSpec().config()
+    config.text_config.vocab_size = rows
+    return config
+
+
+def test_more_threads_than_cores_can_take_are_refused():
+    before = torch.get_num_threads()
+    for count in (0, -1, 100000):
+        with pytest.raises(ValueError, match=f"threads must be from 1 to .*, got {count}"):
+            ask.use_threads(count)
+    assert torch.get_num_threads() == before

@@ -138,8 +138,11 @@ def test_a_saved_model_names_the_method_and_says_that_the_object_is_missing(stoc
     with monkeypatch.context() as patch:
         patch.setitem(METHODS, "mine", Mine)
         assert vtc.configure(loaded, keep=8) == vtc.VTCConfig.of(method="mine", seed=3, keep=8)
-    vtc.disable(loaded)
-    assert vtc.enable(loaded, method=Mine()).method == Mine()
+    for switch in (vtc.enable, vtc.configure):
+        again = LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="vtc")
+        assert switch(again, method=Mine(), keep=9) == vtc.VTCConfig.of(method=Mine(), keep=9)
+        with pytest.raises(ValueError, match="got 'mine'"):
+            switch(LlavaForConditionalGeneration.from_pretrained(tmp_path), keep=9)
 
 
 @pytest.mark.parametrize("options", [{}, {"prune_layer": 1}])

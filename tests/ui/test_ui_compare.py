@@ -154,9 +154,9 @@ def test_a_path_from_the_browser_leads_to_uploads_only(tmp_path, monkeypatch):
     assert compare.read({"path": str(uploads / "own.png")}, uploads).size == EXAMPLES[0].scene.image.size
     links = (str(secret), "secret.png", f"{uploads}/../secret.png", f"{uploads}/link.png", f"{secret}\0", "/etc/passwd")
     for path in (*links, "/no/such.png", None, 3, ["a"]):
-        with pytest.raises(ValueError, match="^this file was not uploaded here; upload or paste an image$"):
+        with pytest.raises(ValueError, match=r"^this file was not uploaded here; upload or paste an image$"):
             compare.read({"path": path}, uploads)
-    with pytest.raises(ValueError, match="^this file was not uploaded here"):
+    with pytest.raises(ValueError, match=r"^this file was not uploaded here"):
         compare.read(str(secret), uploads)
 
 

@@ -122,7 +122,7 @@ def _files(request: Request) -> dict[str, Path]:
     for kind, name in request.drawings.items():
         if name is not None:
             files[kind] = image_file(name, inputs)
-    if len({file.resolve() for file in files.values()}) < len(files):
+    if len({os.path.realpath(file) for file in files.values()}) < len(files):
         raise ValueError(f"--overlay and --heatmap are the same file, {request.drawings['overlay']}; give two names")
     return files
 

@@ -26,12 +26,12 @@ def use_threads(count: int | None, model: str = BUNDLED) -> int:
     Raises
     ------
     ValueError
-        If it is not positive.
+        If it is not between 1 and 4 times the number of these cores: more threads may end the process.
     """
-    if count is not None and count < 1:
-        raise ValueError(f"threads must be at least 1, got {count}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if count is not None and not 1 <= count <= 4 * cores:
+        raise ValueError(f"threads must be from 1 to {4 * cores}, for {cores} cores, got {count}")
     if count is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = min(torch.get_num_threads(), cores) if model != BUNDLED else 1
     torch.set_num_threads(count)
     return count

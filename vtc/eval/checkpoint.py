@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from vtc.eval.memory import is_out_of_memory
 from vtc.hf.families import FAMILIES, type_refusal
@@ -82,12 +82,43 @@ def require_files(model: str, source: str, names: tuple[str, ...], what: str) ->
         raise ValueError(f"model {model!r} comes without {what}; add its {names[0]}")
 
 
-def require_safetensors(model: str, source: str) -> None:
-    """Raise ValueError if `source` is a folder that has pickled weights and no others."""
+def require_json(model: str, source: str, name: str) -> None:
+    """Raise ValueError if `source` is a folder whose file `name` is no JSON object: transformers ignores some such."""
+    file = Path(source) / name
+    if not file.is_file():
+        return
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"the {name} of model {model!r} is damaged ({error}); download it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"the {name} of model {model!r} holds no JSON object; download it again")
+
+
+def require_safetensors(model: str, source: str, quantised: bool) -> None:
+    """Raise ValueError if `source` is a folder that has pickled weights and no others, or integers without a meaning.
+
+    Parameters
+    ----------
+    quantised : bool
+        Whether its config says what integer weights mean.
+    """
     folder = Path(source)
     pickled = [file.name for end in ("bin", "pt", "pth") for file in folder.glob(f"*.{end}")]
     if pickled and not any(folder.glob("*.safetensors*")):
         raise ValueError(f"the weights of model {model!r} cannot be loaded: {_PICKLED}")
+    if quantised:
+        return
+    for file in folder.glob("*.safetensors"):
+        with loading(model, "weights"), safe_open(file, framework="pt") as weights:
+            kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118, it is no dict
+        if odd := {
+            name for name, kind in kinds.items() if kind[0] != "F" and kind != "BF16" and "position_ids" not in name
+        }:
+            raise ValueError(
+                f"{len(odd)} of the weights of model {model!r} are of type {kinds[min(odd)]} ({_first(odd)}), and its "
+                "config.json has no quantization_config that says what they mean"
+            )
 
 
 def require_weights(model: str, info: Mapping[str, Any]) -> None:
@@ -105,6 +136,15 @@ def require_weights(model: str, info: Mapping[str, Any]) -> None:
             f"the weights of model {model!r} do not fit its config.json: {', '.join(found)}; download it again, or "
             "convert it for this class of transformers"
         )
+
+
+def require_ends(model: str, generation: Any) -> None:
+    """Raise ValueError if the ids of special tokens in a generation config are no integers."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(generation, name, None)
+        ids = value if isinstance(value, list) else [value]
+        if not all(each is None or type(each) is int for each in ids):
+            raise ValueError(f"the generation config of model {model!r} has {name}={value!r}; it must be an integer")
 
 
 def require_finite(model: str, module: torch.nn.Module) -> None:

@@ -68,13 +68,21 @@ class ModelSpec:
 
     def config(self) -> Any:
         """The model's config. Raises ValueError if there is no such model, or VTC does not support it."""
+        if "://" in self.model:
+            raise ValueError(f"model {self.model!r} is a URL; pass its id alone, such as llava-hf/llava-1.5-7b-hf")
+        if self.revision is not None and Path(self.source).is_dir():
+            raise ValueError(f"got revision {self.revision!r}, but model {self.model!r} is a folder, which has none")
         if self.model.startswith((".", "/", "~")) and not Path(self.source).is_dir():
             raise ValueError(f"model {self.model!r} is no directory; pass a model directory or a hub id")
         with checkpoint.loading(self.model, "config"):
             raw, _ = PreTrainedConfig.get_config_dict(self.source, revision=self.revision)
         checkpoint.require_type(self.model, raw)
         with checkpoint.loading(self.model, "config"):
-            return AutoConfig.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
+            vision = config.vision_config
+            if not 0 < vision.patch_size <= vision.image_size:
+                raise ValueError(f"patch_size is {vision.patch_size}, image_size {vision.image_size}")
+            return config
 
     def processor(self) -> Any:
         """The model's processor. Raises ValueError if it has none for images.
@@ -91,6 +99,8 @@ class ModelSpec:
             )
         if not hasattr(processor, "image_processor"):
             raise ValueError(f"model {self.model!r} comes without an image processor; add its preprocessor_config.json")
+        if not hasattr(processor, "patch_size"):
+            raise ValueError(f"the processor of model {self.model!r} is a {type(processor).__name__}, not a LLaVA's")
         if processor.patch_size is None:  # processors saved before transformers 4.46 leave these three to the model
             processor.patch_size = config.vision_config.patch_size
             processor.vision_feature_select_strategy = config.vision_feature_select_strategy
@@ -108,8 +118,11 @@ class ModelSpec:
         """
         config = self.config()
         if getattr(config, "auto_map", None):
-            _log.warning("model %r brings code of its own, which is not run: transformers' own class is", self.model)
-        checkpoint.require_safetensors(self.model, self.source)
+            _log.warning("model %r brings code of its own. It is not run; transformers' own class is used", self.model)
+        checkpoint.require_json(self.model, self.source, "generation_config.json")
+        checkpoint.require_safetensors(
+            self.model, self.source, getattr(config, "quantization_config", None) is not None
+        )
         with checkpoint.loading(self.model, "weights"):
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 self.source,
@@ -125,4 +138,5 @@ class ModelSpec:
             model = model.eval().to(self.device)
         checkpoint.require_weights(self.model, info)
         checkpoint.require_finite(self.model, model)
+        checkpoint.require_ends(self.model, model.generation_config)
         return model

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import jinja2
 import torch
 from PIL import Image
 from torch import Tensor
 
+_log = logging.getLogger("vtc")
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -55,6 +59,7 @@ class Protocol:
 
     def __init__(self, processor: Any, config: Any, floor: bool = False) -> None:
         self.processor, self.floor = processor, floor
+        self.num_embeddings = config.text_config.vocab_size
 
     def prepare(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """The model's inputs for a batch, padded on the left, on the CPU, pixels in fp32.
@@ -106,6 +111,14 @@ class Protocol:
             )
         return texts
 
+    def _require_embeddings(self, ids: Tensor) -> None:
+        """Raise ValueError if the model has no embedding for one of the ids."""
+        if (largest := int(ids.max())) >= self.num_embeddings:
+            raise ValueError(
+                f"the tokenizer gives the id {largest}, and the model has {self.num_embeddings} embeddings; take both "
+                "from one checkpoint"
+            )
+
     def _tokens(self, text: str, first: bool = False) -> list[int]:
         ids: list[int] = self.processor.tokenizer(text, add_special_tokens=first)["input_ids"]
         return ids
@@ -148,6 +161,7 @@ class LlavaProtocol(Protocol):
             "input_ids": torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows]),
             "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
         }
+        self._require_embeddings(inputs["input_ids"])
         images = [self.padded(image) for prompt in prompts for image in prompt.images]
         if images and not self.floor:
             inputs["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -209,6 +223,7 @@ class HFProtocol(Protocol):
         inputs = self.processor(
             images=images or None, text=texts, padding=True, return_tensors="pt", add_special_tokens=special
         )
+        self._require_embeddings(inputs["input_ids"])
         return dict(inputs)
 
     def text(self, prompt: Prompt) -> str:
@@ -216,6 +231,7 @@ class HFProtocol(Protocol):
         texts = self.texts(prompt)
         if not getattr(self.processor, "chat_template", None):
             placeholder = self.processor.image_token + ("" if prompt.placed else "\n")
+            _say_no_template()
             return f"USER: {placeholder.join(texts)} ASSISTANT:"
         parts: list[str | Image.Image] = [texts[0]]
         for image, text in zip(prompt.images, texts[1:], strict=True):
@@ -234,7 +250,19 @@ class HFProtocol(Protocol):
                     self.require_text(part)
                 content.append({"type": "text", "text": part} if isinstance(part, str) else {"type": "image"})
             messages.append({"role": turn.role, "content": content})
-        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise ValueError(
+                f"the model's chat template cannot be used ({type(error).__name__}: {error}); use the "
+                "chat_template.jinja of its authors"
+            ) from error
+        placeholders = sum(isinstance(part, Image.Image) for turn in turns for part in turn.content)
+        if (found := text.count(self.processor.image_token)) != placeholders:
+            raise ValueError(
+                f"the model's chat template makes {found} {self.processor.image_token} for {placeholders} image(s); "
+                "use the chat_template.jinja of its authors"
+            )
         return text
 
     def end(self, prompt: Prompt) -> str:
@@ -242,6 +270,11 @@ class HFProtocol(Protocol):
 
     def fingerprint(self) -> dict[str, Any]:
         return {**super().fingerprint(), "chat_template": getattr(self.processor, "chat_template", None)}
+
+
+@functools.cache
+def _say_no_template() -> None:
+    _log.warning("the model has no chat template: prompts are LLaVA-1.5's, USER: ... ASSISTANT:")
 
 
 PROTOCOLS: dict[str, type[Protocol]] = {each.name: each for each in (LlavaProtocol, HFProtocol)}

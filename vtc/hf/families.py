@@ -91,8 +91,10 @@ def family_of(base: object) -> Family:
 
 def find_llava(model: Any) -> Any:
     """Return the LLaVA inside `model`, which may be wrapped (an adapter, for instance), or raise ValueError."""
-    if not callable(getattr(model, "modules", None)):
-        got = repr(model) if isinstance(model, str) else type(model).__name__
+    if isinstance(model, type) or not callable(getattr(model, "modules", None)):
+        got = {str: repr(model), type: f"the class {getattr(model, '__name__', '')}"}.get(
+            type(model), type(model).__name__
+        )
         raise ValueError(
             f"got {got}, which is no model; pass the model itself, for instance "
             f"{FAMILIES['llava'].classes[1]}.from_pretrained(...)"

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vtc import ops
 from vtc.config import VTCConfig, kept_count, kept_per_view
 from vtc.hf import compatibility, encode
-from vtc.hf.families import VisualInput
+from vtc.hf.families import VisualInput, family_of
 from vtc.hf.settings import Settings
 from vtc.hf.tiles import Tiling, flat_tiles, tilings
 from vtc.hf.towers import tower_of
@@ -90,7 +90,7 @@ def plan_of(
 def require(base: Any, config: VTCConfig) -> None:
     """Raise ValueError if the model `base` does not support `config`."""
     if config.compresses:
-        plan_of(Settings.of(base)._replace(config=config))
+        plan_of(Settings(base, family_of(base), config))
 
 
 def require_pixels(settings: Settings, pixels: Any, name: str = "pixel_values", layout: str = "whole") -> None:
