@@ -485,7 +485,7 @@ MUTANTS = [
     *_of(
         "vtc/hf/families.py",
         "test_api",
-        {"an id is searched for modules": ('if not callable(getattr(model, "modules", None)):', "if False:")},
+        {"an id is searched for modules": ('if isinstance(model, type) or not callable(getattr(model, "modules", None)):', "if False:")},
     ),
     *_of(
         "vtc/hf/tiles.py",
