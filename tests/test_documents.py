@@ -358,7 +358,7 @@ def test_benchmark(command: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr + done.stdout
         assert "PARTS\n  probe: " in (tmp_path / "out/summary.txt").read_text()
     elif name == "gpu":
-        assert (done.returncode, done.stderr.split(";")[0]) == (2, "bench gpu needs a GPU")
+        assert (done.returncode, done.stderr.split(";")[0]) == (2, "python -m bench gpu: bench gpu needs a GPU")
     elif name == "quality":
         assert done.returncode == 0, done.stderr
         assert re.search(r"^\| random +\|", done.stdout, re.MULTILINE)

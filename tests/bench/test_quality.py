@@ -25,12 +25,13 @@ def test_intervals_are_those_of_the_textbook():
 def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     """The model's part is played: it is right wherever enough tokens are kept, and random does worse."""
 
-    def play(engine, spec, task, setting, batch_size):
+    def play(engine, spec, task, setting, batch_size, advance):
         assert (task.count, task.split) == (50, "val")
         share = {"vtc-cls": 0.8, "random": 0.2, "prumerge": 0.6, "none": 1.0}[setting.method]
         known = round(share * 50 * (0.5 if setting.options.get("ensemble") == "min" else 1))
         kept = {"none": 576.0, "prumerge": 29.3}.get(setting.method, setting.keep)
         texts = [question.answer if i < known else "?" for i, (_, question) in enumerate(task.asked)]
+        advance(len(texts))
         return [Answer(line, text, kept) for line, text in enumerate(texts)]
 
     monkeypatch.setattr(quality, "answer_all", play)

@@ -204,7 +204,7 @@ def test_an_empty_batch_is_refused():
     vtc.enable(model, keep=9)
     none = torch.zeros((0, 5), dtype=torch.int64)
     for call in (model.forward, model.generate):
-        with pytest.raises(ValueError, match="holds no image"):
+        with pytest.raises(ValueError, match=r"input_ids of shape \[0, 5\] holds no prompt; pass one"):
             call(input_ids=none, attention_mask=none, pixel_values=images(1)[:0])
 
 
