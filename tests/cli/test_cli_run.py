@@ -199,7 +199,7 @@ def test_another_model_runs_with_no_more_threads_than_cores(monkeypatch):
     assert ask.use_threads(None, "some/model") == 3
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert ask.use_threads(None, "some/model") == 2
-    with pytest.raises(ValueError, match=r"^threads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^threads must be from 1 to 12, for 3 cores, got 0"):
         ask.use_threads(0, None)
 
 

@@ -15,8 +15,10 @@ from vtc import tiny
 from vtc.eval import ask
 from vtc.eval import model as loading
 from vtc.eval import protocol as protocols
+from vtc.eval.answerer import Answerer
 from vtc.eval.model import ModelSpec, pick_device
-from vtc.eval.protocol import HFProtocol, LlavaProtocol, Prompt
+from vtc.eval.protocol import HFProtocol, Prompt
+from vtc.eval.setting import Setting
 from vtc.hf import unsupported
 from vtc.hf.families import FAMILIES, type_refusal
 
@@ -391,16 +393,11 @@ def test_prompts_without_a_template_are_named(copy, caplog):
 
 
 def test_ids_beyond_the_embeddings(copy):
-    processor, config = copy().processor(), copy_of_config(40)
-    for kind in (HFProtocol, LlavaProtocol):
-        with pytest.raises(ValueError, match="and the model has 40 embeddings; take both from one checkpoint"):
-            kind(processor, config).prepare([Prompt("how many ?", [Image.new("RGB", (9, 9))])])
-
-
-def copy_of_config(rows):
-    config = ModelSpec().config()
-    config.text_config.vocab_size = rows
-    return config
+    spec = copy()
+    answerer = Answerer(spec.load(), spec.processor())
+    ids = torch.tensor([[1, 72]])
+    with pytest.raises(ValueError, match="gives the id 72, and the model has 72 embeddings; take both from one"):
+        answerer.generate({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, Setting(), max_new_tokens=1)
 
 
 def test_more_threads_than_cores_can_take_are_refused():

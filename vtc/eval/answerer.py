@@ -162,7 +162,18 @@ class Answerer:
         return contextlib.nullcontext()
 
     def _run(self, inputs: dict[str, Tensor], setting: Setting, **arguments: Any) -> tuple[Any, Any]:
-        """What `generate()` returns, on the device, and the run of the block, if there is one."""
+        """What `generate()` returns, on the device, and the run of the block, if there is one.
+
+        Raises
+        ------
+        ValueError
+            If the model has no embedding for one of the ids: a GPU would stop with an error of its own.
+        """
+        rows, largest = self.model.get_input_embeddings().num_embeddings, int(inputs["input_ids"].max())
+        if largest >= rows:
+            raise ValueError(
+                f"the tokenizer gives the id {largest}, and the model has {rows} embeddings; take both from one checkpoint"
+            )
         on_device = {
             name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()

@@ -59,7 +59,6 @@ class Protocol:
 
     def __init__(self, processor: Any, config: Any, floor: bool = False) -> None:
         self.processor, self.floor = processor, floor
-        self.num_embeddings = config.text_config.vocab_size
 
     def prepare(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """The model's inputs for a batch, padded on the left, on the CPU, pixels in fp32.
@@ -111,14 +110,6 @@ class Protocol:
             )
         return texts
 
-    def _require_embeddings(self, ids: Tensor) -> None:
-        """Raise ValueError if the model has no embedding for one of the ids."""
-        if (largest := int(ids.max())) >= self.num_embeddings:
-            raise ValueError(
-                f"the tokenizer gives the id {largest}, and the model has {self.num_embeddings} embeddings; take both "
-                "from one checkpoint"
-            )
-
     def _tokens(self, text: str, first: bool = False) -> list[int]:
         ids: list[int] = self.processor.tokenizer(text, add_special_tokens=first)["input_ids"]
         return ids
@@ -161,7 +152,6 @@ class LlavaProtocol(Protocol):
             "input_ids": torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows]),
             "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
         }
-        self._require_embeddings(inputs["input_ids"])
         images = [self.padded(image) for prompt in prompts for image in prompt.images]
         if images and not self.floor:
             inputs["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -223,7 +213,6 @@ class HFProtocol(Protocol):
         inputs = self.processor(
             images=images or None, text=texts, padding=True, return_tensors="pt", add_special_tokens=special
         )
-        self._require_embeddings(inputs["input_ids"])
         return dict(inputs)
 
     def text(self, prompt: Prompt) -> str:
