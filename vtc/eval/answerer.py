@@ -172,7 +172,8 @@ class Answerer:
         rows, largest = self.model.get_input_embeddings().num_embeddings, int(inputs["input_ids"].max())
         if largest >= rows:
             raise ValueError(
-                f"the tokenizer gives the id {largest}, and the model has {rows} embeddings; take both from one checkpoint"
+                f"the tokenizer gives the id {largest}, and the model has {rows} embeddings; take both from one "
+                "checkpoint"
             )
         on_device = {
             name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
