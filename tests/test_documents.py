@@ -38,6 +38,10 @@ HF = ROOT / "vtc/hf/README.md"
 METHODS = ROOT / "vtc/methods/README.md"
 PAGES = readme.documents()
 BUNDLED_SAYS = {"README.md-4": "['5', 'no']\n"}  # where the page leaves open what a model on the hub says
+KNOWN_QUESTIONS = {  # what the bundled model is asked instead
+    "How many people are there?": "how many objects are there ?",
+    "What is in the background?": "is there a blue circle ?",
+}
 HUB_ID = '"llava-hf/llava-1.5-7b-hf"'
 WHEELS = "transformers-5.24.0-py3-none-any.whl wrapt-2.5.2-py3-none-any.whl"
 
@@ -288,6 +292,8 @@ def test_python_snippet(fence: Fence, tmp_path: Path) -> None:
         code = code.replace(name, repr(str(tiny.CHECKPOINT)))
     if not torch.cuda.is_available():
         code = code.replace('"cuda"', '"cpu"')
+    for question, known in KNOWN_QUESTIONS.items():
+        code = code.replace(question, known)
     Scene("test", 1).image.save(tmp_path / "photograph.jpg", quality=95)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
