@@ -255,7 +255,7 @@ class Method:
         """
         found: object = self.select(outputs, keep)
         views, num_tokens = outputs.patches.shape[:2]
-        if isinstance(found, tuple) and [type(each) for each in found] == [Tensor, Tensor]:
+        if isinstance(found, tuple) and [isinstance(each, Tensor) for each in found] == [True, True]:
             indices, scores = found
             if (indices.dtype, indices.shape, scores.shape) == (torch.int64, (views, keep), (views, num_tokens)):
                 return indices, scores
