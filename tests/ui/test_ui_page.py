@@ -75,7 +75,7 @@ def running_server(folder):
     server.process.wait()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(tmp_path_factory):
     yield from running_server(tmp_path_factory.mktemp("server"))
 
@@ -86,7 +86,7 @@ def own_server(tmp_path):
     yield from running_server(tmp_path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop runs in this thread, where no other test could have one
 def browser():
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
