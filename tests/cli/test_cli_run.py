@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support.cli import BYTES, LAYERS, QUESTION, WIDTH, succeed
+from support.cli import BYTES, LAYERS, QUESTION, WIDTH, refused, succeed
 
 import vtc
 from vtc import tiny
@@ -22,7 +22,9 @@ from vtc.methods import METHODS
 from vtc.tiny.scenes import Scene
 
 
-@pytest.mark.parametrize(("options", "setting"), [((), {"keep": 128}), (("--keep", 9), {"keep": 9})])
+@pytest.mark.parametrize(
+    ("options", "setting"), [((), {"keep": 128}), (("--keep", 9), {"keep": 9}), (("--keep", 1), {"keep": 1})]
+)
 def test_run_prints_the_answer_of_the_compressed_model(model_dir, picture, options, setting):
     result = succeed("run", picture, QUESTION, "--model", model_dir, "--max-new-tokens", 5, *options)
 
@@ -34,7 +36,7 @@ def test_run_prints_the_answer_of_the_compressed_model(model_dir, picture, optio
     full = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert out.tolist() != full.tolist()  # or the test would not notice a model that is not compressed
     assert result.stdout == want.strip() + "\n"
-    assert f"{setting['keep']} visual tokens" in result.stderr
+    assert f"{ask.counted(setting['keep'], 'visual token')}\n" in result.stderr
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "vtc-cls"])
@@ -122,6 +124,22 @@ def test_overlay_shows_what_was_kept(model_dir, picture, tmp_path):
     pixels = processor.image_processor(Image.open(picture), return_tensors="pt")["pixel_values"]
     want = vtc.overlay(Image.open(picture), vtc.select(model, pixels, keep=10))
     assert Image.open(out).tobytes() == want.tobytes()
+
+
+def test_things_are_counted():
+    assert [ask.counted(count, "visual token") for count in (0, 1, 1.5, 2, 576)] == [
+        *("0 visual tokens", "1 visual token", "1.5 visual tokens", "2 visual tokens", "576 visual tokens")
+    ]
+
+
+def test_a_prompt_fits_the_positions_of_the_model(model_dir, picture):
+    model, processor = ask.load(model_dir, "cpu", "float32")
+    positions = model.config.text_config.max_position_embeddings
+    words = positions - ask.prepare(model, processor, Image.open(picture), "")["input_ids"].shape[1]
+    longest = " ".join(["red"] * words)
+    assert ask.prepare(model, processor, Image.open(picture), longest)["input_ids"].shape[1] == positions
+    error = refused("run", picture, f"{longest} red", "--model", model_dir)
+    assert f"the prompt has {positions + 1} tokens, with 1 image, and the model has {positions} positions" in error
 
 
 def test_unknown_words_are_named(model_dir, picture):

@@ -451,7 +451,12 @@ MUTANTS = [
     *_of(
         "vtc/eval/ask.py",
         "cli/test_cli_run",
-        {"as many threads as torch takes": ("min(torch.get_num_threads(), cores)", "torch.get_num_threads()")},
+        {
+            "as many threads as torch takes": ("min(torch.get_num_threads(), cores)", "torch.get_num_threads()"),
+            "a prompt of any length": ("if length > positions:", "if False:"),
+            "a prompt of one token less": ("if length > positions:", "if length >= positions:"),
+            "always several": ("{'' if count == 1 else 's'}", "s"),
+        },
     ),
     *_of(
         "vtc/cli/errors.py",

@@ -119,7 +119,7 @@ class Demo:
 
     def footnotes(self) -> list[str]:
         """How the figures of the table were taken, and whether the times are noisy."""
-        where = f"on {self.device}" + (f", {ask.threads_text(self.threads)}" if self.device == "cpu" else "")
+        where = f"on {self.device}" + (f", {ask.counted(self.threads, 'thread')}" if self.device == "cpu" else "")
         lines = [
             "Accuracy: with its 95 % interval (Wilson). "
             f"Times: median (fastest-slowest), settings in turns, {where}. "

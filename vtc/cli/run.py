@@ -222,12 +222,12 @@ def table_of(result: dict[str, Any]) -> tuple[str, tuple[str, ...], list[tuple[s
 
 def footnotes(result: dict[str, Any]) -> list[str]:
     """How the figures of the table were measured, and whether the times are noisy."""
-    from vtc.eval.ask import threads_text
+    from vtc.eval.ask import counted
     from vtc.eval.measure import RUNS
 
     where = f"{result['device']}, {result['dtype']}"
     if result["device"] == "cpu":
-        where += f", {threads_text(result['cpu_threads'])}"
+        where += f", {counted(result['cpu_threads'], 'thread')}"
     tokens = "Visual tokens: of each image. " if len(result["images"]) > 1 else ""
     return [
         f"{tokens}Time to first token: median (fastest-slowest) of {RUNS} warm runs, in turns, on {where}, from pixels "
@@ -237,6 +237,8 @@ def footnotes(result: dict[str, Any]) -> list[str]:
 
 
 def _print(request: Request, result: dict[str, Any]) -> None:
+    from vtc.eval.ask import counted
+
     if request.compare:
         title, columns, rows = table_of(result)
         print_table(title, columns, rows)
@@ -244,7 +246,7 @@ def _print(request: Request, result: dict[str, Any]) -> None:
             typer.echo(line)
     else:
         typer.echo(result["compressed"]["answer"])
-        note(f"{result['compressed']['visual_tokens']:g} visual tokens")
+        note(counted(result["compressed"]["visual_tokens"], "visual token"))
 
 
 def _draw(files: dict[str, Path], images: list[Image.Image], model: Any, inputs: Any, options: dict[str, Any]) -> Any:

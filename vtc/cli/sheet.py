@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vtc.api import selects
 from vtc.cli.demo import FULL, SHOWN, SIDE, Demo, Row
 from vtc.config import VTCConfig
+from vtc.eval.ask import counted
 from vtc.methods import METHODS
 from vtc.tiny.scenes import FAMILIES
 
@@ -56,10 +57,13 @@ def _texts(demo: Demo) -> tuple[str, str]:
     if tokens == FULL:
         return f"All {FULL} visual tokens", "the same, for no patch is dropped."
     if not selects(method):
-        return f"{tokens} visual tokens instead of {FULL}, by {name}", f"the same, for {name} chooses no patches."
+        return (
+            f"{counted(tokens, 'visual token')} instead of {FULL}, by {name}",
+            f"the same, for {name} chooses no patches.",
+        )
     if any("merge" in operation for operation in method.operations):
         mean = "on average " if method.adaptive else ""
-        title = f"{tokens} visual tokens {mean}instead of {FULL}, by {name}"
+        title = f"{counted(tokens, 'visual token')} {mean}instead of {FULL}, by {name}"
         return title, f"the patches that {name} keeps; the dark ones go into merged tokens."
     by = {"vtc-cls": "by the [CLS] token", "random": "at random"}.get(name, f"by {name}")
     title = f"{tokens} of {FULL} visual tokens, chosen {by}"

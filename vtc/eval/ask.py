@@ -57,9 +57,21 @@ def load(model: str, device: str | None, dtype: str, revision: str | None = None
 
 
 def prepare(model: Any, processor: Any, images: Image.Image | Sequence[Image.Image], question: str) -> Any:
-    """Model inputs for one question about one image or several, on the model's device."""
+    """Model inputs for one question about one image or several, on the model's device.
+
+    Raises
+    ------
+    ValueError
+        If the prompt, all visual tokens included, is longer than the model's positions: its answer means nothing.
+    """
     several = [images] if isinstance(images, Image.Image) else images
     inputs = HFProtocol(processor, model.config).prepare([Prompt(question, several)])
+    length, positions = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
+    if length > positions:
+        raise ValueError(
+            f"the prompt has {counted(length, 'token')}, with {counted(len(several), 'image')}, and the model has "
+            f"{positions} positions; shorten the question, or give fewer images"
+        )
     return BatchFeature(inputs).to(model.device, model.dtype)
 
 
@@ -74,9 +86,9 @@ def unknown_words(processor: Any, question: str) -> list[str]:
     ]
 
 
-def threads_text(count: int) -> str:
-    """ "1 thread", "2 threads"."""
-    return f"{count} thread{'' if count == 1 else 's'}"
+def counted(count: float, noun: str) -> str:
+    """ "1 thread", "2 threads", "98.5 visual tokens"."""
+    return f"{count:g} {noun}{'' if count == 1 else 's'}"
 
 
 def as_seen(image: Image.Image, processor: Any, pixel_values: torch.Tensor, index: int = 0) -> Image.Image:

@@ -105,7 +105,7 @@ class Comparison:
     def device(self) -> str:
         """Where it runs and how, as text."""
         model = self.answerer.model
-        threads = f", {ask.threads_text(torch.get_num_threads())}" if model.device.type == "cpu" else ""
+        threads = f", {ask.counted(torch.get_num_threads(), 'thread')}" if model.device.type == "cpu" else ""
         return f"{model.device}, {str(model.dtype).removeprefix('torch.')}{threads}"
 
     def setting(self, choice: Choice) -> Setting:
