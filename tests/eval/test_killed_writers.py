@@ -84,6 +84,17 @@ def test_a_kill_leaves_each_file_whole(name, tmp_path):
         assert digest in (versions[0][file], versions[1][file]), file
 
 
+def test_a_report_takes_the_place_of_the_old_one(tmp_path):
+    """A file that was written in its place would be cut short for a moment, however small it is."""
+    old = [tmp_path / f"old-{name}" for name in report.FILES]
+    for link, file in zip(old, report.write(results(0), tmp_path), strict=True):
+        link.hardlink_to(file)
+    before = [link.read_bytes() for link in old]
+    after = [file.read_bytes() for file in report.write(results(1), tmp_path)]
+    assert [link.read_bytes() for link in old] == before
+    assert not set(before) & set(after)
+
+
 def unchanged(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

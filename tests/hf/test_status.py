@@ -69,6 +69,15 @@ def test_an_enabled_model_and_what_it_has_compressed(stock):
     assert vtc.status(model).images == 0
 
 
+def test_images_count_since_the_model_was_switched_on_last(model):
+    vtc.enable(model, keep=9)
+    model(**inputs(prompts("one")))
+    assert vtc.status(model).images == 1
+    model.model.vision_tower.set_attn_implementation("sdpa")  # not by vtc.disable
+    vtc.enable(model)
+    assert vtc.status(model).images == 0
+
+
 def test_a_model_loaded_with_the_string(model):
     assert vtc.status(model).way == 'attn_implementation="vtc"'
     model.set_attn_implementation("sdpa")  # which ends compression
