@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from support.cli import BYTES, LAYERS, QUESTION, WIDTH, refused, succeed
+from transformers import BloomConfig
 
 import vtc
 from vtc import tiny
@@ -140,6 +141,8 @@ def test_a_prompt_fits_the_positions_of_the_model(model_dir, picture):
     assert ask.prepare(model, processor, Image.open(picture), longest)["input_ids"].shape[1] == positions
     error = refused("run", picture, f"{longest} red", "--model", model_dir)
     assert f"the prompt has {positions + 1} tokens, with 1 image, and the model has {positions} positions" in error
+    model.config.text_config = BloomConfig()  # its model adds a bias to the attention and has no limit
+    assert ask.prepare(model, processor, Image.open(picture), f"{longest} red")["input_ids"].shape[1] == positions + 1
 
 
 def test_unknown_words_are_named(model_dir, picture):

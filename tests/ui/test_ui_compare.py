@@ -55,9 +55,17 @@ def test_each_method_answers_and_draws_as_the_api_does(comparison, method):
     selection = vtc.select(comparison.answerer.model, inputs, **options)
     assert np.array_equal(column.image, vtc.overlay(SCENE.image, selection))
     assert np.array_equal(column.heatmap, vtc.heatmap(SCENE.image, selection))
-    patches = int(re.match(r"(\d+) of the tokens are patches, outlined below\.", column.note)[1])
+    patches = int(re.match(r"(\d+) of the tokens (?:is a patch|are patches), outlined below\.", column.note)[1])
     assert patches == int((selection.indices[0] >= 0).sum())
     assert ("All tokens pass the first 2 layers." in column.note) == (method == "fastv")
+
+
+def test_one_patch_is_one(comparison):
+    (columns,) = answered(comparison, Choice("vtc-cls", 1), Choice("vtc-cls", 2), timed=False)
+    assert [column.note for column in columns[1:]] == [
+        "1 of the tokens is a patch, outlined below.",
+        "2 of the tokens are patches, outlined below.",
+    ]
 
 
 def test_two_methods_stand_beside_all_tokens_and_costs_come_last(comparison):

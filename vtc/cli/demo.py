@@ -130,7 +130,7 @@ class Demo:
 
     def noise(self) -> str | None:
         """A warning if the runs of a setting differ much; None if they do not."""
-        return noise({f"{row.selection} with {row.tokens} tokens": row.first_token for row in self.rows})
+        return noise({f"{row.selection} with {ask.counted(row.tokens, 'token')}": row.first_token for row in self.rows})
 
 
 def settings(method: str) -> tuple[tuple[str, int, str], ...]:
@@ -174,7 +174,7 @@ def measure(model: Any, processor: Any, count: int, method: str = "vtc-cls", qui
 
     with Progress("timing", (RUNS + 1) * len(chosen), quiet=quiet, unit="runs") as progress:
         costs = first_tokens(answerer, prepared(0), chosen, advance=progress.advance)
-    with Progress(f"{count} questions", count * len(chosen), quiet=quiet, unit="answers") as progress:
+    with Progress(ask.counted(count, "question"), count * len(chosen), quiet=quiet, unit="answers") as progress:
         answers = _answers(answerer, task, chosen, progress)
     measured = [
         _row(selection, task, given, cost) for (selection, *_), given, cost in zip(rows, answers, costs, strict=True)

@@ -12,6 +12,7 @@ import typer
 import vtc
 from vtc import ops
 from vtc.cli.output import print_table
+from vtc.eval.ask import counted
 from vtc.eval.model import ModelSpec, pick_device, pick_dtype
 from vtc.hf import attention
 
@@ -23,7 +24,7 @@ def environment() -> dict[str, Any]:
         for name in ("triton", "transformers", "pillow", "flash-attn")
     }
     flash = installed.pop("flash-attn")
-    devices = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
+    devices = {"cpu": f"{platform.processor() or platform.machine()}, {counted(torch.get_num_threads(), 'thread')}"}
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         devices[f"cuda:{number}"] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"

@@ -66,7 +66,8 @@ def prepare(model: Any, processor: Any, images: Image.Image | Sequence[Image.Ima
     """
     several = [images] if isinstance(images, Image.Image) else images
     inputs = HFProtocol(processor, model.config).prepare([Prompt(question, several)])
-    length, positions = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
+    length = inputs["input_ids"].shape[1]
+    positions = getattr(model.config.text_config, "max_position_embeddings", length)  # some models have no limit
     if length > positions:
         raise ValueError(
             f"the prompt has {counted(length, 'token')}, with {counted(len(several), 'image')}, and the model has "

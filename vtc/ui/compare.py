@@ -208,7 +208,7 @@ class Comparison:
             return replace(column, note=f"No patches to draw: {METHODS[setting.name].scores}.")
         selection = vtc.select(self.answerer.model, inputs, method=setting.method, **setting.options)
         patches = len(selection.indices[0]) if selection.counts is None else int(selection.counts[0])
-        note = f"{patches} of the tokens are patches, outlined below."
+        note = f"{patches} of the tokens {'is a patch' if patches == 1 else 'are patches'}, outlined below."
         if layers := VTCConfig.of(method=setting.method, **setting.options).prune_after:
             note += f" All tokens pass the first {layers} layers."
         heatmap = vtc.heatmap(seen, selection)
