@@ -21,7 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _micro_options(commands.add_parser("micro", help="every operation, every provider, side by side"))
     add = commands.add_parser("e2e", help="a whole LLaVA, stage by stage: stock SDPA against VTC")
-    add.add_argument("--batch", type=_positive, nargs="+", help="default: 1 4 16, on a CPU 1 4")
+    add.add_argument(
+        "--model", nargs="+", default=(), metavar="NAME", help="default: LLaVA-1.5-7B and 13B, on a CPU a small one"
+    )
+    add.add_argument(
+        "--batch", type=_positive, nargs="+", default=(), metavar="B", help="default: 1 4 16 64, on a CPU 1 4"
+    )
+    add.add_argument("--keep", type=_positive, nargs="+", default=(), metavar="K", help="default: 192 128 64 32")
     _output_options(add)
     add = commands.add_parser("compare", help="two git revisions in one run; further options are those of micro")
     add.add_argument("revision", help="compared with the working tree")
@@ -130,8 +136,8 @@ def _micro(chosen: Any, rest: list[str]) -> int:
 def _e2e(chosen: Any, rest: list[str]) -> int:
     from bench import e2e
 
-    batches = tuple(chosen.batch or ((1, 4, 16) if chosen.device.type == "cuda" else (1, 4)))
-    return _timed("e2e", chosen, lambda device, out: e2e.run(device, batches, out, chosen.rep_ms))
+    options = e2e.Options.of(chosen.device, tuple(chosen.model), tuple(chosen.batch), tuple(chosen.keep), chosen.rep_ms)
+    return _timed("e2e", chosen, lambda device, out: e2e.run(device, options, out))
 
 
 def _timed(suite: str, chosen: Any, run: Any) -> int:

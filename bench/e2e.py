@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,18 +13,24 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 import vtc
-from bench import record, table, timing
+from bench import record, roofline, speedups, table, timing
 from bench.jobs import Job
 from bench.jobs import run as run_jobs
+from bench.micro import chosen
 from bench.record import Record
-from bench.stages import TEXT_TOKENS, Stages, build, make_inputs, shared_copy
+from bench.stages import MODELS, TEXT_TOKENS, Stages, build, make_inputs, shared_copy
 
+NEW_LENGTH = "first token, new length"
+GENERATE = ("generate 1", "generate 32")
 NOT_CAPTURED = {
     "first token": "transformers reads values back",
-    "first token, new length": "each call is longer than the last",
-    "generate": "transformers reads values back",
+    NEW_LENGTH: "each call is longer than the last",
+    **dict.fromkeys(GENERATE, "transformers reads values back"),
 }
-STAGES = ("vision", "select", "projector", "prefill", "decode", "first token", "first token, new length", "generate")
+STAGES = (
+    "vision", "select", "projector", "prefill", "decode", "first token", "first token, one graph", NEW_LENGTH, *GENERATE
+)  # fmt: skip
+KEEPS = (192, 128, 64, 32)
 
 
 class Variant(NamedTuple):
@@ -42,35 +49,71 @@ class Variant(NamedTuple):
         return self._replace(keep=None)
 
 
-VARIANTS = (Variant(None), Variant(128), Variant(64))
-# cuDNN's SDPA spends tens of milliseconds on planning for each new length, and every generated token is a new length.
-LENGTHS = tuple(Variant(keep, cudnn) for keep in (None, 64) for cudnn in (True, False))
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is timed: every stage of every model at every batch size, the stock model and VTC at each `keep`."""
+
+    models: tuple[str, ...]
+    batches: tuple[int, ...]
+    keeps: tuple[int, ...] = KEEPS
+    rep_ms: float = 100.0
+    image_size: int = 336
+    played: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        device: torch.device,
+        models: tuple[str, ...] = (),
+        batches: tuple[int, ...] = (),
+        keeps: tuple[int, ...] = (),
+        rep_ms: float = 100.0,
+    ) -> Options:
+        """The given values, and defaults for those that are empty.
+
+        Raises
+        ------
+        ValueError
+            For a model that is not one of `MODELS`, and for as many tokens as an image has, or more.
+        """
+        on_gpu = device.type == "cuda"
+        models = chosen("model", models, tuple(MODELS)) if models else tuple(MODELS)[:2] if on_gpu else ("small LLaVA",)
+        if too_many := [keep for keep in keeps if keep >= 576]:
+            raise ValueError(
+                f"--keep must be below the 576 visual tokens of an image, got {too_many[0]}; the stock model, which "
+                "keeps all, is always timed"
+            )
+        return cls(models, batches or ((1, 4, 16, 64) if on_gpu else (1, 4)), keeps or KEEPS, rep_ms)
 
 
 class Bench:
-    """The models, and the stages of one variant on one batch; both are made, and checked, when first needed."""
+    """One model, and the stages of one variant on one batch; both are made, and checked, when first needed."""
 
-    def __init__(self, device: torch.device, image_size: int) -> None:
-        self.device, self.image_size = device, image_size
+    def __init__(self, name: str, device: torch.device, image_size: int) -> None:
+        self.name, self.device, self.image_size = name, device, image_size
         self._ready: dict[tuple[int, Variant], Stages | Exception] = {}
 
     @functools.cached_property
-    def stock(self) -> tuple[str, str, LlavaForConditionalGeneration]:
-        """Name, dtype and model; VTC never touches this one."""
-        return build(self.device, self.image_size)
+    def stock(self) -> tuple[str, LlavaForConditionalGeneration]:
+        """Dtype and model; VTC never touches this one."""
+        return build(self.name, self.device, self.image_size)
 
     @functools.cached_property
     def compressed(self) -> LlavaForConditionalGeneration:
         """A model that compresses, with the stock model's weights."""
-        return shared_copy(self.stock[2])
+        return shared_copy(self.stock[1])
 
     @functools.cached_property
     def copy(self) -> float:
         return timing.copy_gb_per_s(self.device)
 
+    @functools.cached_property
+    def matmul(self) -> float:
+        return timing.matmul_tflop_per_s(self.device, self.stock[1].dtype)
+
     @contextlib.contextmanager
     def running(self, variant: Variant) -> Iterator[LlavaForConditionalGeneration]:
-        model = self.stock[2] if variant.keep is None else self.compressed
+        model = self.stock[1] if variant.keep is None else self.compressed
         if variant.keep is not None:
             vtc.enable(model, keep=variant.keep)
         before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -102,7 +145,7 @@ class Bench:
             return None
         try:
             with self.running(variant.stock) as model:
-                call, _ = self.stages(model, batch, variant.stock).call(stage)
+                call = self.stages(model, batch, variant.stock).call(stage)
         except Exception:  # the record of the stock model's stage says why
             return None
 
@@ -115,49 +158,54 @@ class Bench:
     def number(self, batch: int, variant: Variant, stage: str, rep_ms: float, played: bool) -> list[Record]:
         stock = self.stock_timer(batch, variant, stage)
         with self.running(variant) as model:
-            name, dtype, _ = self.stock
             stages = self.stages(model, batch, variant)
-            call, moved = stages.call(stage)
-            profiled = stages.decode if stage == "generate" else call  # profiling one token is enough
+            call, works = stages.call(stage), stages.works(stage)
+            least = roofline.floor(works, self.copy, self.matmul)
+            profiled = stages.decode if stage in GENERATE else call  # profiling one token is enough
             times = timing.measure(
                 [call], self.device, rep_ms, not_captured=NOT_CAPTURED.get(stage), played=played, other=stock
             )
             made = record.make(
-                suite="e2e", op=stage, model=name, dtype=dtype, backend=variant.name, times=times, moved=moved,
+                suite="e2e", op=stage, model=self.name, dtype=self.stock[0], backend=variant.name, times=times,
+                moved=sum(work.bytes for work in works), floor_ms=least.ms, bound=least.bound,
                 shape={"B": batch, "visual": stages.features.shape[1], "text": TEXT_TOKENS}, copy=self.copy,
+                matmul_tflop_per_s=self.matmul,
                 peak_bytes=timing.peak_bytes(call, self.device), sdpa=timing.sdpa_backend(profiled), device=self.device,
             )  # fmt: skip
         return [made]
 
 
-def jobs(device: torch.device, batches: tuple[int, ...], rep_ms: float = 100.0, played: bool = False) -> list[Job]:
+def jobs(device: torch.device, options: Options) -> list[Job]:
     """One job for each stage of each variant and batch size; new lengths are timed at the first size only."""
-    bench = Bench(device, image_size=168 if played else 336)
-    *stages, new_length, generate = STAGES
+    # The next model takes the place of the last: both may not fit.
+    bench = functools.lru_cache(maxsize=1)(lambda name: Bench(name, device, options.image_size))
+    # cuDNN's SDPA spends tens of milliseconds on planning for each new length, and every generated token is one.
+    variants = (Variant(None), *map(Variant, options.keeps))
+    lengths = [Variant(keep, cudnn) for keep in (None, options.keeps[-1]) for cudnn in (True, False)]
+    made = []
+    for name in options.models:
+        for batch in options.batches:
+            numbers = [(v, s) for v in variants for s in STAGES if s != NEW_LENGTH and (s != "select" or v.keep)]
+            if batch == options.batches[0]:
+                numbers += [(v, s) for v in lengths for s in (NEW_LENGTH, *GENERATE) if s == NEW_LENGTH or not v.cudnn]
+            for variant, stage in numbers:
+                # The first job of a worker builds the model, also after a crash, so every job has the long limit.
+                made.append(
+                    Job(
+                        f"{name} B={batch} {variant.name} {stage}",
+                        lambda of=(name, batch, variant, stage): bench(of[0]).number(
+                            *of[1:], options.rep_ms, options.played
+                        ),
+                        limit=60,
+                    )
+                )
+    return made
 
-    def of(batch: int) -> list[tuple[int, Variant, str]]:
-        return [(batch, v, s) for v in VARIANTS for s in stages if s != "select" or v.keep]
 
-    first, *others = batches
-    lengths = [(first, v, s) for v in LENGTHS for s in (new_length, generate)]
-    numbers = of(first) + lengths + [one for batch in others for one in of(batch)]
-    # The first job of a worker builds the model, also after a crash, so every job has the long limit.
-    return [
-        Job(f"B={b} {v.name} {s}", functools.partial(bench.number, b, v, s, rep_ms, played), limit=60)
-        for b, v, s in numbers
-    ]
-
-
-def run(
-    device: torch.device,
-    batches: tuple[int, ...],
-    out: Path | None,
-    rep_ms: float = 100.0,
-    say: Callable[[str], None] = print,
-) -> int:
-    """Time every stage for every batch size and K; returns the exit status, 1 if a gate failed."""
-    records, failed = run_jobs(jobs(device, batches, rep_ms), out)
-    for line in shares(records):
+def run(device: torch.device, options: Options, out: Path | None, say: Callable[[str], None] = print) -> int:
+    """Time every stage; returns the exit status, 1 if a gate failed."""
+    records, failed = run_jobs(jobs(device, options), out)
+    for line in (*shares(records), *speedups.bounds(records)):
         say(line)
     if records:
         say("\n" + table.tables(records) + "\n\n" + table.provenance_line(records[-1]))
@@ -168,9 +216,9 @@ def run(
 
 def shares(records: list[Record]) -> list[str]:
     """The time that VTC adds to the vision tower, in percent of the stock tower's."""
-    tower = {r.shape["B"]: r.ms for r in records if (r.op, r.backend) == ("vision", "sdpa")}
+    tower = {(r.model, r.shape["B"]): r.ms for r in records if (r.op, r.backend) == ("vision", "sdpa")}
     return [
-        f"B={r.shape['B']} {r.backend}: select takes {100 * r.ms / tower[r.shape['B']]:.2f} % of the stock tower"
+        f"{r.model} B={r.shape['B']} {r.backend}: select takes {100 * r.ms / stock:.2f} % of the stock tower"
         for r in records
-        if r.op == "select" and r.shape["B"] in tower
+        if r.op == "select" and (stock := tower.get((r.model, r.shape["B"])))
     ]

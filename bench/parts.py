@@ -96,7 +96,10 @@ def part_jobs(part: str, device: torch.device, played: bool) -> list[Job]:
     if part == "gate":
         return gate.jobs(device, played)
     if part == "e2e":
-        return e2e.jobs(device, (1,) if played else (1, 4, 16), rep_ms=1.0 if played else 60.0, played=played)
+        options = e2e.Options(("LLaVA-1.5-7B",), (1, 4, 16), (128, 64), rep_ms=60.0)
+        if played:
+            options = e2e.Options(("small LLaVA",), (1,), (64,), rep_ms=1.0, image_size=168, played=True)
+        return e2e.jobs(device, options)
     if part == "attention":
         return attention.jobs(device, played, rep_ms=1.0 if played else 30.0)
     options = micro.Options(dtypes=("bf16",), rep_ms=40.0)  # fp16 moves the same bytes by the same instructions

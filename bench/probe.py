@@ -17,6 +17,8 @@ from bench import ncu, record, timing
 from bench.jobs import Job
 from vtc import ops
 
+MATMUL = "bf16 matmul TFLOP/s"
+
 
 @dataclasses.dataclass
 class Probed:
@@ -29,7 +31,7 @@ def jobs(device: torch.device) -> list[Job]:
         "versions": versions,
         "gpu": gpu,
         "copy GB/s": timing.copy_gb_per_s,
-        "bf16 matmul TFLOP/s": timing.matmul_tflop_per_s,
+        MATMUL: timing.matmul_tflop_per_s,
         "SDPA, vision tower": functools.partial(which_sdpa, queries=577, keys=577, heads=16, features=64, causal=False),
         "SDPA, prefill": functools.partial(which_sdpa, queries=104, keys=104, heads=32, features=128, causal=True),
         "SDPA, decode": functools.partial(which_sdpa, queries=1, keys=105, heads=32, features=128, causal=False),

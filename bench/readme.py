@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import calls, card, pages, quality, quality_tables, record, speedups
+from bench import calls, card, pages, probe, quality, quality_tables, record, speedups
 from bench import parts as gpu
 from bench.checkout import ROOT
 from bench.workloads import WORKLOADS
@@ -260,6 +260,14 @@ def new_lengths(page: Path) -> str:
     return speedups.new_lengths(record.read(page.parent / WHOLE_MODELS[page.parent.name]))
 
 
+def bounds(page: Path) -> str:
+    """What bounds the time to the first token, in the words of `bench e2e`, by the records of an H200."""
+    folder = ROOT / "bench/results/h200"
+    (rate,) = (line["value"] for line in record.lines(folder / "probe.jsonl") if line.get("probe") == probe.MATMUL)
+    records = speedups.with_floors(record.read(folder / WHOLE_MODELS["h200"]), rate)
+    return "\n".join(["```text", *speedups.bounds(records), "```"])
+
+
 def parts(page: Path) -> str:
     """The parts of `python -m bench gpu`, with the seconds that each gets at most."""
     rows = [[f"`{name}`", str(part.seconds), PARTS[name]] for name, part in gpu.PARTS.items()]
@@ -289,6 +297,7 @@ def proof(page: Path, files: list[str]) -> str:
 
 MAKERS: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
+    "bounds": bounds,
     "files": files,
     "first_tokens": first_tokens,
     "kernels": kernels,

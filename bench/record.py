@@ -64,6 +64,10 @@ class Record(Provenance):
     speedup_20: float | None = None
     speedup_50: float | None = None
     speedup_80: float | None = None
+    # Whole models: the least time by `bench.roofline`, what it is due to, and the measured rate of a matrix product.
+    floor_ms: float | None = None
+    bound: str | None = None
+    matmul_tflop_per_s: float | None = None
 
     @property
     def ms(self) -> float:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
-from bench import table
+from bench import roofline, table
 from bench.record import Record
+from bench.stages import config_of
 from bench.workloads.base import NEED_GPU
+
+HOST_BOUND = 1.25
 
 
 def _best(records: Iterable[Record]) -> Record | None:
@@ -51,6 +55,11 @@ def blocks(records: list[Record]) -> list[tuple[str, float]]:
 
 def models(records: list[Record]) -> list[tuple[str, float]]:
     """The whole model: VTC against stock, one line for each stage and variant; and what its graphs would take."""
+    names = dict.fromkeys(r.model for r in records)
+    return [line for name in names for line in _model(name, [r for r in records if r.model == name])]
+
+
+def _model(name: str, records: list[Record]) -> list[tuple[str, float]]:
     lines = []
     found = {(r.op, r.backend, r.shape["B"]): r for r in records}
     variants = dict.fromkeys(r.backend for r in records if r.backend.startswith("vtc"))
@@ -59,8 +68,8 @@ def models(records: list[Record]) -> list[tuple[str, float]]:
         for op in dict.fromkeys(r.op for r in records):
             pairs = [
                 (batch, found[op, stock, batch], ours)
-                for (stage, name, batch), ours in found.items()
-                if (stage, name) == (op, variant) and (op, stock, batch) in found
+                for (stage, backend, batch), ours in found.items()
+                if (stage, backend) == (op, variant) and (op, stock, batch) in found
             ]
             cases, ratios = [], []
             for batch, other, ours in pairs:
@@ -73,15 +82,15 @@ def models(records: list[Record]) -> list[tuple[str, float]]:
                 )
             if cases:
                 kind = "host: " if pairs[0][2].device_ms_50 is None else ""
-                lines.append((f"{variant}, {op}: {kind}{', '.join(cases)}", min(ratios)))
+                lines.append((f"{name} {variant}, {op}: {kind}{', '.join(cases)}", min(ratios)))
         cases, ratios = [], []
         for batch in dict.fromkeys(batch for _, _, batch in found):
-            both = [_as_graphs(found, name, batch) for name in (stock, variant)]
+            both = [_as_graphs(found, backend, batch) for backend in (stock, variant)]
             if all(both):
                 ratios.append(both[0] / both[1])
                 cases.append(f"B={batch} {both[0]:.2f} -> {both[1]:.2f} ms = {ratios[-1]:.2f}x")
         if cases:
-            lines.append((f"{variant}, vision + projector + prefill as graphs: {', '.join(cases)}", min(ratios)))
+            lines.append((f"{name} {variant}, vision + projector + prefill as graphs: {', '.join(cases)}", min(ratios)))
     return lines
 
 
@@ -101,7 +110,8 @@ def first_tokens(records: list[Record]) -> str:
 
 def new_lengths(records: list[Record]) -> str:
     """A table of prompts of a new length, and of generation: VTC against the stock model, with and without cuDNN."""
-    names = {"first token, new length": "model(...), a new length each time", "generate": "generate(...)"}
+    names = {"first token, new length": "model(...), a new length each time"}
+    names |= {r.op: r.op.replace("generate", "generate(...)") for r in records if r.op.startswith("generate")}
     rows = []
     for r in records:
         if r.op in names and r.speedup_50:
@@ -111,8 +121,54 @@ def new_lengths(records: list[Record]) -> str:
     return table.markdown(["what is timed", "cuDNN", "stock, ms", "VTC, ms", "stock / VTC"], sorted(rows))
 
 
+def with_floors(records: list[Record], matmul_tflop_per_s: float) -> list[Record]:
+    """Records of whole models that were made without floors, with them; the rate is that of the same run."""
+    made = []
+    for r in records:
+        if r.floor_ms is None and r.op != "generate":
+            sizes = {name: r.shape[key] for name, key in (("batch", "B"), ("visual", "visual"), ("text", "text"))}
+            works = roofline.works(config_of(r.model), r.op, size=2 if r.dtype == "bf16" else 4, **sizes)
+            least = roofline.floor(works, r.copy_gb_per_s, matmul_tflop_per_s)
+            r = dataclasses.replace(r, floor_ms=least.ms, bound=least.bound, matmul_tflop_per_s=matmul_tflop_per_s)
+        made.append(r)
+    return made
+
+
+def bounds(records: list[Record]) -> list[str]:
+    """What bounds the first token of each model and variant at each batch size: the host, or a stage on the GPU.
+
+    The host bounds it if the call takes `HOST_BOUND` times as long as the GPU works, or longer.
+    """
+    lines = []
+    for first in (r for r in records if r.op == "first token"):
+        same = {
+            r.op: r
+            for r in records
+            if (r.model, r.backend, r.shape["B"]) == (first.model, first.backend, first.shape["B"])
+        }
+        stages = [same[stage] for stage in roofline.FIRST_TOKEN if stage in same]
+        if first.floor_ms is None or len(stages) < len(roofline.FIRST_TOKEN):
+            continue
+        start = f"{first.model} B={first.shape['B']} {first.backend}: first token {first.ms_50:.1f} ms"
+        floor = f"floor {first.floor_ms:.1f} by {first.bound}"
+        longest = max(stages, key=lambda r: r.ms)
+        why = (
+            f"{longest.op}, {longest.ms:.1f} ms, {longest.ms / longest.floor_ms:.1f} times its floor by {longest.bound}"
+        )
+        if not all(r.device_ms_50 for r in stages):
+            lines.append(f"{start}, {floor}; most of it is {why}")
+            continue
+        device = sum(r.device_ms_50 for r in stages)
+        why = "the host" if first.ms_50 >= HOST_BOUND * device else why
+        lines.append(f"{start}, the GPU works for {device:.1f}, {floor}: bound by {why}")
+    return lines
+
+
 def _as_graphs(found: dict[tuple[str, str, int], Record], variant: str, batch: int) -> float:
-    """The device's milliseconds of the stages up to the first token; 0 if one of them has none."""
+    """The device's milliseconds up to the first token, in one graph or stage by stage; 0 if there are none."""
+    whole = found.get(("first token, one graph", variant, batch))
+    if whole and whole.device_ms_50:
+        return whole.device_ms_50
     stages = [found.get((stage, variant, batch)) for stage in ("vision", "projector", "prefill")]
     times = [r.device_ms_50 if r else None for r in stages]
     return 0.0 if None in times else sum(times)

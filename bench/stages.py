@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from bench import roofline
 from bench.accuracy import WrongResult
 from vtc import ops, reference
 from vtc.hf import encode, names
@@ -19,25 +21,38 @@ from vtc.hf.views import plan_of
 from vtc.methods import VisionOutputs
 
 TEXT_TOKENS = 40
-NEW_TOKENS = 16
+
+CLIP_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+MODELS: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # vision tower and language model
+    "LLaVA-1.5-7B": (CLIP_L, dict(vocab_size=32064)),
+    "LLaVA-1.5-13B": (
+        CLIP_L,
+        dict(vocab_size=32064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+    ),
+    "small LLaVA": (
+        dict(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=2),
+        dict(vocab_size=1000, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4),
+    ),
+}
 
 
-def build(device: torch.device, image_size: int = 336) -> tuple[str, str, LlavaForConditionalGeneration]:
-    """Name, dtype and model: LLaVA-1.5-7B with random weights; on a CPU a small model, also with 576 visual tokens."""
-    on_gpu = device.type == "cuda"
-    wide = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-    slim = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=2)
-    small = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, vocab_size=1000)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=image_size, patch_size=14, **(wide if on_gpu else slim)),
-        text_config=LlamaConfig(max_position_embeddings=4096, **({"vocab_size": 32064} if on_gpu else small)),
-        image_token_id=32000 if on_gpu else 999,
+def config_of(name: str, image_size: int = 336) -> LlavaConfig:
+    """The configuration of one of `MODELS`; with the default size of images it has 576 visual tokens."""
+    vision, language = MODELS[name]
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=image_size, patch_size=14, **vision),
+        text_config=LlamaConfig(max_position_embeddings=4096, **language),
+        image_token_id=min(32000, language["vocab_size"] - 1),
     )
+
+
+def build(name: str, device: torch.device, image_size: int = 336) -> tuple[str, LlavaForConditionalGeneration]:
+    """Dtype and model, with random weights: bf16 on a GPU, fp32 on a CPU."""
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    short, dtype = ("bf16", torch.bfloat16) if device.type == "cuda" else ("fp32", torch.float32)
+    config = config_of(name, image_size)
     with device:
-        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    return ("LLaVA-1.5-7B", "bf16", model) if on_gpu else ("small LLaVA", "fp32", model)
+        return short, LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 def shared_copy(module: Any) -> Any:
@@ -65,37 +80,34 @@ class Stages:
         self.settings = Settings.of(model)
         self.plan = plan_of(self.settings, views=inputs["pixel_values"])
         self.features = self.vision()
-        visual = self.projector()
-        ids = inputs["input_ids"]
-        embeds = model.get_input_embeddings()
-        self.embeds = torch.cat([embeds(ids[:, :5]), visual, embeds(ids[:, 5 + self.plan.num_tokens :])], dim=1)
-        self.token = embeds(ids[:, -1:])
+        self.embeds = self.embed(self.projector())
+        self.token = model.get_input_embeddings()(inputs["input_ids"][:, -1:])
         self.cache = names.cache_of(self.language(self.embeds))
         heads = self.base.vision_tower.config.num_attention_heads
-        layer = torch.randn(3, len(ids), 1 + self.plan.num_tokens, heads, self.features.shape[-1] // heads)
+        layer = torch.randn(3, len(self.features), 1 + self.plan.num_tokens, heads, self.features.shape[-1] // heads)
         layer = layer.to(model.device, model.dtype)
         self.query, self.key = layer[0].transpose(1, 2), layer[1].transpose(1, 2)
         self.hidden = layer[2].flatten(2)
         self.lengths = itertools.count(TEXT_TOKENS + 1)
         self.prompt = [(layer.keys, layer.values) for layer in self.cache.layers]
 
-    def call(self, stage: str) -> tuple[Callable[[], Any], int]:
-        """The call of a stage, and the bytes that it must read or write at least: mostly its weights, once."""
-        base, size = self.base, self.model.dtype.itemsize
-        language = _nbytes(base.language_model) + _nbytes(self.model.lm_head)
-        everything = _nbytes(self.model)
-        cached = sum(t.nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
-        kept = 2 * (self.keep or 0) * self.hidden.shape[0] * self.hidden.shape[2] * size
-        return {
-            "vision": (self.vision, _nbytes(base.vision_tower)),
-            "select": (self.select, len(self.plan.scored) * self.key.nbytes + kept),
-            "projector": (self.projector, _nbytes(base.multi_modal_projector)),
-            "prefill": (self.prefill, language),
-            "decode": (self.decode, language + cached),
-            "first token": (self.first_token, everything),
-            "first token, new length": (self.new_length, everything),
-            "generate": (self.generate, everything + (NEW_TOKENS - 1) * (language + cached)),
-        }[stage]
+    def call(self, stage: str) -> Callable[[], Any]:
+        """The call of a stage of `bench.e2e.STAGES`."""
+        name, _, count = stage.partition(" ")
+        if name == "generate":
+            return functools.partial(self.generate, int(count))
+        calls: dict[str, Callable[[], Any]] = {
+            "first token": self.first_token,
+            "first token, one graph": self.one_graph,
+            "first token, new length": self.new_length,
+        }
+        return calls[stage] if stage in calls else getattr(self, stage)
+
+    def works(self, stage: str) -> list[roofline.Work]:
+        """What the stage must do at least."""
+        batch, visual = self.features.shape[:2]
+        size = self.model.dtype.itemsize
+        return roofline.works(self.model.config, stage, batch=batch, visual=visual, text=TEXT_TOKENS, size=size)
 
     def vision(self) -> Tensor:
         """The tower, up to the projector's input; with VTC that includes `select`."""
@@ -116,11 +128,17 @@ class Stages:
     def projector(self) -> Tensor:
         return self.base.multi_modal_projector(self.features)
 
+    def embed(self, visual: Tensor) -> Tensor:
+        """The prompt as the language model sees it, with these visual tokens."""
+        ids, embeds = self.inputs["input_ids"], self.model.get_input_embeddings()
+        return torch.cat([embeds(ids[:, :5]), visual, embeds(ids[:, 5 + self.plan.num_tokens :])], dim=1)
+
     def language(self, embeds: Tensor, cache: Any = None) -> Any:
         return self.base.language_model(inputs_embeds=embeds, **{names.CACHE: cache}, use_cache=True)
 
-    def prefill(self) -> Tensor:
-        return self.model.lm_head(self.language(self.embeds).last_hidden_state[:, -1:])
+    def prefill(self, embeds: Tensor | None = None) -> Tensor:
+        embeds = self.embeds if embeds is None else embeds
+        return self.model.lm_head(self.language(embeds).last_hidden_state[:, -1:])
 
     def decode(self) -> Tensor:
         """One token on top of the prompt; afterwards the cache has the prompt's own tensors again.
@@ -137,21 +155,27 @@ class Stages:
         """The model's own forward, from pixels to the first logits."""
         return self.model(**self.inputs, logits_to_keep=1).logits
 
+    def one_graph(self) -> Tensor:
+        """The same without the values that transformers reads back, so that one graph can hold it."""
+        return self.prefill(self.embed(self.base.multi_modal_projector(self.vision())))
+
     def new_length(self) -> Tensor:
         """As `first_token`, one token of text longer at each call."""
         ids = self.inputs["input_ids"]
         ids = torch.cat([ids, ids[:, -1:].expand(-1, next(self.lengths) - TEXT_TOKENS)], dim=1)
         return self.model(**{**self.inputs, "input_ids": ids}, logits_to_keep=1).logits
 
-    def generate(self) -> Tensor:
-        """NEW_TOKENS tokens, greedy, as a user generates them."""
+    def generate(self, count: int) -> Tensor:
+        """`count` tokens, greedy, as a user generates them."""
         return self.model.generate(
-            **self.inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+            **self.inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
         )
 
     def check(self) -> None:
         """The gate: raise unless forward and the stages agree, and the patches are those of the formula."""
-        _close("logits", self.first_token(), self.prefill())
+        logits = self.first_token()
+        _close("logits", logits, self.prefill())
+        _close("logits of one graph", logits, self.one_graph())
         if self.keep is None:
             return
         pixels, base = self.inputs["pixel_values"], self.base
@@ -170,10 +194,6 @@ class Stages:
         """Features [B, K, D], indices [B, K] and scores [B, N] of the patches that stay."""
         tokens, _ = encode.reduce(self.settings, self.inputs["pixel_values"], self.plan)
         return tokens.features, tokens.indices, tokens.scores
-
-
-def _nbytes(module: torch.nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _close(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:

@@ -90,6 +90,7 @@ def page(out: Path, ran: dict[str, Ran], chosen: Sequence[str]) -> str:
         "WRONG": _wrong(ran),
         "FAST (device time unless it says host; above 1 VTC is faster)": fast,
         "SLOW": slow,
+        "BOUNDS": speedups.bounds(whole),
         "COUNTERS": _counters(out, ran),
         "NO DEVICE TIME": _grouped({_named(r): r.no_device_ms for r in (*whole, *single) if r.no_device_ms}),
         "NOT REACHED": _not_reached(ran, chosen, seen),

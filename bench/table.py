@@ -33,13 +33,15 @@ def case(record: Record) -> tuple[Any, ...]:
     return (record.op, record.model, record.dtype, shape)
 
 
-def row(record: Record, others: dict[str, Record | None]) -> list[str]:
-    """`others`: the records of the same case, by backend."""
+def row(record: Record, others: dict[str, Record | None], floors: bool) -> list[str]:
+    """`others`: the records of the same case, by backend. `floors`: whether the table has columns for the floor."""
     peak = "" if record.peak_bytes is None else f"{record.peak_bytes / 2**20:.1f}"
     device = (record.device_ms_20, record.device_ms_50, record.device_ms_80)
     times = [f"{ms * 1e3:.1f}" for ms in (record.ms_20, record.ms_50, record.ms_80)]
     times += ["" if ms is None else f"{ms * 1e3:.1f}" for ms in device]
     rate = [f"{record.gb_per_s:.1f}", f"{100 * record.copy_share:.1f}"]
+    if floors:
+        rate += ["", ""] if record.floor_ms is None else [f"{record.floor_ms * 1e3:.1f}", record.bound or ""]
     backend = record.backend if record.sdpa is None else f"{record.backend} ({record.sdpa})"
     ratios = ["" if other is None or other is record else f"{other.ms / record.ms:.2f}" for other in others.values()]
     return [shape_text(record.shape), backend, *times, *rate, peak, *ratios]
@@ -54,12 +56,14 @@ def tables(records: list[Record]) -> str:
     for (op, model, dtype), group in grouped(records):
         baselines = list(dict.fromkeys(r.backend for r in group))
         columns = ["shape", "backend", "20 % us", "50 % us", "80 % us"]
-        columns += ["device 20 %", "device 50 %", "device 80 %", "GB/s", "% of copy", "peak MiB"]
+        columns += ["device 20 %", "device 50 %", "device 80 %", "GB/s", "% of copy"]
+        floors = any(r.floor_ms is not None for r in group)
+        columns += ["floor us", "bound by", "peak MiB"] if floors else ["peak MiB"]
         columns += [f"x {name}" for name in baselines]
         rows = []
         for r in group:
             same = {other.backend: other for other in group if case(other) == case(r)}
-            rows.append(row(r, {name: same.get(name) for name in baselines}))
+            rows.append(row(r, {name: same.get(name) for name in baselines}, floors))
         parts.append(f"{op}, {model}, {dtype}\n\n" + markdown(columns, rows))
     return "\n\n".join(parts)
 

@@ -164,10 +164,10 @@ def copy_gb_per_s(device: torch.device) -> float:
     return 2 * source.nbytes / (times.device or times.host)[1] / 1e6
 
 
-def matmul_tflop_per_s(device: torch.device) -> float:
-    """Speed of a large bf16 matrix product of random numbers: the yardstick for arithmetic."""
-    size = 8192 if device.type == "cuda" else 256
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.float32).to(torch.bfloat16)
+def matmul_tflop_per_s(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Speed of a large matrix product of random numbers: the yardstick for arithmetic."""
+    size = 8192 if device.type == "cuda" else 256 if dtype == torch.bfloat16 else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.float32).to(dtype)
     times = measure([lambda: a @ b], device)
     return 2 * size**3 / (times.device or times.host)[1] / 1e9
 

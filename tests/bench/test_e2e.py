@@ -4,22 +4,29 @@ import pytest
 import torch
 from support.bench import CPU
 
-from bench import e2e, record, timing
+from bench import e2e, record, roofline, timing
 from vtc.methods.vtc_cls import VTCCLS
+
+STOCK, FEW = e2e.Variant(None), e2e.Variant(64)
+SMALL = e2e.Options(("small LLaVA",), (1,), (128, 64), rep_ms=1.0, image_size=168)
+
+
+def bench_of():
+    return e2e.Bench("small LLaVA", CPU, 168)
 
 
 @pytest.fixture
 def small_images(monkeypatch):
     """144 tokens instead of 576."""
     build = e2e.build
-    monkeypatch.setattr(e2e, "build", lambda device, image_size: build(device, 168))
+    monkeypatch.setattr(e2e, "build", lambda name, device, image_size: build(name, device, 168))
 
 
 def test_decoding_leaves_the_prompts_own_cache(small_images):
     """Or a captured graph would read tensors that its own capture has made."""
-    bench = e2e.Bench(CPU, 168)
-    with bench.running(e2e.VARIANTS[1]) as model:
-        stages = bench.stages(model, 1, e2e.VARIANTS[1])
+    bench = bench_of()
+    with bench.running(FEW) as model:
+        stages = bench.stages(model, 1, FEW)
         before = [(layer.keys, layer.values) for layer in stages.cache.layers]
         first, second = stages.decode(), stages.decode()
     assert torch.equal(first, second)
@@ -31,40 +38,50 @@ def test_decoding_leaves_the_prompts_own_cache(small_images):
 
 def test_e2e_times_every_stage(tmp_path, small_images):
     said = []
-    assert e2e.run(CPU, (1,), tmp_path / "e2e.jsonl", rep_ms=1.0, say=said.append) == 0
+    assert e2e.run(CPU, SMALL, tmp_path / "e2e.jsonl", say=said.append) == 0
     records = record.read(tmp_path / "e2e.jsonl")
     variants = {stage: {r.backend for r in records if r.op == stage} for stage in e2e.STAGES}
     assert variants.pop("select") == {"vtc 128", "vtc 64"}
-    for stage in ("first token, new length", "generate"):
-        assert variants.pop(stage) == {"sdpa", "vtc 64", "sdpa, no cudnn", "vtc 64, no cudnn"}
+    lengths = {"sdpa", "vtc 64", "sdpa, no cudnn", "vtc 64, no cudnn"}
+    assert variants.pop("first token, new length") == lengths
+    for stage in ("generate 1", "generate 32"):
+        assert variants.pop(stage) == lengths | {"vtc 128"}
     assert {r.sdpa for r in records if r.op in ("vision", "prefill", "decode")} == {"flash (CPU)"}
     assert torch.backends.cuda.cudnn_sdp_enabled()
     assert all(found == {"sdpa", "vtc 128", "vtc 64"} for found in variants.values())
     assert {r.shape["visual"] for r in records} == {144, 128, 64}
     assert {r.backend for r in records if r.speedup_50 is None and r.op != "select"} == {"sdpa", "sdpa, no cudnn"}
     assert sum("of the stock tower" in line for line in said) == 2
+    floors = {(r.op, r.backend): r.floor_ms for r in records}
+    assert all(r.floor_ms > 0 and r.bound in roofline.BOUNDS and r.matmul_tflop_per_s > 0 for r in records)
+    for stage in ("first token", "vision", "projector", "prefill", "generate 32"):
+        assert floors[stage, "vtc 64"] < floors[stage, "vtc 128"] < floors[stage, "sdpa"] or stage == "vision"
+    (line,) = [line for line in said if line.startswith("small LLaVA B=1 vtc 64: first token")]
+    assert "; most of it is " in line
+    assert "\n| floor us | bound by |" not in line
+    assert any("| floor us | bound by" in text for text in said)
 
 
 def test_e2e_compares_with_the_stock_model_in_turn(small_images):
-    bench, (_, _, variant) = e2e.Bench(CPU, 168), e2e.VARIANTS
+    bench = bench_of()
     prompts = []
-    for model in (bench.compressed, bench.stock[2]):
+    for model in (bench.compressed, bench.stock[1]):
         model.model.language_model.register_forward_pre_hook(
             lambda *call: prompts.append(call[2]["inputs_embeds"].shape[1]), with_kwargs=True
         )
-    (made,) = bench.number(1, variant, "first token", rep_ms=0.0, played=False)
+    (made,) = bench.number(1, FEW, "first token", rep_ms=0.0, played=False)
     assert str(timing.SAMPLES * [40 + 144, 40 + 64])[1:-1] in str(prompts)
     assert made.speedup_20 <= made.speedup_50 <= made.speedup_80
 
 
 def test_the_stock_model_shares_its_weights_and_is_never_enabled(small_images):
-    bench = e2e.Bench(CPU, 168)
-    _, _, stock = bench.stock
-    with bench.running(e2e.VARIANTS[1]) as compressed:
+    bench = bench_of()
+    _, stock = bench.stock
+    with bench.running(FEW) as compressed:
         assert compressed is not stock
         assert compressed.model.vision_tower.config._attn_implementation == "vtc"
         assert stock.model.vision_tower.config._attn_implementation == "sdpa"
-        with bench.running(e2e.VARIANTS[0]) as model:
+        with bench.running(STOCK) as model:
             assert model is stock
     pairs = zip(stock.parameters(), compressed.parameters(), strict=True)
     assert all(ours is theirs for ours, theirs in pairs)
@@ -72,20 +89,66 @@ def test_the_stock_model_shares_its_weights_and_is_never_enabled(small_images):
 
 def test_a_stock_model_that_fails_costs_no_other_number(monkeypatch, small_images):
     prefill = e2e.Stages.prefill
-    monkeypatch.setattr(e2e.Stages, "prefill", lambda stages: prefill(stages) if stages.keep else 1 / 0)
-    bench = e2e.Bench(CPU, 168)
-    (made,) = bench.number(1, e2e.VARIANTS[2], "projector", rep_ms=0.0, played=False)
+    monkeypatch.setattr(e2e.Stages, "prefill", lambda stages, *embeds: prefill(stages, *embeds) if stages.keep else 1 / 0)
+    bench = bench_of()
+    (made,) = bench.number(1, FEW, "projector", rep_ms=0.0, played=False)
     assert made.speedup_50 is None
     with pytest.raises(ZeroDivisionError):
-        bench.number(1, e2e.VARIANTS[0], "projector", rep_ms=0.0, played=False)
+        bench.number(1, STOCK, "projector", rep_ms=0.0, played=False)
 
 
 def test_e2e_gives_no_number_for_the_wrong_patches(tmp_path, monkeypatch, small_images):
     select = VTCCLS.select
     monkeypatch.setattr(VTCCLS, "select", lambda *args: (select(*args)[0], -select(*args)[1]))
     said = []
-    assert e2e.run(CPU, (1,), tmp_path / "e2e.jsonl", rep_ms=1.0, say=said.append) == 1
+    assert e2e.run(CPU, SMALL, tmp_path / "e2e.jsonl", say=said.append) == 1
     assert {r.backend for r in record.read(tmp_path / "e2e.jsonl")} == {"sdpa", "sdpa, no cudnn"}
-    refused = [line for line in said if line.startswith("NO NUMBER: B=1 vtc")]
-    assert len(refused) == 6 + 6 + 2 + 2  # every stage of every variant
+    refused = [line for line in said if line.startswith("NO NUMBER: small LLaVA B=1 vtc")]
+    assert len(refused) == 9 + 9 + 1 + 3  # every stage of every variant
     assert all("WrongResult: " in line for line in refused)
+
+
+def test_one_graph_gives_the_logits_of_the_model(small_images):
+    bench = bench_of()
+    for variant in (STOCK, FEW):
+        with bench.running(variant) as model:
+            stages = bench.stages(model, 2, variant)
+            assert torch.allclose(stages.one_graph(), stages.first_token(), atol=1e-5)
+
+
+def test_generation_makes_the_tokens_that_its_name_says(small_images):
+    bench = bench_of()
+    with bench.running(FEW) as model:
+        stages = bench.stages(model, 1, FEW)
+        made = [stages.call(f"generate {count}")().shape[1] - 40 - 144 for count in (1, 5)]
+    assert made == [1, 5]
+
+
+def test_options_have_defaults_and_refuse_what_is_not_there():
+    few = e2e.Options.of(CPU)
+    assert (few.models, few.batches, few.keeps) == (("small LLaVA",), (1, 4), (192, 128, 64, 32))
+    many = e2e.Options.of(torch.device("cuda"))
+    assert (many.models, many.batches) == (("LLaVA-1.5-7B", "LLaVA-1.5-13B"), (1, 4, 16, 64))
+    with pytest.raises(ValueError, match=r"unknown model LLaVA-9; there are LLaVA-1.5-7B, LLaVA-1.5-13B, small LLaVA"):
+        e2e.Options.of(CPU, models=("LLaVA-9",))
+    with pytest.raises(ValueError, match="--keep must be below the 576 visual tokens of an image, got 576"):
+        e2e.Options.of(CPU, keeps=(64, 576))
+
+
+def test_each_model_takes_the_place_of_the_last(monkeypatch, small_images):
+    alive = []
+
+    def number(bench, batch, variant, stage, rep_ms, played):
+        alive.append(bench)
+        return []
+
+    monkeypatch.setattr(e2e.Bench, "number", number)
+    options = e2e.Options(("LLaVA-1.5-7B", "small LLaVA"), (1, 4), (64,))
+    made = e2e.jobs(CPU, options)
+    for job in made:
+        job.run()
+    assert [bench.name for bench in dict.fromkeys(alive)] == list(options.models)
+    names = [job.name for job in made]
+    assert len(set(names)) == len(names)
+    assert names[0] == "LLaVA-1.5-7B B=1 sdpa vision"
+    assert sum("new length" in name for name in names) == 2 * 4  # at the first batch size only
