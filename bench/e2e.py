@@ -21,7 +21,8 @@ from bench.record import Record
 from bench.stages import MODELS, TEXT_TOKENS, Stages, build, make_inputs, shared_copy
 
 NEW_LENGTH = "first token, new length"
-GENERATE = ("generate 1", "generate 32")
+LONG = "generate 32"
+GENERATE = ("generate 1", LONG)
 NOT_CAPTURED = {
     "first token": "transformers reads values back",
     NEW_LENGTH: "each call is longer than the last",
@@ -182,24 +183,30 @@ def jobs(device: torch.device, options: Options) -> list[Job]:
     # cuDNN's SDPA spends tens of milliseconds on planning for each new length, and every generated token is one.
     variants = (Variant(None), *map(Variant, options.keeps))
     lengths = [Variant(keep, cudnn) for keep in (None, options.keeps[-1]) for cudnn in (True, False)]
+    short = [stage for stage in STAGES if stage not in (NEW_LENGTH, LONG)]
     made = []
     for name in options.models:
-        for batch in options.batches:
-            numbers = [(v, s) for v in variants for s in STAGES if s != NEW_LENGTH and (s != "select" or v.keep)]
-            if batch == options.batches[0]:
-                numbers += [(v, s) for v in lengths for s in (NEW_LENGTH, *GENERATE) if s == NEW_LENGTH or not v.cudnn]
-            for variant, stage in numbers:
-                # The first job of a worker builds the model, also after a crash, so every job has the long limit.
-                made.append(
-                    Job(
-                        f"{name} B={batch} {variant.name} {stage}",
-                        lambda of=(name, batch, variant, stage): bench(of[0]).number(
-                            *of[1:], options.rep_ms, options.played
-                        ),
-                        limit=60,
-                    )
-                )
+        numbers = [
+            (batch, v, stage)
+            for batch in options.batches
+            for v in variants
+            for stage in short
+            if stage != "select" or v.keep
+        ]
+        first = options.batches[0]
+        numbers += [(first, v, stage) for v in lengths for stage in (NEW_LENGTH, *GENERATE)]
+        numbers += [(batch, v, LONG) for batch in options.batches for v in variants]  # last, as they take the longest
+        for batch, variant, stage in dict.fromkeys(numbers):
+            # The first job of a worker builds the model, also after a crash, so every job has the long limit.
+            call = functools.partial(_number, bench, name, batch, variant, stage, options)
+            made.append(Job(f"{name} B={batch} {variant.name} {stage}", call, limit=60))
     return made
+
+
+def _number(
+    bench: Callable[[str], Bench], name: str, batch: int, variant: Variant, stage: str, options: Options
+) -> list[Record]:
+    return bench(name).number(batch, variant, stage, options.rep_ms, options.played)
 
 
 def run(device: torch.device, options: Options, out: Path | None, say: Callable[[str], None] = print) -> int:
