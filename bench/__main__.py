@@ -46,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         add.add_argument(f"--{name}", type=Path)
     add.add_argument("--skip", type=int, default=0)
     _mode_options(add)
+    add = commands.add_parser("hub", help="write the package for the kernel loader of the Hugging Face Hub")
+    add.add_argument("--owner", required=True, help="user or organisation of the Hub")
+    add.add_argument("--out", type=Path, required=True, help="a new folder")
     commands.add_parser("readme", help="rewrite the generated blocks of all documents")
     add = commands.add_parser("plot", help="draw records")
     add.add_argument("records", type=Path, help="a micro.jsonl")
@@ -177,6 +180,16 @@ def _readme(chosen: Any, rest: list[str]) -> int:
     return 0
 
 
+def _hub(chosen: Any, rest: list[str]) -> int:
+    from bench import hub
+
+    files = hub.write(chosen.owner, chosen.out)
+    print(
+        f"wrote {len(files)} files to {chosen.out}; `kernel-builder build-and-upload` there builds and publishes them"
+    )
+    return 0
+
+
 def _quality(chosen: Any, rest: list[str]) -> int:
     from bench import quality, quality_tables
 
@@ -213,6 +226,7 @@ COMMANDS = {
     "compare": _compare,
     "gpu": _gpu,
     "worker": _worker,
+    "hub": _hub,
     "readme": _readme,
     "plot": _plot,
 }

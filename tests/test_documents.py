@@ -343,7 +343,7 @@ def test_command(command: str, tmp_path: Path) -> None:
 
 
 # Appended: the last of two equal options counts, and these make a run short.
-QUICK = {"e2e": ["--rep-ms", "1", "--device", "cpu"], "gpu": [], "quality": ["--questions", "5"]}
+QUICK = {"e2e": ["--rep-ms", "1", "--device", "cpu"], "gpu": [], "hub": [], "quality": ["--questions", "5"]}
 SMALL = ["--rep-ms", "1", "--model", "small", "--batch", "1", "--provider", "reference", "--device", "cpu"]
 
 
@@ -360,7 +360,10 @@ def test_benchmark(command: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, *words[1:], *QUICK.get(name, SMALL)], cwd=ROOT, capture_output=True, text=True
     )
-    if "--rehearse" in words:
+    if name == "hub":
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out/build.toml").exists()
+    elif "--rehearse" in words:
         assert done.returncode == 0, done.stderr + done.stdout
         assert "PARTS\n  probe: " in (tmp_path / "out/summary.txt").read_text()
     elif name == "gpu":
