@@ -33,6 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--sweep", action="store_true", help="also every number of layers and every ensemble of vtc-cls")
     add.add_argument("--out", type=Path, help="folder for the records, JSON lines, and the plot")
     add.add_argument("--no-plot", action="store_true")
+    add = commands.add_parser("cpu", help="generate() with fewer visual tokens against stock, on a CPU")
+    add.add_argument("--model", nargs="+", metavar="NAME", help="default: bundled scaled")
+    add.add_argument("--batch", type=_positive, nargs="+", metavar="B", help="default: 1 4 8")
+    add.add_argument("--keep", type=_positive, nargs="+", metavar="K", help="default: 192 128 64 32")
+    add.add_argument("--rounds", type=_positive, help="samples of each time (5), taken in turn")
+    add.add_argument("--out", type=Path, help="folder for the records, JSON lines")
     add = commands.add_parser("gpu", help="everything that is measured on a GPU, in minutes")
     add.add_argument("--out", type=Path, required=True, help="folder for at most 8 files")
     add.add_argument("--minutes", type=float, default=9)
@@ -180,6 +186,20 @@ def _readme(chosen: Any, rest: list[str]) -> int:
     return 0
 
 
+def _cpu(chosen: Any, rest: list[str]) -> int:
+    from bench import cpu
+
+    if chosen.out:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+    return cpu.run(
+        chosen.model or tuple(cpu.SUBJECTS),
+        chosen.batch or cpu.BATCHES,
+        chosen.keep or cpu.KEEPS,
+        chosen.rounds or cpu.ROUNDS,
+        chosen.out and chosen.out / "cpu.jsonl",
+    )
+
+
 def _hub(chosen: Any, rest: list[str]) -> int:
     from bench import hub
 
@@ -223,6 +243,7 @@ COMMANDS = {
     "micro": _micro,
     "e2e": _e2e,
     "quality": _quality,
+    "cpu": _cpu,
     "compare": _compare,
     "gpu": _gpu,
     "worker": _worker,
