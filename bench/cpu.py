@@ -70,7 +70,7 @@ def bundled() -> Subject:
     return Subject("bundled model", model, prompts)
 
 
-def scaled(image_size: int = 336) -> Subject:
+def scaled(image_size: int = 336, tower_layers: int = 24, language_layers: int = 10) -> Subject:
     """A LLaVA with random weights: as deep a tower and as many tokens as LLaVA-1.5, and much narrower."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -78,13 +78,13 @@ def scaled(image_size: int = 336) -> Subject:
             patch_size=14,
             hidden_size=128,
             intermediate_size=512,
-            num_hidden_layers=24,
+            num_hidden_layers=tower_layers,
             num_attention_heads=2,
         ),
         text_config=LlamaConfig(
             hidden_size=512,
             intermediate_size=1408,
-            num_hidden_layers=10,
+            num_hidden_layers=language_layers,
             num_attention_heads=8,
             vocab_size=1000,
             max_position_embeddings=4096,

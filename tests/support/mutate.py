@@ -1083,6 +1083,22 @@ MUTANTS = [
         },
     ),
     *_of("bench/hub/namespace.py", "bench/test_hub", {"one namespace for all versions": ('(__package__ or "").replace(".", "_")', '"vtc_ops"')}),
+    *_of(
+        "bench/cpu.py",
+        "bench/test_cpu",
+        {
+            "any logits will do": ("if not torch.equal(made.logits, expected.logits) or", "if"),
+            "any tokens will do": ("if not torch.equal(made.tokens, self.few_tokens(inputs, keep)):", "if False:"),
+            "any scores will do": ('require_close("scores", tokens.scores, scores)', "pass"),
+            "rounds are not checked": ("            require_same(name, made[0], expected[name])\n", ""),
+            "stock against stock": ("model = self.stock if keep is None else self.compressed", "model = self.stock"),
+            "always the same order": ("names[number % len(names) :] + names[: number % len(names)]", "names"),
+            "ratios of other rounds": ("zip(samples[STOCK], taken, strict=True)", "zip(sorted(samples[STOCK]), sorted(taken), strict=True)"),
+            "operations within operations count twice": ("if not self._depth:", "if True:"),
+            "records of the last run stay": ("out.unlink(missing_ok=True)", "pass"),
+            "shares upside down": ("low, middle, high = 1 / high, 1 / middle, 1 / low", "pass"),
+        },
+    ),
 ]  # fmt: skip
 
 
