@@ -26,6 +26,8 @@ CALLS = {
     "merge_neighbors": lambda: ((of(B, N, D), of(B, N, D, seed=1), indices(), of(B, N).abs()), {"neighbors": 4}),
     "merge_nearest": lambda: ((of(B, N, D), of(B, N, D, seed=1), indices(), of(B, N).abs()), {}),
 }
+# The arguments, by their place, whose elements are copied: they may be of any type.
+COPIED = {("compact", 0), ("compact_kv", 0), ("compact_kv", 1)}
 
 
 def each(value, change):
@@ -74,15 +76,12 @@ def test_tensors_that_do_not_fit_are_refused(package, device, op, backend):
         if not isinstance(value, (torch.Tensor, list)):
             continue
         alone = sum(isinstance(one, (torch.Tensor, list)) for one in given) == 1
-        # Tokens of any type and with any further axes can be copied.
-        free = (op, place) == ("compact", 0)
-        copied = free or (op == "compact_kv" and isinstance(value, list))
-        changes = {
-            "axis": None if free else lambda x: x[None, None, None],
-            "dtype": None if copied else lambda x: x.to(torch.complex64),
-            "device": None if alone else lambda x: x.to("meta"),
-        }
-        for change in filter(None, changes.values()):
+        changes = [
+            lambda x: x[None, None, None],
+            None if (op, place) in COPIED else lambda x: x.to(torch.complex64),
+            None if alone else lambda x: x.to("meta"),
+        ]
+        for change in filter(None, changes):
             wrong = [*given[:place], each(value, change), *given[place + 1 :]]
             with pytest.raises(ValueError, match=rf"^{op}: "):
                 getattr(package, op)(*wrong, **named, backend=backend)
