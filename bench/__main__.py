@@ -39,6 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--sweep", action="store_true", help="also every number of layers and every ensemble of vtc-cls")
     add.add_argument("--out", type=Path, help="folder for the records, JSON lines, and the plot")
     add.add_argument("--no-plot", action="store_true")
+    add = commands.add_parser("cpu", help="generate() with fewer visual tokens against stock, on a CPU")
+    add.add_argument("--model", nargs="+", metavar="NAME", help="default: bundled scaled")
+    add.add_argument("--batch", type=_positive, nargs="+", metavar="B", help="default: 1 4 8")
+    add.add_argument("--keep", type=_positive, nargs="+", metavar="K", help="default: 192 128 64 32")
+    add.add_argument("--rounds", type=_positive, help="samples of each time (5), taken in turn")
+    add.add_argument("--out", type=Path, help="folder for the records, JSON lines")
     add = commands.add_parser("gpu", help="everything that is measured on a GPU, in minutes")
     add.add_argument("--out", type=Path, required=True, help="folder for at most 8 files")
     add.add_argument("--minutes", type=float, default=9)
@@ -52,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
         add.add_argument(f"--{name}", type=Path)
     add.add_argument("--skip", type=int, default=0)
     _mode_options(add)
+    add = commands.add_parser("hub", help="write the package for the kernel loader of the Hugging Face Hub")
+    add.add_argument("--owner", required=True, help="user or organisation of the Hub")
+    add.add_argument("--out", type=Path, required=True, help="a new folder")
     commands.add_parser("readme", help="rewrite the generated blocks of all documents")
     add = commands.add_parser("plot", help="draw records")
     add.add_argument("records", type=Path, help="a micro.jsonl")
@@ -183,6 +192,30 @@ def _readme(chosen: Any, rest: list[str]) -> int:
     return 0
 
 
+def _cpu(chosen: Any, rest: list[str]) -> int:
+    from bench import cpu
+
+    if chosen.out:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+    return cpu.run(
+        chosen.model or tuple(cpu.SUBJECTS),
+        chosen.batch or cpu.BATCHES,
+        chosen.keep or cpu.KEEPS,
+        chosen.rounds or cpu.ROUNDS,
+        chosen.out and chosen.out / "cpu.jsonl",
+    )
+
+
+def _hub(chosen: Any, rest: list[str]) -> int:
+    from bench import hub
+
+    files = hub.write(chosen.owner, chosen.out)
+    print(
+        f"wrote {len(files)} files to {chosen.out}; `kernel-builder build-and-upload` there builds and publishes them"
+    )
+    return 0
+
+
 def _quality(chosen: Any, rest: list[str]) -> int:
     from bench import quality, quality_tables
 
@@ -216,9 +249,11 @@ COMMANDS = {
     "micro": _micro,
     "e2e": _e2e,
     "quality": _quality,
+    "cpu": _cpu,
     "compare": _compare,
     "gpu": _gpu,
     "worker": _worker,
+    "hub": _hub,
     "readme": _readme,
     "plot": _plot,
 }

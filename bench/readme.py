@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import calls, card, pages, probe, quality, quality_tables, record, speedups
+from bench import calls, card, cpu, pages, probe, quality, quality_tables, record, speedups
 from bench import parts as gpu
 from bench.checkout import ROOT
 from bench.workloads import WORKLOADS
@@ -268,6 +268,11 @@ def bounds(page: Path) -> str:
     return "\n".join(["```text", *speedups.bounds(records), "```"])
 
 
+def cpu_times(page: Path) -> str:
+    """`generate()` with fewer visual tokens against stock, and the times of the vision tower, on a CPU."""
+    return cpu.tables(record.read(page.parent / "cpu.jsonl", cpu.OnCPU))
+
+
 def parts(page: Path) -> str:
     """The parts of `python -m bench gpu`, with the seconds that each gets at most."""
     rows = [[f"`{name}`", str(part.seconds), PARTS[name]] for name, part in gpu.PARTS.items()]
@@ -298,6 +303,7 @@ def proof(page: Path, files: list[str]) -> str:
 MAKERS: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
     "bounds": bounds,
+    "cpu_times": cpu_times,
     "files": files,
     "first_tokens": first_tokens,
     "kernels": kernels,

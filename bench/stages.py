@@ -174,8 +174,8 @@ class Stages:
     def check(self) -> None:
         """The gate: raise unless forward and the stages agree, and the patches are those of the formula."""
         logits = self.first_token()
-        _close("logits", logits, self.prefill())
-        _close("logits of one graph", logits, self.one_graph())
+        require_close("logits", logits, self.prefill())
+        require_close("logits of one graph", logits, self.one_graph())
         if self.keep is None:
             return
         pixels, base = self.inputs["pixel_values"], self.base
@@ -186,9 +186,9 @@ class Stages:
         tower.set_attn_implementation("eager")
         seen = tower(pixels[:1], output_hidden_states=True, output_attentions=True)
         expected = sum(seen.attentions[number][:, :, 0, 1:].float().mean(dim=1) for number in self.plan.scored)
-        _close("scores", scores[:1], expected.to(kept.dtype).float(), kept.dtype)
+        require_close("scores", scores[:1], expected.to(kept.dtype).float(), kept.dtype)
         patches = seen.hidden_states[max(self.plan.feature_layers)][:, 1:]
-        _close("kept features", kept[:1], reference.compact(patches, indices[:1]))
+        require_close("kept features", kept[:1], reference.compact(patches, indices[:1]))
 
     def _selected(self) -> tuple[Tensor, Tensor, Tensor]:
         """Features [B, K, D], indices [B, K] and scores [B, N] of the patches that stay."""
@@ -196,7 +196,7 @@ class Stages:
         return tokens.features, tokens.indices, tokens.scores
 
 
-def _close(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+def require_close(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
     """Raise unless the difference's norm is within 16 units of rounding of the norm: layers accumulate rounding."""
     eps = torch.finfo(dtype or expected.dtype).eps
     error = ((actual - expected).double().norm() / expected.double().norm()).item()

@@ -75,7 +75,7 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def _quantiles(samples: list[float]) -> Quantiles:
+def quantiles(samples: list[float]) -> Quantiles:
     low, middle, high = (
         torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
     )
@@ -105,7 +105,7 @@ def _host_ms(
     """Milliseconds of one call; and the time of `other` divided by it, from pairs of samples."""
     turns = itertools.cycle(calls)
     if other is None:
-        return _quantiles(_samples(lambda: host_ms(next(turns), device), rep_ms)), None
+        return quantiles(_samples(lambda: host_ms(next(turns), device), rep_ms)), None
     other()  # compiles, fills caches
     ratios = []
 
@@ -115,7 +115,7 @@ def _host_ms(
         ratios.append(theirs / ours)
         return ours
 
-    return _quantiles(_samples(sample, rep_ms)), _quantiles(ratios)
+    return quantiles(_samples(sample, rep_ms)), quantiles(ratios)
 
 
 def _device_ms(replay: Callable[[], Any], count: int, device: torch.device, rep_ms: float) -> Quantiles:
@@ -135,7 +135,7 @@ def _device_ms(replay: Callable[[], Any], count: int, device: torch.device, rep_
         end.synchronize()
         return begin.elapsed_time(end)
 
-    low, middle, high = _quantiles(_samples(sample, rep_ms))
+    low, middle, high = quantiles(_samples(sample, rep_ms))
     return low / count, middle / count, high / count
 
 

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtc_kernels import tuning
-from vtc_kernels.row_scores import row_probabilities
+from . import tuning
+from .row_scores import row_probabilities
 
 
 def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtc_kernels import tuning
+from . import tuning
 
 # Elements are copied as integers of their size: no arithmetic can touch a NaN's payload or round a bfloat16.
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtc_kernels import tuning
-from vtc_kernels.compact import as_integers
+from . import tuning
+from .compact import as_integers
 
 
 def compact_kv(

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtc_kernels import tuning
-from vtc_kernels.similarity import cosine_similarity, weighted_sum
+from . import tuning
+from .similarity import cosine_similarity, weighted_sum
 
 
 def merge_nearest(x: Tensor, key: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtc_kernels import search, tuning
-from vtc_kernels.similarity import cosine_similarity, load_count, weighted_sum
+from . import search, tuning
+from .similarity import cosine_similarity, load_count, weighted_sum
 
 
 def merge_neighbors(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtc_kernels import tuning
+from . import tuning
 
 
 def row_scores(

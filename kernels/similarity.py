@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtc_kernels import tuning
+from . import tuning
 
 
 def cosine_similarity(key: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:

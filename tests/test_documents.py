@@ -66,6 +66,7 @@ NOT_RUN = {
     "python -m tests.support.mutate topk": "takes minutes",
     "python tests/ops/test_compile.py --write": "rewrites the budgets",
     "python -m bench quality --sweep --out bench/results/quality": "takes hours",
+    "OMP_NUM_THREADS=1 python -m bench cpu --out bench/results/cpu": "takes ten minutes",
     "python -m bench readme": "rewrites the documents; test_generated_blocks_are_current runs it on a copy",
     "pip install -c tests/constraints.txt '.[ui]'": "installs a part of what the tests have",
     "vtc ui": "does not end by itself; tests/ui/test_ui_page.py runs it",
@@ -343,7 +344,13 @@ def test_command(command: str, tmp_path: Path) -> None:
 
 
 # Appended: the last of two equal options counts, and these make a run short.
-QUICK = {"e2e": ["--rep-ms", "1", "--device", "cpu"], "gpu": [], "quality": ["--questions", "5"]}
+QUICK = {
+    "cpu": ["--rounds", "1"],
+    "e2e": ["--rep-ms", "1", "--device", "cpu"],
+    "gpu": [],
+    "hub": [],
+    "quality": ["--questions", "5"],
+}
 SMALL = ["--rep-ms", "1", "--model", "small", "--batch", "1", "--provider", "reference", "--device", "cpu"]
 
 
@@ -360,11 +367,17 @@ def test_benchmark(command: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, *words[1:], *QUICK.get(name, SMALL)], cwd=ROOT, capture_output=True, text=True
     )
-    if "--rehearse" in words:
+    if name == "hub":
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out/build.toml").exists()
+    elif "--rehearse" in words:
         assert done.returncode == 0, done.stderr + done.stdout
         assert "PARTS\n  probe: " in (tmp_path / "out/summary.txt").read_text()
     elif name == "gpu":
         assert (done.returncode, done.stderr.split(";")[0]) == (2, "python -m bench gpu: bench gpu needs a GPU")
+    elif name == "cpu":
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^\| bundled model \| vtc 64 +\| [\d.]+ ", done.stdout, re.MULTILINE)
     elif name == "quality":
         assert done.returncode == 0, done.stderr
         assert re.search(r"^\| random +\|", done.stdout, re.MULTILINE)

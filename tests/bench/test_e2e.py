@@ -89,7 +89,9 @@ def test_the_stock_model_shares_its_weights_and_is_never_enabled(small_images):
 
 def test_a_stock_model_that_fails_costs_no_other_number(monkeypatch, small_images):
     prefill = e2e.Stages.prefill
-    monkeypatch.setattr(e2e.Stages, "prefill", lambda stages, *embeds: prefill(stages, *embeds) if stages.keep else 1 / 0)
+    monkeypatch.setattr(
+        e2e.Stages, "prefill", lambda stages, *embeds: prefill(stages, *embeds) if stages.keep else 1 / 0
+    )
     bench = bench_of()
     (made,) = bench.number(1, FEW, "projector", rep_ms=0.0, played=False)
     assert made.speedup_50 is None

@@ -1070,6 +1070,35 @@ MUTANTS = [
             "the question decides for all": ("if method.prunes_only_language():", "if True:"),
         },
     ),
+    *_of(
+        "bench/hub/__init__.py",
+        "bench/test_hub",
+        {
+            "operators of VTC's namespace": ("""r'f?"vtc::': 'f"{NAMESPACE}::',""", ""),
+            "VTC's kernels": ("""r"^( *)from vtc_kernels import ": r"\\1from .kernels import ",""", ""),
+            "old files stay": ("if out.exists() and (not", "if False and (not"),
+            "any owner": ("if not re.fullmatch(OWNER, owner):", "if False:"),
+            "any import": ("require_known(name, text)\n    here", "pass\n    here"),
+            "relative imports are unknown": ("and not node.level:", "and True:"),
+        },
+    ),
+    *_of("bench/hub/namespace.py", "bench/test_hub", {"one namespace for all versions": ('(__package__ or "").replace(".", "_")', '"vtc_ops"')}),
+    *_of(
+        "bench/cpu.py",
+        "bench/test_cpu",
+        {
+            "any logits will do": ("if not torch.equal(made.logits, expected.logits) or", "if"),
+            "any tokens will do": ("if not torch.equal(made.tokens, self.few_tokens(inputs, keep)):", "if False:"),
+            "any scores will do": ('require_close("scores", tokens.scores, scores)', "pass"),
+            "rounds are not checked": ("            require_same(name, made[0], expected[name])\n", ""),
+            "stock against stock": ("model = self.stock if keep is None else self.compressed", "model = self.stock"),
+            "always the same order": ("names[number % len(names) :] + names[: number % len(names)]", "names"),
+            "ratios of other rounds": ("zip(samples[STOCK], taken, strict=True)", "zip(sorted(samples[STOCK]), sorted(taken), strict=True)"),
+            "operations within operations count twice": ("if not self._depth:", "if True:"),
+            "records of the last run stay": ("out.unlink(missing_ok=True)", "pass"),
+            "shares upside down": ("low, middle, high = 1 / high, 1 / middle, 1 / low", "pass"),
+        },
+    ),
 ]  # fmt: skip
 
 
@@ -1089,7 +1118,10 @@ def run(mutant: Mutant) -> str | None:
         shutil.copytree(ROOT / "kernels", Path(folder) / "vtc_kernels", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         (Path(folder) / "vtc/tiny/checkpoint").symlink_to(ROOT / "vtc/tiny/checkpoint")
-        copy = Path(folder) / mutant.file.replace("kernels/", "vtc_kernels/")
+        shutil.copytree(ROOT / "bench", Path(folder) / "bench", ignore=shutil.ignore_patterns("__pycache__", "results"))
+        for name, target in {"kernels": "vtc_kernels", "LICENSE": ROOT / "LICENSE"}.items():
+            (Path(folder) / name).symlink_to(target)
+        copy = Path(folder) / mutant.file
         copy.write_text(mutated(mutant), encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         environment["VTC_STATEFUL_NO_SHRINK"] = "1"  # the first example that fails is enough
