@@ -63,10 +63,9 @@ def run_tower(
         features, has_cls = features[:, int(has_cls) :], False
         scores.pool(math.isqrt(features.shape[1]), plan.pool)
         features = base.vision_resampler(features)  # expects square frames, too
-    cls_probs = scores.cls_probs() if needs.cls_probs else None
     query = scores.query if needs.query else None
     pixels = views if needs.pixels else None
-    return VisionOutputs(features, plan.grid, cls_probs, scores.keys, query, pixels, has_cls), scores.ops
+    return VisionOutputs(features, plan.grid, scores.cls_probs, scores.keys, query, pixels, has_cls), scores.ops
 
 
 def _scores(attentions: list[Any], plan: Plan) -> ClsScores:
@@ -127,7 +126,7 @@ def _with_hooks(tower: Any, views: Tensor, scores: ClsScores, arguments: dict[st
             del seen[attention]
             scores.read(attention, own["query"], own["key"])
             if scores.is_scored(attention):
-                scores.score(own["query"], own["key"])
+                scores.note(own["query"], own["key"])
 
     modules: list[Any] = scores.modules
     with contextlib.ExitStack() as stack:
