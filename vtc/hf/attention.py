@@ -99,16 +99,18 @@ class ClsScores:
             self._layers = []  # the views keep whole tensors alive
 
     def _finish(self) -> torch.Tensor:
-        """The probabilities of all layers; those of the noted ones in one launch, as they have one scale."""
-        noted = [layer for layer in self._layers if isinstance(layer, tuple)]
-        found: list[torch.Tensor] = []
-        for scale in dict.fromkeys(scale for *_, scale in noted):
-            queries, keys, _ = zip(*(layer for layer in noted if layer[2] == scale), strict=True)
-            found.append(ops.cls_probs(queries, keys, scale=scale, skip=1, backend=self.config.backend))
-        if len(noted) == len(self._layers) and len(found) == 1:
-            return found[0]
-        others = [layer for layer in self._layers if not isinstance(layer, tuple)]
-        return torch.cat([*found, torch.stack(others)]) if others else torch.cat(found)
+        """The probabilities of all layers `[L, B, H, N]`; of those that are noted in one launch if they have one scale."""
+        found: list[Any] = list(self._layers)
+        noted = {number: layer for number, layer in enumerate(self._layers) if isinstance(layer, tuple)}
+        for scale in dict.fromkeys(scale for _, _, scale in noted.values()):
+            numbers = [number for number, layer in noted.items() if layer[2] == scale]
+            queries, keys = ([noted[number][part] for number in numbers] for part in (0, 1))
+            cls_probs = ops.cls_probs(queries, keys, scale=scale, skip=1, backend=self.config.backend)  # type: ignore
+            if len(numbers) == len(found):
+                return cls_probs
+            for number, own in zip(numbers, cls_probs, strict=True):
+                found[number] = own
+        return torch.stack(found)
 
     def fuses(self, query: torch.Tensor, dropout: float = 0.0) -> bool:
         """Return whether a scored layer runs `cls_attention`. It has no gradient and no dropout."""
