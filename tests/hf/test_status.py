@@ -51,7 +51,7 @@ def test_an_enabled_model_and_what_it_has_compressed(stock):
         "method: vtc-cls (keep=9, ensemble_layers=2)",
         "visual tokens per image: 36 -> 9, before the projector",
         "vision tower: CLIP on cpu, attention 'vtc'; layers 3, 4 of 0 to 5 are scored",
-        *(f"{op}: torch ({WHY})" for op in ("row_scores", "topk", "compact")),
+        *(f"{op}: torch ({WHY})" for op in ("cls_probs", "select")),
         "images compressed since then: 4",
     ]
     vtc.configure(model, keep=8)  # it was on all the time

@@ -69,8 +69,8 @@ def randn(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_tokens", [1, 5, 49, 196, 256, 576, 729, 1023, 1024, 1025])
 def test_shapes_that_hurt(num_tokens, backend):
-    scores, x = randn(3, 2, 4, num_tokens), randn(2, num_tokens, 20)
-    for k in sorted({1, max(1, num_tokens // 9), max(1, num_tokens - 1), num_tokens}):
+    scores, x = randn(3, 1, 4, num_tokens), randn(1, num_tokens, 20)
+    for k in sorted({1, max(1, num_tokens // 9), num_tokens}):
         check(scores, x, k, backend)
 
 
@@ -82,10 +82,10 @@ def test_every_k(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("num_images", [3, 65])
-def test_batches(num_images, backend):
+@pytest.mark.parametrize(("num_images", "k"), [(3, 70), (65, 5)])
+def test_batches(num_images, k, backend):
     """Few images have several programs each, many have one."""
-    check(randn(2, num_images, 2, 90), randn(num_images, 90, 7), 70, backend)
+    check(randn(2, num_images, 2, 90), randn(num_images, 90, 7), k, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
