@@ -108,7 +108,9 @@ class Stages:
         """What VTC adds to the tower: [CLS] probabilities of the scored layers, and the selection."""
         queries, keys = ([x] * len(self.plan.scored) for x in (self.query[:, :, 0], self.key))
         cls_probs = ops.cls_probs(queries, keys, skip=1, backend=self.plan.config.backend)
-        return self.plan.method.reduce(VisionOutputs(self.hidden, self.plan.grid, cls_probs), self.plan.num_kept).features
+        return self.plan.method.reduce(
+            VisionOutputs(self.hidden, self.plan.grid, cls_probs), self.plan.num_kept
+        ).features
 
     def projector(self) -> Tensor:
         return self.base.multi_modal_projector(self.features)

@@ -6,7 +6,6 @@ same program turns its logits into probabilities in place. There are no atomics:
 same inputs give the same bits.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +18,9 @@ from vtc_kernels import tuning
 _LOG2_E = 1.4426950408889634
 
 
-def cls_probs(queries: Sequence[Tensor], keys: Sequence[Tensor], *, scale: float | None = None, skip: int = 0) -> Tensor:
+def cls_probs(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], *, scale: float | None = None, skip: int = 0
+) -> Tensor:
     """Launch the kernel once; once for each run of layers with other strides than the layer before."""
     num_images, num_heads, num_tokens, num_features = keys[0].shape
     scale = num_features**-0.5 if scale is None else float(scale)
@@ -27,11 +28,13 @@ def cls_probs(queries: Sequence[Tensor], keys: Sequence[Tensor], *, scale: float
     probs = torch.empty(
         (len(keys), num_images, num_heads, num_tokens - skip), dtype=torch.float32, device=keys[0].device
     )
-    first = 0
     strides_of = [(*query.stride(), *key.stride()) for query, key in zip(queries, keys, strict=True)]
+    last = 0
     with torch.cuda.device_of(keys[0]):
-        for strides, layers in itertools.groupby(strides_of):
-            last = first + len(tuple(layers))
+        while last < len(keys):
+            first, strides = last, strides_of[last]
+            while last < len(keys) and strides_of[last] == strides:
+                last += 1
             _cls_probs_kernel[(num_images * num_heads, last - first)](
                 # tensors
                 tuple(queries[first:last]),
@@ -53,7 +56,6 @@ def cls_probs(queries: Sequence[Tensor], keys: Sequence[Tensor], *, scale: float
                 num_warps=num_warps,
                 NUM_STAGES=num_stages,
             )
-            first = last
     return probs
 
 

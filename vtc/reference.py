@@ -48,7 +48,9 @@ def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | N
     return out, cls_probs
 
 
-def cls_probs(queries: Sequence[Tensor], keys: Sequence[Tensor], *, scale: float | None = None, skip: int = 0) -> Tensor:
+def cls_probs(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], *, scale: float | None = None, skip: int = 0
+) -> Tensor:
     """Attention probabilities of one query row, the [CLS] token's, over all keys, in several layers at once.
 
     ::

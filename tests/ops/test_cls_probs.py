@@ -39,7 +39,9 @@ SHAPES = [
 ]
 
 
-def make(num_layers, num_images, num_heads, num_tokens, num_features, dtype=torch.float32, layout="tokens first", spread=1.0):
+def make(
+    num_layers, num_images, num_heads, num_tokens, num_features, dtype=torch.float32, layout="tokens first", spread=1.0
+):
     generator = torch.Generator().manual_seed(num_tokens)
     queries = torch.randn(num_layers, num_images, num_heads, num_features, generator=generator).mul(spread)
     keys = torch.randn(num_layers, num_images, num_heads, num_tokens, num_features, generator=generator)

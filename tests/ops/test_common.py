@@ -75,7 +75,10 @@ MERGE = [
         (lambda: ops.cls_probs([QUERY], [KEY[:, :1]]), r"of one shape, got \[2, 3, 8\] and \[2, 1, 10, 8\]"),
         (lambda: ops.cls_probs([QUERY] * 2, [KEY, KEY[:, :, 1:]]), r"of one shape, got .*\[2, 3, 9, 8\]"),
         (lambda: ops.cls_probs([QUERY[0]], [KEY[0]]), r"of one shape, got \[3, 8\] and \[3, 10, 8\]"),
-        (lambda: ops.cls_probs([QUERY] * 2, [KEY, KEY.half()]), "one floating-point dtype, got torch.float16 and torch.float"),
+        (
+            lambda: ops.cls_probs([QUERY] * 2, [KEY, KEY.half()]),
+            "one floating-point dtype, got torch.float16 and torch.float",
+        ),
         (lambda: ops.cls_probs([QUERY.int()], [KEY.int()]), "one floating-point dtype, got torch.int32"),
         (lambda: ops.cls_probs([QUERY[:, :0]], [KEY[:, :0]]), "at least one head and one feature"),
         (lambda: ops.cls_probs([QUERY], [KEY], skip=10), "0 <= skip < N = 10, or no column is left; got 10"),
@@ -151,7 +154,10 @@ def calls(num_images=2):
     x, *merged = (tensor[:num_images] for tensor in merge_inputs(2, 9, 3, 4, 5))
     return {
         "cls_attention": (lambda x, backend: ops.cls_attention(x, key, key, backend=backend)[0], randn(2, 10, 16)),
-        "cls_probs": (lambda x, backend: ops.cls_probs([x, x + 1], [key, key], skip=1, backend=backend)[0], randn(2, 16)),
+        "cls_probs": (
+            lambda x, backend: ops.cls_probs([x, x + 1], [key, key], skip=1, backend=backend)[0],
+            randn(2, 16),
+        ),
         "row_scores": (lambda x, backend: ops.row_scores(x, key, skip=1, backend=backend), randn(2, 16)),
         "topk": (lambda x, backend: ops.topk(x, 3, backend=backend), scores),
         "compact": (lambda x, backend: ops.compact(x, indices, backend=backend), randn(9, 12)),

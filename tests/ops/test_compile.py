@@ -75,7 +75,9 @@ def variants():
             n, d, warps, stages = tuning.cls_probs_blocks(num_features, size)
             blocks = {"WIDE": False, "NUM_FEATURES": num_features, "NUM_BLOCKS": -(-577 // n), "NUM_STAGES": stages}
             name = f"D={num_features} {8 * size} bit"
-            yield Variant("cls_probs._cls_probs_kernel", name, dtypes, row, blocks | {"BLOCK_N": n, "BLOCK_D": d}, warps)
+            yield Variant(
+                "cls_probs._cls_probs_kernel", name, dtypes, row, blocks | {"BLOCK_N": n, "BLOCK_D": d}, warps
+            )
 
     stats = {"logits_ptr": "*fp32", "block_max_ptr": "*fp32", "block_sum_ptr": "*fp32"}
     row = {"query_ptr": "*P", "key_ptr": "*P", **stats}  # 1024: heads that are not split
@@ -357,7 +359,9 @@ def test_every_loop_runs_in_the_interpreter_of_every_version():
             for node in ast.walk(function):
                 if isinstance(node, ast.For):
                     names = {name.id for name in ast.walk(node.iter) if isinstance(name, ast.Name)}
-                    changing = {name for name in names - {"range", "tl", "len", "x_ptrs", "key_ptrs"} if name != name.upper()}
+                    changing = {
+                        name for name in names - {"range", "tl", "len", "x_ptrs", "key_ptrs"} if name != name.upper()
+                    }
                     assert not changing, f"{path.name}:{node.lineno} {ast.unparse(node.iter)}"
 
 

@@ -59,7 +59,19 @@ def whole_path(query, key, value, hidden, cache):
     counts = indices[:, 0] * 0 + 2
     merged, mix = ops.merge_neighbors(hidden, hidden, indices, totals, neighbors=2, counts=counts)
     joined, _ = ops.merge_nearest(hidden, hidden, indices, totals)
-    return out, scores, totals, indices, kept.square() + merged[:, 1:] + joined + chosen, positions, short, copy, front, mix, sums
+    return (
+        out,
+        scores,
+        totals,
+        indices,
+        kept.square() + merged[:, 1:] + joined + chosen,
+        positions,
+        short,
+        copy,
+        front,
+        mix,
+        sums,
+    )
 
 
 @pytest.mark.filterwarnings("error:.*custom operator:UserWarning")  # outputs that alias

@@ -99,7 +99,7 @@ class ClsScores:
             self._layers = []  # the views keep whole tensors alive
 
     def _finish(self) -> torch.Tensor:
-        """The probabilities of all layers `[L, B, H, N]`; of those that are noted in one launch if they have one scale."""
+        """The probabilities of all layers `[L, B, H, N]`; layers that are noted and have one scale take one launch."""
         found: list[Any] = list(self._layers)
         noted = {number: layer for number, layer in enumerate(self._layers) if isinstance(layer, tuple)}
         for scale in dict.fromkeys(scale for _, _, scale in noted.values()):

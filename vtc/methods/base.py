@@ -280,9 +280,25 @@ class Method:
         ValueError
             As `ranking`.
         """
-        scores, ensemble = self.ranking(outputs)
-        total = torch.empty(outputs.patches.shape[:2], dtype=torch.float32, device=scores.device)
+        scores, ensemble = self.ranked(outputs)
+        dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        total = torch.empty(outputs.patches.shape[:2], dtype=dtype, device=scores.device)
         return ops.topk(scores, keep, ensemble=ensemble, total=total, backend=self.backend), total
+
+    def ranked(self, outputs: VisionOutputs) -> Ranking:
+        """What `ranking` returns, once its type is the one that it promises.
+
+        Raises
+        ------
+        ValueError
+            If it is not.
+        """
+        found: object = self.ranking(outputs)
+        if not isinstance(found, Ranking):
+            raise ValueError(
+                f"ranking of method {self.name!r} must return vtc.methods.Ranking(scores), got a {type(found).__name__}"
+            )
+        return found
 
     def selected(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
         """What `select` returns, once its types and shapes are those that it promises.
@@ -317,11 +333,11 @@ class Method:
             If `outputs` lacks what the method needs, or `keep` is too small for it.
         """
         if self.only_ranks():
-            ranking = self.ranking(outputs)
-            features, indices, scores = ops.select(
-                ranking.scores, outputs.patches, keep, ensemble=ranking.ensemble, backend=self.backend
+            scores, ensemble = self.ranked(outputs)
+            features, indices, total = ops.select(
+                scores, outputs.patches, keep, ensemble=ensemble, backend=self.backend
             )
-            return Tokens(features, None, indices, scores)
+            return Tokens(features, None, indices, total)
         indices, scores = self.selected(outputs, keep)
         return Tokens(ops.compact(outputs.patches, indices, backend=self.backend), None, indices, scores)
 

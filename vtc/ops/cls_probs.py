@@ -52,7 +52,11 @@ def cls_probs(
             f"cls_probs: queries and keys must be sequences, one of each per layer, got {len(queries)} and {len(keys)}."
         )
     size = keys[0].shape
-    if len(size) != 4 or any(key.shape != size for key in keys) or any(q.shape != (*size[:2], size[3]) for q in queries):
+    if (
+        len(size) != 4
+        or any(key.shape != size for key in keys)
+        or any(q.shape != (*size[:2], size[3]) for q in queries)
+    ):
         raise ValueError(
             "cls_probs: queries must be [B, H, D] and keys [B, H, N, D], all layers of one shape, "
             f"got {shapes(*queries, *keys)}."
@@ -68,7 +72,9 @@ def cls_probs(
             f"cls_probs: skip must be an int with 0 <= skip < N = {size[2]}, or no column is left; got {skip!r}."
         )
     check_scale("cls_probs", scale)
-    tensors = {f"{name}[{i}]": each for name, own in (("queries", queries), ("keys", keys)) for i, each in enumerate(own)}
+    tensors = {
+        f"{name}[{i}]": each for name, own in (("queries", queries), ("keys", keys)) for i, each in enumerate(own)
+    }
     check_devices("cls_probs", **tensors)
     queries, keys = (tuple(each.detach() for each in own) for own in (queries, keys))
     return torch.ops.vtc.cls_probs(queries, keys, scale, skip, backend)
@@ -80,5 +86,7 @@ def _fake(queries: Sequence[Tensor], keys: Sequence[Tensor], scale: float | None
 
 
 @register("cls_probs(Tensor[] queries, Tensor[] keys, float? scale, SymInt skip, str backend) -> Tensor", _fake)
-def _cls_probs(queries: Sequence[Tensor], keys: Sequence[Tensor], scale: float | None, skip: int, backend: str) -> Tensor:
+def _cls_probs(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], scale: float | None, skip: int, backend: str
+) -> Tensor:
     return implementation("cls_probs", keys[0].device, backend)(queries, keys, scale=scale, skip=skip)

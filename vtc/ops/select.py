@@ -16,7 +16,7 @@ from vtc.ops.topk import check_scores, topk
 def select(
     scores: Tensor, x: Tensor, k: int, *, ensemble: str = "sum", backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The `k` tokens of `x` with the largest scores, in their order: `topk` and `compact` in one. Differentiable in `x`.
+    """The `k` tokens of `x` with the largest scores, in their order: `topk` and `compact`. Differentiable in `x`.
 
     One launch takes rows of up to 1024 scores. Longer rows, and an `x` that requires a gradient, take the launches of
     `topk` and `compact`, with the same results. An image's result does not depend on the other images of the batch.
