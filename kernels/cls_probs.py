@@ -1,9 +1,9 @@
 """cls_probs: the [CLS] token's attention probabilities in all scored layers, head by head, in one launch.
 
 A program reads one head's keys once and writes the logits as it goes. Each column of a block of keys has a running
-maximum and a running sum of its own, so that the loop reduces over features only. These are combined at the end, and the
-same program turns its logits into probabilities in place. There are no atomics: the order of every sum is fixed, and the
-same inputs give the same bits.
+maximum and a running sum of its own, so that the loop reduces over features only. These are combined at the end, and
+the same program turns its logits into probabilities in place. There are no atomics: the order of every sum is fixed,
+and the same inputs give the same bits.
 """
 
 from collections.abc import Sequence
@@ -104,9 +104,9 @@ def _cls_probs_kernel(
         Written: first logits, then probabilities. As in `torch.softmax`, a logit of -inf has the probability 0; a row
         with a NaN or inf logit is NaN, and so is a row whose logits are all -inf.
 
-    Program (b·H + h, l) processes one head of one image in one layer, NUM_BLOCKS = ceil(N / BLOCK_N) blocks of keys. All
-    programs together read every key once, L·B·H·N·D elements, and write 4·L·B·H·N bytes twice; they read the logits
-    again through the L1 cache.
+    Program (b·H + h, l) processes one head of one image in one layer, NUM_BLOCKS = ceil(N / BLOCK_N) blocks of keys.
+    All programs together read every key once, L·B·H·N·D elements, and write 4·L·B·H·N bytes twice; they read the
+    logits again through the L1 cache.
     """
     # offsets
     layer = tl.program_id(1)

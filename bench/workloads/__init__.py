@@ -1,4 +1,4 @@
-"""One workload per operation, with the operation's name, and `selection`: attention, scores and `select` as one path."""
+"""One workload per operation, with the operation's name, and `selection`: attention, scores, `select` as one path."""
 
 from bench.workloads.base import Workload
 from bench.workloads.cls_attention import ClsAttention

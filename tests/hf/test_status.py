@@ -84,6 +84,16 @@ def test_a_model_loaded_with_the_string(model):
     assert vtc.status(model).way is None
 
 
+def test_the_operations_where_tokens_are_dropped_later(stock):
+    """In the language model, or from all tiles at once, tokens are not gathered where they are ranked."""
+    with vtc.compress(stock, prune_layer=1):
+        assert list(vtc.status(stock).backends) == ["cls_probs", "topk", "compact", "compact_kv"]
+    with vtc.compress(tiles := models.build(family="llava_next"), keep=9):
+        assert list(vtc.status(tiles).backends) == ["cls_probs", "topk", "compact"]
+    with vtc.compress(tiles, keep=90, method="visionzip"):
+        assert list(vtc.status(tiles).backends) == ["cls_probs", "select", "topk", "merge_nearest"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fused", [None, True])
 def test_the_operations_are_those_that_run(stock, method, fused):
