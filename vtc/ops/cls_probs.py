@@ -72,11 +72,10 @@ def cls_probs(
             f"cls_probs: skip must be an int with 0 <= skip < N = {size[2]}, or no column is left; got {skip!r}."
         )
     check_scale("cls_probs", scale)
-    tensors = {
-        f"{name}[{i}]": each for name, own in (("queries", queries), ("keys", keys)) for i, each in enumerate(own)
-    }
-    check_devices("cls_probs", **tensors)
-    queries, keys = (tuple(each.detach() for each in own) for own in (queries, keys))
+    if len({tensor.device for tensor in (*queries, *keys)}) > 1:
+        named = {f"queries[{i}]": query for i, query in enumerate(queries)}
+        check_devices("cls_probs", **named, **{f"keys[{i}]": key for i, key in enumerate(keys)})
+    queries, keys = (tuple(x.detach() if x.requires_grad else x for x in own) for own in (queries, keys))
     return torch.ops.vtc.cls_probs(queries, keys, scale, skip, backend)
 
 
