@@ -25,7 +25,7 @@ def score_blocks(num_features: int) -> tuple[int, int]:
 
 
 def cls_probs_blocks(num_features: int, element_size: int) -> tuple[int, int, int, int]:
-    """BLOCK_N, BLOCK_D, and the numbers of warps and of pipeline stages, for the [CLS] row: 16 KiB of whole key rows."""
+    """BLOCK_N, BLOCK_D, and the numbers of warps and of stages, for the [CLS] row: 16 KiB of whole key rows."""
     block_d = triton.next_power_of_2(num_features)
     return max(1, min(128, 4 * _TILE // max(2, element_size) // block_d)), block_d, 8, 3
 
