@@ -92,7 +92,8 @@ def test_an_object_gives_the_tokens_of_the_built_in_that_it_copies(stock, case):
     with vtc.compress(stock, keep=9, method=own, **beside) as mine:
         assert torch.equal(stock.generate(**call, **GREEDY), expected)
         assert torch.equal(stock(**call).logits, logits)
-    assert mine.report() == run.report()
+    # All but the operations: a method that defines `select` runs topk and compact.
+    assert mine.report().splitlines()[:-1] == run.report().splitlines()[:-1]
     if METHODS[built_in["method"]].selects:
         found = vtc.select(
             stock, call["pixel_values"], keep=9, method=own, **{k: v for k, v in beside.items() if k == "seed"}
