@@ -117,13 +117,12 @@ class Stages:
         return self.base.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
 
     def select(self) -> Tensor:
-        """What VTC adds to the tower: scores of the scored layers, topk, compact."""
-        cls_probs = [
-            ops.row_scores(self.query[:, :, 0], self.key, skip=1, backend=self.plan.config.backend).unsqueeze(1)
-            for _ in self.plan.scored
-        ]
-        outputs = VisionOutputs(self.hidden, self.plan.grid, torch.stack(cls_probs))
-        return self.plan.method.reduce(outputs, self.plan.num_kept).features
+        """What VTC adds to the tower: [CLS] probabilities of the scored layers, and the selection."""
+        queries, keys = ([x] * len(self.plan.scored) for x in (self.query[:, :, 0], self.key))
+        cls_probs = ops.cls_probs(queries, keys, skip=1, backend=self.plan.config.backend)
+        return self.plan.method.reduce(
+            VisionOutputs(self.hidden, self.plan.grid, cls_probs), self.plan.num_kept
+        ).features
 
     def projector(self) -> Tensor:
         return self.base.multi_modal_projector(self.features)

@@ -5,7 +5,7 @@ running maximum and a running sum. The program with the [CLS] query in its block
 Their maximum and sum are known at the end, so the same program turns them into probabilities in place: no N x N matrix,
 no second read of the keys, no atomics, and the same inputs give the same bits.
 
-In fp32 the probabilities come from the kernels of `row_scores`, which are more exact there.
+In fp32 the probabilities come from the kernel of `cls_probs`, which is more exact there.
 """
 
 import torch
@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .row_scores import row_probabilities
+from .cls_probs import cls_probs as cls_probs_of
 
 
 def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Launch the kernel; in fp32 those of `row_scores`, too. D <= 256, because a program holds whole queries."""
+    """Launch the kernel; in fp32 that of `cls_probs`, too. D <= 256, because a program holds whole queries."""
     num_images, num_heads, num_tokens, num_features = query.shape
     scale = num_features**-0.5 if scale is None else float(scale)
     out = torch.empty((num_images, num_tokens, num_heads, num_features), dtype=value.dtype, device=value.device)
@@ -53,7 +53,7 @@ def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | N
         )
     if query.dtype == torch.float32:
         # Off the tensor cores a dot product is one chain of D additions, with twice the error of a sum in a tree.
-        cls_probs = row_probabilities(query[:, :, 0], key, scale)
+        cls_probs = cls_probs_of((query[:, :, 0],), (key,), scale=scale)[0]
     return out, cls_probs
 
 

@@ -20,14 +20,6 @@ def row_scores(
     return _head_mean(*_logits(query, key, mask, scale), skip)
 
 
-def row_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Launch the two kernels for the probabilities of each head, ``[B, H, N]`` float32, contiguous."""
-    logits, block_max, block_sum = _logits(query, key, None, scale)
-    # Every head is passed as an image with one head: the mean over one head is that head.
-    one_head_each = (x.flatten(0, 1).unsqueeze(1) for x in (logits, block_max, block_sum))
-    return _head_mean(*one_head_each, skip=0).view(logits.shape)
-
-
 def _logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the first kernel: logits ``[B, H, N]``, and the maxima and sums of their blocks ``[B, H, S]``."""
     num_images, num_key_heads, num_tokens, num_features = key.shape

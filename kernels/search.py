@@ -1,4 +1,4 @@
-"""The k largest values of a row without sorting it: shared by `topk` and `merge_neighbors`.
+"""The k largest values of a row without sorting it: shared by `topk`, `select` and `merge_neighbors`.
 
 The k-th largest value is found by a search over the bits of an order-preserving integer key, two bits a pass. A last
 pass from left to right takes every larger key and as many equal ones as are still needed. So columns come out in

@@ -13,10 +13,7 @@ from . import search, tuning
 
 def topk(scores: Tensor, k: int, *, ensemble: str = "sum", total: Tensor | None = None) -> Tensor:
     """Launch the kernel. Takes fewer than 2**21 tokens; float64 scores are combined and compared as float64."""
-    if scores.ndim == 2:
-        scores = scores[None]
-    if scores.ndim == 3:
-        scores = scores[:, :, None]
+    scores = as_layers(scores)
     num_layers, num_images, num_heads, num_tokens = scores.shape
     if num_tokens > search.MOST_TOKENS:
         raise ValueError(
@@ -54,8 +51,15 @@ def topk(scores: Tensor, k: int, *, ensemble: str = "sum", total: Tensor | None 
     return indices
 
 
+def as_layers(scores: Tensor) -> Tensor:
+    """Scores `[B, N]`, `[L, B, N]` or `[L, B, H, N]` as a view `[L, B, H, N]`."""
+    if scores.ndim == 2:
+        scores = scores[None]
+    return scores[:, :, None] if scores.ndim == 3 else scores
+
+
 @triton.jit
-def _combine(
+def combine(
     scores_ptr,
     stride_l,
     stride_h,
@@ -146,7 +150,7 @@ def _topk_kernel(
     if NUM_BLOCKS == 1:
         mask = column < num_tokens
         offsets = column * scores_stride_n
-        total = _combine(image_ptr, stride_l, stride_h, offsets, mask, NUM_LAYERS, NUM_HEADS, ENSEMBLE, FLOAT)
+        total = combine(image_ptr, stride_l, stride_h, offsets, mask, NUM_LAYERS, NUM_HEADS, ENSEMBLE, FLOAT)
         if total_ptr is not None:
             tl.store(total_ptr + column * total_stride_n, total, mask=mask)
         key = search.ordered(total, mask, BITS)
@@ -155,7 +159,7 @@ def _topk_kernel(
             n = block * BLOCK_N + column
             mask = n < num_tokens
             offsets = n * scores_stride_n
-            total = _combine(image_ptr, stride_l, stride_h, offsets, mask, NUM_LAYERS, NUM_HEADS, ENSEMBLE, FLOAT)
+            total = combine(image_ptr, stride_l, stride_h, offsets, mask, NUM_LAYERS, NUM_HEADS, ENSEMBLE, FLOAT)
             tl.store(total_ptr + n * total_stride_n, total, mask=mask)
         tl.debug_barrier()  # below, threads read what other threads of this program have written (see `tuning`)
         key = None  # loaded block by block

@@ -24,6 +24,12 @@ def score_blocks(num_features: int) -> tuple[int, int]:
     return max(1, min(32, _TILE // block_d)), block_d
 
 
+def cls_probs_blocks(num_features: int, element_size: int) -> tuple[int, int, int, int]:
+    """BLOCK_N, BLOCK_D, and the numbers of warps and of stages, for the [CLS] row: 16 KiB of whole key rows."""
+    block_d = triton.next_power_of_2(num_features)
+    return max(1, min(128, 4 * _TILE // max(2, element_size) // block_d)), block_d, 8, 3
+
+
 def head_mean_blocks(num_heads: int, num_blocks: int) -> tuple[int, int, int]:
     """BLOCK_H, BLOCK_N, BLOCK_S for the mean over heads: tiles with all heads, of columns and of key blocks."""
     block_h = triton.next_power_of_2(num_heads)
@@ -38,6 +44,24 @@ def topk_block(num_tokens: int) -> tuple[int, int]:
     """
     block_n = min(4096, triton.next_power_of_2(num_tokens))
     return block_n, 4 if block_n <= 512 else 8
+
+
+SELECT_TOKENS = 1024
+"""The longest row that `select` takes in one launch: each of its programs holds the whole row."""
+
+
+def select_blocks(num_tokens: int, num_features: int) -> tuple[int, int, int, int]:
+    """BLOCK_N, BLOCK_K, BLOCK_C, and the number of warps: the whole row, and 4096 elements of tokens at a time."""
+    block_n, num_warps = topk_block(num_tokens)
+    return block_n, 8, min(512, triton.next_power_of_2(max(1, num_features))), num_warps
+
+
+def select_parts(num_images: int, num_blocks: int) -> int:
+    """How many programs share an image's kept tokens: enough to fill a GPU, as each repeats the search.
+
+    The batch size may count here: whatever the number, a program computes the same and copies bytes.
+    """
+    return max(1, min(num_blocks, 8, 256 // max(1, num_images)))
 
 
 def compact_blocks(num_features: int) -> tuple[int, int]:

@@ -282,7 +282,7 @@ def test_run_counts(stock, call):
     assert cache.get_seq_length() == short
     assert run.kv_bytes_after == nbytes
     assert run.kv_bytes_before == nbytes // short * length
-    assert run.backend == {"row_scores": "torch", "topk": "torch", "compact": "torch"}
+    assert run.backend == {"cls_probs": "torch", "select": "torch"}
     assert "36 -> 9 visual tokens per image, 3 image(s)" in run.report()
     assert f"{length} -> {short} tokens" in run.report()
     with vtc.compress(stock, keep=9) as run, torch.no_grad():

@@ -56,7 +56,7 @@ class VTCConfig:
     backend : str
         "auto", "triton" or "torch"; see `vtc.ops`.
     fused : bool, optional
-        How the scored layers run: `vtc.ops.cls_attention` (True), or SDPA and `vtc.ops.row_scores` (False). None: the
+        How the scored layers run: `vtc.ops.cls_attention` (True), or SDPA and `vtc.ops.cls_probs` (False). None: the
         faster one on this GPU, if it has been measured; see `vtc.ops.fused_is_faster`.
     options : mapping of str
         The options of `method` that are given; the others have the defaults of its class. Kept as a dict.

@@ -48,6 +48,42 @@ def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | N
     return out, cls_probs
 
 
+def cls_probs(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], *, scale: float | None = None, skip: int = 0
+) -> Tensor:
+    """Attention probabilities of one query row, the [CLS] token's, over all keys, in several layers at once.
+
+    ::
+
+        probs[l, b, h, n] = softmax_j(scale · queries[l][b, h] · keys[l][b, h, j])[n + skip]
+
+    The skipped keys stay in the softmax's denominator: with the [CLS] key at position 0 and ``skip=1`` these are the
+    patches' shares of the [CLS] token's whole attention (VTC-CLS, arXiv 2412.05819). The mean over the heads of one
+    layer is its `row_scores`.
+
+    Parameters
+    ----------
+    queries : sequence of Tensor[B, H, D], floating point
+        One row per layer, the [CLS] token's. All layers have one shape and one dtype.
+    keys : sequence of Tensor[B, H, N, D], same dtype
+        Of each layer. Any strides.
+    scale : float, optional
+        ``D ** -0.5`` when not given.
+    skip : int
+        How many leading columns are left out of the result.
+
+    Returns
+    -------
+    Tensor[L, B, H, N - skip], float32
+        Computed in float32 whatever the inputs' dtype. As in `torch.softmax`, a row with a NaN or inf logit, or with
+        logits of -inf only, is NaN.
+    """
+    scale = keys[0].shape[-1] ** -0.5 if scale is None else scale
+    # A product and a sum, as in `row_scores`: an image's probabilities must not depend on its batch mates.
+    logits = [(q.float().unsqueeze(2) * key.float()).sum(dim=3) * scale for q, key in zip(queries, keys, strict=True)]
+    return torch.stack([layer.softmax(dim=2)[:, :, skip:] for layer in logits])
+
+
 def row_scores(
     query: Tensor, key: Tensor, *, scale: float | None = None, skip: int = 0, mask: Tensor | None = None
 ) -> Tensor:
@@ -140,6 +176,35 @@ def compact(x: Tensor | Sequence[Tensor], indices: Tensor) -> Tensor | tuple[Ten
     if isinstance(x, Tensor):
         return x[images, indices].contiguous()
     return tuple(tensor[images, indices].contiguous() for tensor in x)
+
+
+def select(scores: Tensor, x: Tensor, k: int, *, ensemble: str = "sum") -> tuple[Tensor, Tensor, Tensor]:
+    """The `k` tokens of `x` with the largest scores, in their order: `topk` and `compact`. Differentiable in `x`.
+
+    Parameters
+    ----------
+    scores : Tensor[B, N] or [L, B, N] or [L, B, H, N], floating point
+        Any strides. Combined and ranked as in `topk`.
+    x : Tensor[B, N, ...], any dtype
+        Any strides.
+    k : int
+        1 <= k <= N.
+    ensemble : {"sum", "mean", "max", "min"}
+        How the L layers are combined. A NaN in a layer makes the combination NaN.
+
+    Returns
+    -------
+    features : Tensor[B, K, ...], the dtype of `x`
+        ``features[b, i] = x[b, indices[b, i]]``. Contiguous.
+    indices : Tensor[B, K], int64
+        Ascending.
+    total : Tensor[B, N], float32 (float64 for float64 scores)
+        The combined scores.
+    """
+    total = scores.new_empty(x.shape[:2], dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    indices = topk(scores, k, ensemble=ensemble, total=total)
+    kept = compact(x, indices)
+    return kept, indices, total  # type: ignore[return-value]
 
 
 def compact_kv(

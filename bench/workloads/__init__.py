@@ -1,17 +1,21 @@
-"""One workload per operation, with the operation's name, and `select`: scores, topk and compact as one path."""
+"""One workload per operation, with the operation's name, and `selection`: attention, scores, `select` as one path."""
 
 from bench.workloads.base import Workload
 from bench.workloads.cls_attention import ClsAttention
+from bench.workloads.cls_probs import ClsProbs
 from bench.workloads.compact import Compact
 from bench.workloads.compact_kv import CompactKV
 from bench.workloads.merge_nearest import MergeNearest
 from bench.workloads.merge_neighbors import MergeNeighbors
 from bench.workloads.row_scores import RowScores
 from bench.workloads.select import Select
+from bench.workloads.selection import Selection
 from bench.workloads.topk import TopK
 
 # In the order in which they are timed: the most important first, in case the time runs out.
 WORKLOADS: dict[str, Workload] = {
+    "selection": Selection(),
+    "cls_probs": ClsProbs(),
     "select": Select(),
     "cls_attention": ClsAttention(),
     "row_scores": RowScores(),

@@ -1,4 +1,4 @@
-"""`select`: scores, topk and compact as one path."""
+"""The selection of K patches by the scores of several layers and heads, and their features."""
 
 from __future__ import annotations
 
@@ -8,89 +8,55 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench.accuracy import Accuracy, WrongResult, check_attention, eager, equal, head_mean, plain_row
-from bench.workloads.base import SCORED, Shape, Workload, compiled, random_layers, random_tensor
-from bench.workloads.cls_attention import ClsAttention
-from bench.workloads.compact import Compact
+from bench.accuracy import Accuracy, equal
+from bench.workloads.base import SCORED, Shape, Workload, compiled, random_tensor
 from vtc import ops, reference
 
 
 class Select(Workload):
-    """Attention and scores of three layers, topk and compact: everything that VTC adds to a tower or replaces in it.
-
-    Providers return the last layer's attention, the combined scores, the indices and the kept features.
-    """
+    """Providers return the features, the indices and the combined scores."""
 
     def make(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-        tensors = random_layers(shape, 3 * SCORED, dtype, device)
-        hidden = random_tensor(shape["B"] * shape["T"], shape["N"], shape["H"] * shape["D"], dtype=dtype, device=device)
-        return [tuple(tensors[3 * i : 3 * i + 3]) for i in range(SCORED)], hidden, shape["K"]
+        """Distinct scores whose sums are exact: neither ties nor the order of additions decide the indices."""
+        images, patches, heads = shape["B"] * shape["T"], shape["N"] - 1, shape["H"]
+        number = random_tensor(images, patches, dtype=torch.float32, device=device).argsort(1)
+        scores = number.float().expand(SCORED, heads, -1, -1).transpose(1, 2) * 2**-10
+        hidden = random_tensor(images, shape["N"], heads * shape["D"], dtype=dtype, device=device)
+        return scores.contiguous(), hidden[:, 1:], shape["K"]
 
     def bytes_moved(self, shape: Shape, size: int) -> int:
-        """Three times cls_attention's (whose cls_probs stand for topk's input), compact's, indices once."""
-        return SCORED * ClsAttention().bytes_moved(shape, size) + Compact().bytes_moved(shape, size)
+        """scores of 3 layers: 3·4·B·T·H·(N - 1); combined: 4·B·T·(N - 1); indices: 8·B·T·K; features, read and written:
+        2·B·T·K·H·D·size."""
+        patches, heads = shape["N"] - 1, shape["H"]
+        scores = 4 * patches * (SCORED * heads + 1)
+        return shape["B"] * shape["T"] * (scores + shape["K"] * (8 + 2 * heads * shape["D"] * size))
 
     def providers(self) -> dict[str, Callable[..., Any]]:
-        def by_reference(layers: Any, hidden: Tensor, k: int) -> Any:
-            made = [reference.cls_attention(*layer) for layer in layers]
-            total = torch.stack([probs[:, :, 1:].mean(dim=1) for _, probs in made]).sum(dim=0)
-            indices = reference.topk(total, k)
-            return made[-1][0], total, indices, reference.compact(hidden[:, 1:], indices)
+        def separate(scores: Tensor, x: Tensor, k: int) -> Any:
+            total = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+            indices = ops.topk(scores, k, total=total, backend="triton")
+            return ops.compact(x, indices, backend="triton"), indices, total
+
+        def by_torch(scores: Tensor, x: Tensor, k: int) -> Any:
+            total = scores.mean(dim=2).sum(dim=0)
+            indices = total.topk(k).indices.sort().values
+            return x.gather(1, indices.unsqueeze(2).expand(-1, -1, x.shape[2])), indices, total
 
         return {
-            "triton": functools.partial(_by_triton, attend=_separate),
-            "triton-fused": functools.partial(_by_triton, attend=_fused),
-            "reference": by_reference,
-            "compiled": compiled(by_reference),
-            "sdpa+row": functools.partial(
-                _by_torch, attend=lambda q, k, v: (sdpa(q, k, v).transpose(1, 2), plain_row(q, k))
-            ),
-            "full-weights": functools.partial(_by_torch, attend=eager),
+            "triton": functools.partial(ops.select, backend="triton"),
+            "topk+compact": separate,
+            "reference": reference.select,
+            "compiled": compiled(reference.select),
+            "torch.topk": by_torch,
         }
 
     def check(self, inputs: tuple[Any, ...], result: Any) -> list[Accuracy]:
-        layers, hidden, k = inputs
-        out, total, indices, kept = result
-        attention = check_attention(layers[-1], out, None)
+        scores, x, k = inputs
+        features, indices, total = result
         accuracy = Accuracy("scores")
-        plain, oracle = (
-            torch.stack([head_mean(q.to(d), key.to(d)) for q, key, _ in layers]).sum(dim=0)
-            for d in (hidden.dtype, torch.float64)
-        )
-        accuracy.add(total, plain, oracle)
+        accuracy.add(total, *(scores.to(d).mean(dim=2).sum(dim=0) for d in (torch.float32, torch.float64)))
         accuracy.check()
-        # The selection by the provider's own scores must be exact. If scores tie, a baseline may take either.
-        expected = reference.topk(total, k)
-        if indices.shape != expected.shape or (indices[:, 1:] <= indices[:, :-1]).any():
-            raise WrongResult("indices: not ascending, or not K of them")
-        equal("selected scores", total.gather(1, indices).sort(1).values, total.gather(1, expected).sort(1).values)
-        equal("features", kept, reference.compact(hidden[:, 1:], indices))
-        return [*attention, accuracy]
-
-
-def _separate(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    scores = ops.row_scores(query[:, :, 0], key, skip=1, backend="triton").unsqueeze(1)
-    return sdpa(query, key, value).transpose(1, 2), scores
-
-
-def _fused(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    out, probs = ops.cls_attention(query, key, value, backend="triton")
-    return out, probs[:, :, 1:]
-
-
-def _by_triton(layers: Any, hidden: Tensor, k: int, *, attend: Callable[..., Any]) -> Any:
-    """As the integration with transformers does it."""
-    made = [attend(*layer) for layer in layers]
-    total = torch.empty((len(hidden), hidden.shape[1] - 1), dtype=torch.float32, device=hidden.device)
-    indices = ops.topk(torch.stack([probs for _, probs in made]), k, total=total, backend="triton")
-    return made[-1][0], total, indices, ops.compact(hidden[:, 1:], indices, backend="triton")
-
-
-def _by_torch(layers: Any, hidden: Tensor, k: int, *, attend: Callable[..., Any]) -> Any:
-    made = [attend(*layer) for layer in layers]
-    total = torch.stack([probs[:, :, 1:].float().mean(dim=1) for _, probs in made]).sum(dim=0)
-    indices = total.topk(k).indices.sort().values
-    kept = hidden[:, 1:].gather(1, indices.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
-    return made[-1][0], total, indices, kept
+        equal("indices", indices, reference.topk(scores, k))
+        equal("features", features, reference.compact(x, indices))
+        return [accuracy]

@@ -66,7 +66,10 @@ def test_the_command_writes_records_and_plots(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["micro", "--op", "sort"], "unknown op sort; there are select, cls_attention, row_scores, topk"),
+        (
+            ["micro", "--op", "sort"],
+            "unknown op sort; there are selection, cls_probs, select, cls_attention, row_scores",
+        ),
         (["micro", "--model", "GPT"], "unknown model GPT; there are"),
         (["micro", "--dtype", "int8"], "unknown dtype int8; there are fp16, bf16, fp32"),
         (["compare", "no-such-revision"], "cannot check out 'no-such-revision'"),

@@ -19,7 +19,7 @@ def inputs_of(op, dtype=torch.float32, device=CPU):
 
 
 def test_every_operation_has_a_workload():
-    assert set(WORKLOADS) == {*ops.OPS, "select"}
+    assert set(WORKLOADS) == {*ops.OPS, "selection"}
 
 
 @pytest.mark.parametrize("op", WORKLOADS)
@@ -29,7 +29,7 @@ def test_every_provider_passes_its_gate(op, dtype):
     _, inputs = inputs_of(op, dtype, DEVICE)
     providers = WORKLOADS[op].providers()
     assert {"triton", "reference", "compiled"} <= set(providers)
-    if op in ("cls_attention", "row_scores", "select"):
+    if op in ("cls_attention", "cls_probs", "row_scores", "selection"):
         assert {"sdpa+row", "full-weights"} <= set(providers)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for provider in providers.values():
@@ -53,6 +53,7 @@ def first_row(value):
 
 WRONG = {
     "cls_attention": [((0,), first_row(0)), ((1,), lambda x: x * 1.001), ((0,), lambda x: x.transpose(1, 2))],
+    "cls_probs": [((), lambda x: x * 1.001), ((), first_row(float("nan"))), ((), lambda x: x.flip(0))],
     "row_scores": [((), lambda x: x * 1.001), ((), first_row(float("nan"))), ((), lambda x: x[:, :-1])],
     "topk": [((), lambda x: x.flip(1)), ((), lambda x: x + 1), ((), lambda x: x.int())],
     "compact": [((), first_row(0)), ((), lambda x: x.flip(1)), ((), lambda x: x[:, :-1])],
@@ -68,6 +69,13 @@ WRONG = {
         ((1,), lambda x: x.roll(1, dims=2)),
     ],
     "select": [
+        ((0,), first_row(0)),
+        ((0,), lambda x: x.flip(1)),
+        ((1,), lambda x: x.flip(1)),
+        ((1,), lambda x: x.int()),
+        ((2,), lambda x: x * 1.001),
+    ],
+    "selection": [
         ((0,), first_row(0)),
         ((1,), lambda x: x * 1.001),
         ((2,), lambda x: x.flip(1)),
@@ -119,12 +127,26 @@ def test_bytes_of_row_scores_are_one_query_row_all_keys_and_the_scores():
     assert WORKLOADS["row_scores"].bytes_moved(shape, 4) == query[:, :, 0].nbytes + key.nbytes + result.nbytes
 
 
+def test_bytes_of_cls_probs_are_query_rows_all_keys_and_the_probabilities():
+    shape, (queries, keys) = inputs_of("cls_probs")
+    result = WORKLOADS["cls_probs"].providers()["reference"](queries, keys)
+    rows = nbytes([query[:, :, 0] for query in queries])
+    assert WORKLOADS["cls_probs"].bytes_moved(shape, 4) == rows + nbytes(keys) + result.nbytes
+
+
+def test_bytes_of_select_are_scores_results_and_the_kept_features_twice():
+    shape, (scores, x, keep) = inputs_of("select")
+    features, indices, total = WORKLOADS["select"].providers()["reference"](scores, x, keep)
+    moved = scores.nbytes + total.nbytes + indices.nbytes + 2 * features.nbytes
+    assert WORKLOADS["select"].bytes_moved(shape, 4) == moved
+
+
 def test_shapes_are_those_of_the_models():
     """LLaVA-1.5: 24 x 24 patches and [CLS], 16 heads of 64; Llama-2-7B: 32 layers, 32 heads of 128."""
     assert base.MODELS[0].shape(4, 64) == {
         "B": 4, "T": 1, "N": 577, "H": 16, "D": 64, "L": 32, "G": 32, "F": 128, "K": 64
     }  # fmt: skip
-    work = WORKLOADS["select"]
+    work = WORKLOADS["selection"]
     pairs = micro.sizes(work, micro.Options(), on_gpu=True)
     assert {b for b, _ in pairs} == {1, 4, 16, 64}
     assert {k for _, k in pairs} == {32, 64, 128, 192, 256}

@@ -91,7 +91,7 @@ def test_compare_json_holds_real_figures(model_dir, picture, few_runs):
         times = side["time_to_first_token_ms"]
         assert 0 < times["min"] <= times["median"] <= times["max"]
     assert short["answer"] != full["answer"]
-    assert found["backend"] == {"row_scores": "torch", "topk": "torch", "compact": "torch"}
+    assert found["backend"] == {"cls_probs": "torch", "select": "torch"}
     assert (found["question"], found["images"], found["model"]) == (QUESTION, [picture], model_dir)
     assert found["options"] == {"method": "vtc-cls", "keep": 64}
     assert (found["device"], found["dtype"], found["method"]) == ("cpu", "float32", "vtc-cls")

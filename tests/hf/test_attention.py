@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from support.golden import llava as golden
 from typer.testing import CliRunner
 
 import vtc
+from vtc import ops
 from vtc.cli.__main__ import app
+from vtc.config import VTCConfig
 from vtc.hf import attention
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -129,3 +132,43 @@ def test_env_shows_the_choice():
     }
     plain = CliRunner().invoke(app, ["env"]).stdout
     assert "attention of layers without scores" in plain
+
+
+def layer(seed, scale=1.0):
+    """Query and key `[B, H, 1 + N, D]` as an attention module has them, and the probabilities of the first query."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key = torch.randn(2, 2, 10, 3, 8, generator=generator).transpose(2, 3)
+    return query, key, (query[:, :, :1] @ key.mT * scale).softmax(-1)[:, :, 0]
+
+
+@pytest.mark.parametrize("order", ["nnn", "fff", "nfn", "fnf", "nNn", "NfnN"])
+def test_layers_that_are_noted_and_fused_keep_their_order(order, monkeypatch):
+    """n: noted; N: with another scale; f: fused. Noted layers of one scale take one launch."""
+    calls, real = [], ops.cls_probs
+    monkeypatch.setattr(ops, "cls_probs", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    scores = attention.ClsScores(VTCConfig(), [torch.nn.Identity() for _ in order])
+    expected = []
+    for seed, kind in enumerate(order):
+        assert scores.cls_probs is None
+        assert not scores.is_complete
+        scale = {"n": 0.5, "N": 0.3, "f": 0.5}[kind]
+        query, key, probs = layer(seed, scale)
+        expected.append(probs[:, :, 1:])
+        scores.add(probs) if kind == "f" else scores.note(query, key, scale)
+    assert scores.is_complete
+    torch.testing.assert_close(scores.cls_probs, torch.stack(expected))
+    assert len(calls) == len(set(order) - {"f"})
+    assert set(scores.ops) == {"cls_attention" if kind == "f" else "cls_probs" for kind in order}
+
+
+def test_what_is_noted_does_not_outlive_the_last_scored_layer():
+    scores = attention.ClsScores(VTCConfig(), [torch.nn.Identity() for _ in range(2)])
+    noted = []
+    for seed in range(2):
+        query, key, _ = layer(seed)
+        key = key.clone()
+        noted.append(weakref.ref(key))
+        scores.note(query, key)
+    del query, key
+    assert [each() for each in noted] == [None, None]
+    assert scores.cls_probs.shape == (2, 2, 3, 9)

@@ -20,19 +20,21 @@ def test_each_layer_runs_once_and_the_scored_ones_are_scored(model, monkeypatch)
     for i, layer in enumerate(model.model.vision_tower.encoder.layers):
         layer.register_forward_hook(lambda *_, i=i: ran.append(i))
     model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: projected.append(args[0].shape))
-    real = vtc.ops.row_scores
-    monkeypatch.setattr(vtc.ops, "row_scores", lambda *a, **k: scored.append(len(ran)) or real(*a, **k))
+    real = vtc.ops.cls_probs
+    monkeypatch.setattr(
+        vtc.ops, "cls_probs", lambda queries, *a, **k: scored.append((len(queries), len(ran))) or real(queries, *a, **k)
+    )
     call = inputs(prompts("several_images"))
     model.generate(**call, max_new_tokens=3)
     assert ran == [0, 1, 2, 3, 4, 5]  # as in the stock model
-    assert scored == [3, 4]  # layers 0 to 2 and 0 to 3 had run before
+    assert scored == [(2, 4)]  # layers 3 and 4 at once; 0 to 3 had run before
     assert projected == [(3, 9, 64)]
 
 
 def test_which_way_a_scored_layer_takes(model, monkeypatch):
     """The fused kernel where it is asked for or known to be faster, and never where it would cut a gradient."""
     calls = []
-    for op in ("cls_attention", "row_scores"):
+    for op in ("cls_attention", "cls_probs"):
         real = getattr(vtc.ops, op)
         monkeypatch.setattr(vtc.ops, op, lambda *a, real=real, op=op, **k: calls.append(op) or real(*a, **k))
     pixels = models.images(1)
@@ -42,17 +44,17 @@ def test_which_way_a_scored_layer_takes(model, monkeypatch):
         calls.clear()
         with vtc.compress(model, **options), torch.set_grad_enabled(grad):
             model.get_image_features(pixels)
-        assert len(calls) == 3
+        assert calls in (["cls_attention"] * 3, ["cls_probs"])
         return calls[0]
 
-    assert taken() == "row_scores"
+    assert taken() == "cls_probs"
     assert taken(fused=True) == "cls_attention"
-    assert taken(fused=True, grad=True) == "row_scores"
+    assert taken(fused=True, grad=True) == "cls_probs"
     asked = []
     monkeypatch.setattr(vtc.ops, "fused_is_faster", lambda *a: not asked.append(a))
     assert taken() == "cls_attention"
     assert asked[0] == (torch.device("cpu"), torch.float32, 16, "auto")
-    assert taken(fused=False) == "row_scores"
+    assert taken(fused=False) == "cls_probs"
 
 
 def test_generate_records_no_graph(model):
@@ -151,7 +153,7 @@ def test_triton_backend_gives_the_same(saved, fused):
     expected = model.generate(**call, **detailed())
     with vtc.compress(model, backend="triton", fused=fused) as run:
         actual = model.generate(**call, **detailed())
-    scored = "cls_attention" if fused else "row_scores"
-    assert run.backend == {scored: "triton", "topk": "triton", "compact": "triton"}
+    scored = "cls_attention" if fused else "cls_probs"
+    assert run.backend == {scored: "triton", "select": "triton"}
     assert torch.equal(actual.sequences, expected.sequences)
     golden.close(torch.stack(actual.logits), torch.stack(expected.logits))

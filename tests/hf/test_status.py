@@ -51,7 +51,7 @@ def test_an_enabled_model_and_what_it_has_compressed(stock):
         "method: vtc-cls (keep=9, ensemble_layers=2)",
         "visual tokens per image: 36 -> 9, before the projector",
         "vision tower: CLIP on cpu, attention 'vtc'; layers 3, 4 of 0 to 5 are scored",
-        *(f"{op}: torch ({WHY})" for op in ("row_scores", "topk", "compact")),
+        *(f"{op}: torch ({WHY})" for op in ("cls_probs", "select")),
         "images compressed since then: 4",
     ]
     vtc.configure(model, keep=8)  # it was on all the time
@@ -82,6 +82,16 @@ def test_a_model_loaded_with_the_string(model):
     assert vtc.status(model).way == 'attn_implementation="vtc"'
     model.set_attn_implementation("sdpa")  # which ends compression
     assert vtc.status(model).way is None
+
+
+def test_the_operations_where_tokens_are_dropped_later(stock):
+    """In the language model, or from all tiles at once, tokens are not gathered where they are ranked."""
+    with vtc.compress(stock, prune_layer=1):
+        assert list(vtc.status(stock).backends) == ["cls_probs", "topk", "compact", "compact_kv"]
+    with vtc.compress(tiles := models.build(family="llava_next"), keep=9):
+        assert list(vtc.status(tiles).backends) == ["cls_probs", "topk", "compact"]
+    with vtc.compress(tiles, keep=90, method="visionzip"):
+        assert list(vtc.status(tiles).backends) == ["cls_probs", "select", "topk", "merge_nearest"]
 
 
 @pytest.mark.parametrize("method", METHODS)

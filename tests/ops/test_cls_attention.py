@@ -154,11 +154,11 @@ def test_the_reference_never_makes_an_n_by_n_matrix():
     assert 600 * 16 <= largest.elements <= 600 * 64
 
 
-def test_rows_in_fp32_are_those_of_row_scores():
+def test_rows_in_fp32_are_those_of_cls_probs():
     """Bit by bit, so as exact: the attention kernel's own dot products are not, off the tensor cores."""
     query, key, value = make(2, 1, 150, 72)
     probs = cls_attention(query, key, value, backend="triton")[1]
-    assert torch.equal(probs[:, 0], ops.row_scores(query[:, :, 0], key, backend="triton"))
+    assert torch.equal(probs, ops.cls_probs([query[:, :, 0]], [key], backend="triton")[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

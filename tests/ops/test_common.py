@@ -69,6 +69,31 @@ MERGE = [
         (lambda: ops.row_scores(QUERY, KEY, skip=True), "got True"),
         (lambda: ops.row_scores(QUERY, KEY, scale=float("nan")), "finite number or None, got nan"),
         (lambda: ops.row_scores(QUERY, KEY.to("meta")), "one device, got query on cpu, key on meta"),
+        (lambda: ops.cls_probs([QUERY], []), "one of each per layer, got 1 and 0"),
+        (lambda: ops.cls_probs([], []), "got 0 and 0"),
+        (lambda: ops.cls_probs([QUERY[0]], [KEY]), r"keys \[B, H, N, D\], all layers of one shape, got \[3, 8\] and"),
+        (lambda: ops.cls_probs([QUERY], [KEY[:, :1]]), r"of one shape, got \[2, 3, 8\] and \[2, 1, 10, 8\]"),
+        (lambda: ops.cls_probs([QUERY] * 2, [KEY, KEY[:, :, 1:]]), r"of one shape, got .*\[2, 3, 9, 8\]"),
+        (lambda: ops.cls_probs([QUERY[0]], [KEY[0]]), r"of one shape, got \[3, 8\] and \[3, 10, 8\]"),
+        (
+            lambda: ops.cls_probs([QUERY] * 2, [KEY, KEY.half()]),
+            "one floating-point dtype, got torch.float16 and torch.float",
+        ),
+        (lambda: ops.cls_probs([QUERY.int()], [KEY.int()]), "one floating-point dtype, got torch.int32"),
+        (lambda: ops.cls_probs([QUERY[:, :0]], [KEY[:, :0]]), "at least one head and one feature"),
+        (lambda: ops.cls_probs([QUERY], [KEY], skip=10), "0 <= skip < N = 10, or no column is left; got 10"),
+        (lambda: ops.cls_probs([QUERY], [KEY], skip=True), "got True"),
+        (lambda: ops.cls_probs([QUERY], [KEY], scale=float("nan")), "finite number or None, got nan"),
+        (lambda: ops.cls_probs([QUERY] * 2, [KEY, KEY.to("meta")]), r"one device, got .*keys\[1\] on meta"),
+        (lambda: ops.select(SCORES[0], TOKENS, 2), r"select: scores must be .*\[B, N\], .*got torch.float32 \[10\]"),
+        (lambda: ops.select(SCORES.long(), TOKENS, 2), "got torch.int64"),
+        (lambda: ops.select(SCORES, TOKENS, 11), "select: k must be .* 1 <= k <= N = 10 .*got 11"),
+        (lambda: ops.select(SCORES, TOKENS, 0), "got 0"),
+        (lambda: ops.select(SCORES[None], TOKENS, 2, ensemble="median"), "one of sum, mean, max, min, got 'median'"),
+        (lambda: ops.select(SCORES.expand(0, 2, 10), TOKENS, 2), r"select: needs at least one layer and one head"),
+        (lambda: ops.select(SCORES, TOKENS[:, 1:], 2), r"x must be \[B, N, ...\] = \[2, 10, ...\], got \[2, 9, 4\]"),
+        (lambda: ops.select(SCORES, TOKENS[0], 2), r"got \[10, 4\]"),
+        (lambda: ops.select(SCORES, TOKENS.to("meta"), 2), "one device, got scores on cpu, x on meta"),
         (lambda: ops.topk(SCORES[0], 2), r"floating-point \[B, N\], .*got torch.float32 \[10\]"),
         (lambda: ops.topk(SCORES.long(), 2), "got torch.int64"),
         (lambda: ops.topk(SCORES, 11), "1 <= k <= N = 10 .*got 11"),
@@ -129,9 +154,14 @@ def calls(num_images=2):
     x, *merged = (tensor[:num_images] for tensor in merge_inputs(2, 9, 3, 4, 5))
     return {
         "cls_attention": (lambda x, backend: ops.cls_attention(x, key, key, backend=backend)[0], randn(2, 10, 16)),
+        "cls_probs": (
+            lambda x, backend: ops.cls_probs([x, x + 1], [key, key], skip=1, backend=backend)[0],
+            randn(2, 16),
+        ),
         "row_scores": (lambda x, backend: ops.row_scores(x, key, skip=1, backend=backend), randn(2, 16)),
         "topk": (lambda x, backend: ops.topk(x, 3, backend=backend), scores),
         "compact": (lambda x, backend: ops.compact(x, indices, backend=backend), randn(9, 12)),
+        "select": (lambda x, backend: ops.select(x[..., 0], x, 3, backend=backend)[0], randn(9, 12)),
         "compact_kv": (lambda x, backend: ops.compact_kv([x], [x], indices, backend=backend)[0][0], key),
         "merge_neighbors": (
             lambda x, backend: ops.merge_neighbors(x, *merged, neighbors=2, backend=backend)[0],
@@ -141,7 +171,7 @@ def calls(num_images=2):
     }
 
 
-DIFFERENTIABLE = ("compact", "merge_neighbors", "merge_nearest")
+DIFFERENTIABLE = ("compact", "select", "merge_neighbors", "merge_nearest")
 
 
 def test_every_operation_is_called():
@@ -215,12 +245,14 @@ def test_no_axis_of_a_grid_grows_beyond_its_limit(num_images, num_heads, num_tok
     if num_features <= 256:
         launch["cls_attention"](*cache[:3])
     launch["row_scores"](cache[0][:, :, 0], cache[0])
+    launch["cls_probs"]([cache[0][:, :, 0]] * 3, cache[:3])
+    launch["select"](scores[:, :600], hidden[:, :600], 4)
     launch["topk"](scores, 4)
     launch["compact"]([hidden, scores], indices)
     launch["compact_kv"](cache[:32], cache[32:], indices)
     launch["merge_nearest"](hidden, hidden, indices, scores)
     launch["merge_neighbors"](hidden, hidden, indices, scores, neighbors=2)
-    assert len({name for name, _ in grids}) == 11 - (num_features > 256)
+    assert len({name for name, _ in grids}) == 13 - (num_features > 256)
     for name, grid in grids:
         assert grid[0] < 2**31, name
         assert all(blocks <= 65_535 for blocks in grid[1:]), f"{name}{grid}"

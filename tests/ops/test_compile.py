@@ -69,6 +69,16 @@ def variants():
                 "cls_attention._cls_attention_kernel", name, dtypes, four, blocks | {"WIDEN": False}, warps, stages
             )
 
+    row = {"query_ptrs": ("*P",) * 3, "key_ptrs": ("*P",) * 3, "probs_ptr": "*fp32"}
+    for num_features in (64, 80, 128):
+        for size, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
+            n, d, warps, stages = tuning.cls_probs_blocks(num_features, size)
+            blocks = {"WIDE": False, "NUM_FEATURES": num_features, "NUM_BLOCKS": -(-577 // n), "NUM_STAGES": stages}
+            name = f"D={num_features} {8 * size} bit"
+            yield Variant(
+                "cls_probs._cls_probs_kernel", name, dtypes, row, blocks | {"BLOCK_N": n, "BLOCK_D": d}, warps
+            )
+
     stats = {"logits_ptr": "*fp32", "block_max_ptr": "*fp32", "block_sum_ptr": "*fp32"}
     row = {"query_ptr": "*P", "key_ptr": "*P", **stats}  # 1024: heads that are not split
     hidden = {"mask_ptr": "*u8"}
@@ -95,6 +105,14 @@ def variants():
         yield Variant(
             "topk._topk_kernel", f"N={num_tokens} L={num_layers} H={num_heads}", FLOATS, pointers, blocks, warps
         )
+
+    for num_layers, num_heads in ((1, 1), (3, 16)):
+        n, k, c, warps = tuning.select_blocks(576, 1024)
+        blocks = {"NUM_LAYERS": num_layers, "NUM_HEADS": num_heads, "ENSEMBLE": "sum", "BITS": 32}
+        blocks |= {"BLOCK_N": n, "BLOCK_K": k, "BLOCK_C": c}
+        pointers = {"scores_ptr": "*fp32", "x_ptr": "*INT", "features_ptr": "*INT"}
+        pointers |= {"indices_ptr": "*i64", "total_ptr": "*fp32"}
+        yield Variant("select._select_kernel", f"N=576 L={num_layers} H={num_heads}", COPIED, pointers, blocks, warps)
 
     for types in (("*INT",), ("*INT", "*i64", "*u8")):  # hidden states, positions, a mask
         k, d = tuning.compact_blocks(1024)
@@ -341,7 +359,9 @@ def test_every_loop_runs_in_the_interpreter_of_every_version():
             for node in ast.walk(function):
                 if isinstance(node, ast.For):
                     names = {name.id for name in ast.walk(node.iter) if isinstance(name, ast.Name)}
-                    changing = {name for name in names - {"range", "tl", "len", "x_ptrs"} if name != name.upper()}
+                    changing = {
+                        name for name in names - {"range", "tl", "len", "x_ptrs", "key_ptrs"} if name != name.upper()
+                    }
                     assert not changing, f"{path.name}:{node.lineno} {ast.unparse(node.iter)}"
 
 

@@ -17,9 +17,11 @@ def samples():
     scores, tokens, indices = (x.to(DEVICE) for x in (SCORES, TOKENS, INDICES))
     return {
         "cls_attention": (*attention, None),
+        "cls_probs": ([query, query + 1], [key, key * 2], None, 1),
         "row_scores": (query, key, None, 1, mask),
         "topk": (scores.expand(3, 2, 10), 4, "mean", scores.clone()),
         "compact": ([tokens.clone().requires_grad_(), indices.repeat(1, 5)], indices),
+        "select": (scores.expand(3, 2, 10), tokens, 4, "max"),
         "compact_kv": ([key], [key.half()], indices),
         "merge_neighbors": (tokens.clone().requires_grad_(), tokens.half(), indices, scores, 3, indices[:, 0] % 3),
         "merge_nearest": (tokens.clone().requires_grad_(), tokens.half(), indices, scores),
@@ -52,10 +54,24 @@ def whole_path(query, key, value, hidden, cache):
     kept, positions = ops.compact([hidden, torch.arange(9, device=DEVICE).expand(2, -1)], indices)
     (short,), (copy,) = ops.compact_kv([cache], [cache], indices)
     (front,), _ = ops.compact_kv([cache + 1], [cache * 2], ops.topk(scores, 2))
+    both = ops.cls_probs([query[:, :, 0]] * 2, [key, key], skip=1)
+    chosen, _, sums = ops.select(both, hidden, 3, ensemble="mean")
     counts = indices[:, 0] * 0 + 2
     merged, mix = ops.merge_neighbors(hidden, hidden, indices, totals, neighbors=2, counts=counts)
     joined, _ = ops.merge_nearest(hidden, hidden, indices, totals)
-    return out, scores, totals, indices, kept.square() + merged[:, 1:] + joined, positions, short, copy, front, mix
+    return (
+        out,
+        scores,
+        totals,
+        indices,
+        kept.square() + merged[:, 1:] + joined + chosen,
+        positions,
+        short,
+        copy,
+        front,
+        mix,
+        sums,
+    )
 
 
 @pytest.mark.filterwarnings("error:.*custom operator:UserWarning")  # outputs that alias

@@ -41,21 +41,23 @@ class ClsScores:
 
     Attributes
     ----------
-    layers : list of Tensor [B, H, N] or [B, 1, N], float32
-        Of each scored layer, the probabilities of every head or their mean.
+    cls_probs : Tensor [L, B, H, N] or [L, B, 1, N], float32, or None
+        Of all scored layers, the probabilities of every head or their mean. None before the last one has run.
     keys : Tensor [B, H, 1 + N, D] or None
         Of `compared`.
     query : Tensor [B, H, D] or None
         Of `compared`.
     ops : list of str
-        The operations that computed `layers`.
+        The operations that computed `cls_probs`.
     """
 
     def __init__(
         self, config: VTCConfig, scored: list[torch.nn.Module], compared: torch.nn.Module | None = None
     ) -> None:
         self.config, self.scored, self.compared = config, scored, compared
-        self.layers: list[torch.Tensor] = []
+        # Of the scored layers that have run: the probabilities, or the first query, the key and the scale.
+        self._layers: list[torch.Tensor | tuple[torch.Tensor, torch.Tensor, float | None]] = []
+        self.cls_probs: torch.Tensor | None = None
         self.keys: torch.Tensor | None = None
         self.query: torch.Tensor | None = None
         self.ops: list[str] = []
@@ -69,7 +71,7 @@ class ClsScores:
     @property
     def is_complete(self) -> bool:
         """Whether every layer that is needed has run."""
-        return len(self.layers) >= len(self.scored) and (self.compared is None or self.keys is not None)
+        return (not self.scored or self.cls_probs is not None) and (self.compared is None or self.keys is not None)
 
     def is_scored(self, module: torch.nn.Module) -> bool:
         """Return whether an attention module belongs to a scored layer."""
@@ -80,16 +82,35 @@ class ClsScores:
         if module is self.compared:
             self.query, self.keys = query[:, :, 0], key
 
-    def score(self, query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> None:
-        """Score a layer by its query and key `[B, H, 1 + N, D]`."""
-        mean = ops.row_scores(query[:, :, 0], key, scale=scale, skip=1, backend=self.config.backend)
-        self.add("row_scores", mean.unsqueeze(1))
+    def note(self, query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> None:
+        """Note the query and key `[B, H, 1 + N, D]` of a scored layer: views, of which nothing is copied."""
+        self._add("cls_probs", (query[:, :, 0], key, scale))
 
-    def add(self, op: str, cls_probs: torch.Tensor) -> None:
-        """Add one layer `[B, H, N]` or `[B, 1, N]` float32, computed by `op`."""
-        self.layers.append(cls_probs)
+    def add(self, cls_probs: torch.Tensor) -> None:
+        """Add the probabilities `[B, H, 1 + N]` float32 of a scored layer, computed by `cls_attention`."""
+        self._add("cls_attention", cls_probs[:, :, 1:])
+
+    def _add(self, op: str, layer: torch.Tensor | tuple[torch.Tensor, torch.Tensor, float | None]) -> None:
+        self._layers.append(layer)
         if op not in self.ops:
             self.ops.append(op)
+        if len(self._layers) == len(self.scored):
+            self.cls_probs = self._finish()
+            self._layers = []  # the views keep whole tensors alive
+
+    def _finish(self) -> torch.Tensor:
+        """The probabilities of all layers `[L, B, H, N]`; layers that are noted and have one scale take one launch."""
+        found: list[Any] = list(self._layers)
+        noted = {number: layer for number, layer in enumerate(self._layers) if isinstance(layer, tuple)}
+        for scale in dict.fromkeys(scale for _, _, scale in noted.values()):
+            numbers = [number for number, layer in noted.items() if layer[2] == scale]
+            queries, keys = ([noted[number][part] for number in numbers] for part in (0, 1))
+            cls_probs = ops.cls_probs(queries, keys, scale=scale, skip=1, backend=self.config.backend)  # type: ignore
+            if len(numbers) == len(found):
+                return cls_probs
+            for number, own in zip(numbers, cls_probs, strict=True):
+                found[number] = own
+        return torch.stack(found)
 
     def fuses(self, query: torch.Tensor, dropout: float = 0.0) -> bool:
         """Return whether a scored layer runs `cls_attention`. It has no gradient and no dropout."""
@@ -101,12 +122,9 @@ class ClsScores:
 
     def pool(self, side: int, size: int) -> None:
         """Average the scores over `size` x `size` cells of `side` x `side` patches; incomplete cells are dropped."""
-        grids = [layer.mean(1, keepdim=True).unflatten(2, (side, side)) for layer in self.layers]
-        self.layers = [torch.nn.functional.avg_pool2d(grid, size).flatten(2) for grid in grids]
-
-    def cls_probs(self) -> torch.Tensor:
-        """Return the probabilities of all layers, `[L, B, H, N]` or `[L, B, 1, N]` float32."""
-        return torch.stack(self.layers)
+        if self.cls_probs is not None:
+            grids = self.cls_probs.mean(2).unflatten(2, (side, side))
+            self.cls_probs = torch.nn.functional.avg_pool2d(grids, size).flatten(2).unsqueeze(2)
 
 
 def plain_attention(
@@ -205,9 +223,9 @@ def vtc_attention(
     if vtc_scores.is_scored(module):
         if vtc_scores.fuses(query, kwargs.get("dropout", 0.0)):
             out, cls_probs = ops.cls_attention(query, key, value, scale=scaling, backend=vtc_scores.config.backend)
-            vtc_scores.add("cls_attention", cls_probs[:, :, 1:])
+            vtc_scores.add(cls_probs)
             return out, None
-        vtc_scores.score(query, key, scaling)
+        vtc_scores.note(query, key, scaling)
     return _attend(module, query, key, value, attention_mask, scaling, **kwargs)
 
 

@@ -63,10 +63,9 @@ def run_tower(
         features, has_cls = features[:, int(has_cls) :], False
         scores.pool(math.isqrt(features.shape[1]), plan.pool)
         features = base.vision_resampler(features)  # expects square frames, too
-    cls_probs = scores.cls_probs() if needs.cls_probs else None
     query = scores.query if needs.query else None
     pixels = views if needs.pixels else None
-    return VisionOutputs(features, plan.grid, cls_probs, scores.keys, query, pixels, has_cls), scores.ops
+    return VisionOutputs(features, plan.grid, scores.cls_probs, scores.keys, query, pixels, has_cls), scores.ops
 
 
 def _scores(attentions: list[Any], plan: Plan) -> ClsScores:
@@ -127,7 +126,7 @@ def _with_hooks(tower: Any, views: Tensor, scores: ClsScores, arguments: dict[st
             del seen[attention]
             scores.read(attention, own["query"], own["key"])
             if scores.is_scored(attention):
-                scores.score(own["query"], own["key"])
+                scores.note(own["query"], own["key"])
 
     modules: list[Any] = scores.modules
     with contextlib.ExitStack() as stack:
@@ -193,5 +192,8 @@ def count(settings: Settings, plan: Plan, used: list[str], images: int, before: 
 def operations(plan: Plan, used: list[str]) -> list[str]:
     """The operations that a plan runs, of which `used` score the tower's layers."""
     ranked = () if plan.method.prunes_only_language() else used
+    own = plan.method.operations
+    if plan.method.only_ranks() and (plan.config.prune_after or not plan.num_kept):
+        own = ("topk", "compact")  # tokens are gathered later: after a layer, or from all tiles
     last = ("compact_kv",) if plan.config.prune_after and plan.config.kept_kv == "compact" else ()
-    return list(dict.fromkeys((*ranked, *plan.method.operations, *last)))
+    return list(dict.fromkeys((*ranked, *own, *last)))

@@ -158,5 +158,5 @@ def _operations(base: Any, plan: Plan) -> list[str]:
     if fuses and config.fused is None:
         head_dim = tower.config.hidden_size // tower.config.num_attention_heads
         fuses = ops.fused_is_faster(tower.device, tower.dtype, head_dim, config.backend)
-    scoring = ["cls_attention" if fuses else "row_scores"] if plan.method.needs.cls_probs else []
+    scoring = ["cls_attention" if fuses else "cls_probs"] if plan.method.needs.cls_probs else []
     return encode.operations(plan, scoring)

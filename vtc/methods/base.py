@@ -101,9 +101,27 @@ class Tokens(NamedTuple):
     scores: Tensor | None = None
 
 
+class Ranking(NamedTuple):
+    """Scores by which the patches of B images are ranked.
+
+    Attributes
+    ----------
+    scores : Tensor[B, N] or [L, B, N] or [L, B, H, N], floating point
+        Heads are averaged, then layers are combined.
+    ensemble : {"sum", "mean", "max", "min"}
+        How the L layers are combined.
+    """
+
+    scores: Tensor
+    ensemble: str = "sum"
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One method with its options. A subclass defines `select`, or `reduce` if its tokens are not copies of patches.
+    """One method with its options.
+
+    A subclass defines `ranking` if it keeps the patches with the largest scores, `select` if it selects patches in
+    another way, or `reduce` if its tokens are not copies of patches.
 
     Every field but `backend` is an option of the method. A subclass with options checks their values in `check` and
     explains them in its docstring. Numbers of NumPy and 0-d tensors become Python's.
@@ -129,7 +147,7 @@ class Method:
     rounds_up : bool
         Whether `ratio` rounds up to a number of tokens, or else to the nearest; see `vtc.config.kept_count`.
     operations : tuple of str
-        The operations of `vtc.ops` that it runs.
+        The operations of `vtc.ops` that it runs. By default those of `reduce` here.
     selects : bool
         Whether `reduce` returns the indices of selected patches and their scores.
     """
@@ -147,6 +165,11 @@ class Method:
     selects: ClassVar[bool] = True
 
     backend: str = "auto"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "operations" not in vars(cls) and not {"ranking", "select"}.isdisjoint(vars(cls)):
+            cls.operations = ("select",) if cls.only_ranks() else ("topk", "compact")
 
     def __post_init__(self) -> None:
         for name in self.options():
@@ -199,7 +222,13 @@ class Method:
     @classmethod
     def keeps_patches(cls) -> bool:
         """Whether its tokens are exactly the top-scoring patches. Only such a method works across tiles and frames."""
-        return cls.select is not Method.select and cls.reduce is Method.reduce
+        own = cls.select is not Method.select or cls.ranking is not Method.ranking
+        return own and cls.reduce is Method.reduce
+
+    @classmethod
+    def only_ranks(cls) -> bool:
+        """Whether `reduce` is one `vtc.ops.select` of its `ranking`."""
+        return cls.select is Method.select and cls.ranking is not Method.ranking
 
     def scored_layers(self, end: int, depth: int) -> range:
         """The vision layers, counted from 0, whose attention gives `cls_probs` and the keys of the feature layer.
@@ -233,15 +262,43 @@ class Method:
         """
         return keep
 
+    def ranking(self, outputs: VisionOutputs) -> Ranking:
+        """The scores by which the patches are ranked. The `keep` patches with the largest stay.
+
+        Raises
+        ------
+        ValueError
+            If the method does not rank patches by the image, or `outputs` lacks what the method needs.
+        """
+        raise ValueError(f"{self.name} does not select patches of the vision tower; use reduce, or another method")
+
     def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
         """The indices of the selected patches `[B, keep]` int64, ascending, and their scores `[B, N]` float32.
 
         Raises
         ------
         ValueError
-            If the method does not select patches by the image, or `outputs` lacks what the method needs.
+            As `ranking`.
         """
-        raise ValueError(f"{self.name} does not select patches of the vision tower; use reduce, or another method")
+        scores, ensemble = self.ranked(outputs)
+        dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        total = torch.empty(outputs.patches.shape[:2], dtype=dtype, device=scores.device)
+        return ops.topk(scores, keep, ensemble=ensemble, total=total, backend=self.backend), total
+
+    def ranked(self, outputs: VisionOutputs) -> Ranking:
+        """What `ranking` returns, once its type is the one that it promises.
+
+        Raises
+        ------
+        ValueError
+            If it is not.
+        """
+        found: object = self.ranking(outputs)
+        if not isinstance(found, Ranking):
+            raise ValueError(
+                f"ranking of method {self.name!r} must return vtc.methods.Ranking(scores), got a {type(found).__name__}"
+            )
+        return found
 
     def selected(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
         """What `select` returns, once its types and shapes are those that it promises.
@@ -275,6 +332,12 @@ class Method:
         ValueError
             If `outputs` lacks what the method needs, or `keep` is too small for it.
         """
+        if self.only_ranks():
+            scores, ensemble = self.ranked(outputs)
+            features, indices, total = ops.select(
+                scores, outputs.patches, keep, ensemble=ensemble, backend=self.backend
+            )
+            return Tokens(features, None, indices, total)
         indices, scores = self.selected(outputs, keep)
         return Tokens(ops.compact(outputs.patches, indices, backend=self.backend), None, indices, scores)
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from vtc import ops
-from vtc.methods.base import Method, Needs, VisionOutputs
+from vtc.methods.base import Method, Needs, Ranking, VisionOutputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +24,5 @@ class FasterVLM(Method):
     paper: ClassVar[str] = "arXiv 2412.01818"
     needs: ClassVar[Needs] = Needs(cls_probs=True)
 
-    def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
-        cls_probs = self.require(outputs, "cls_probs")
-        total = torch.empty(cls_probs[0, :, 0].shape, dtype=torch.float32, device=cls_probs.device)
-        return ops.topk(cls_probs, keep, total=total, backend=self.backend), total
+    def ranking(self, outputs: VisionOutputs) -> Ranking:
+        return Ranking(self.require(outputs, "cls_probs"))

@@ -6,10 +6,8 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from vtc import ops
-from vtc.methods.base import Method, Needs, VisionOutputs
+from vtc.methods.base import Method, Needs, Ranking, VisionOutputs
 from vtc.methods.checks import check_integer
 
 
@@ -35,9 +33,8 @@ class Random(Method):
     def check(self) -> None:
         check_integer("seed", self.seed, 0, 2**32 - 1)
 
-    def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
-        scores = random_scores(self.require(outputs, "pixel_values"), outputs.patches.shape[1], self.seed)
-        return ops.topk(scores, keep, backend=self.backend), scores
+    def ranking(self, outputs: VisionOutputs) -> Ranking:
+        return Ranking(random_scores(self.require(outputs, "pixel_values"), outputs.patches.shape[1], self.seed))
 
 
 def random_scores(pixel_values: torch.Tensor, tokens: int, seed: int) -> torch.Tensor:

@@ -42,7 +42,7 @@ class VisionZip(Method):
     scores: ClassVar[str] = "[CLS] attention, the feature layer; similar keys merge"
     paper: ClassVar[str] = "arXiv 2412.04467"
     needs: ClassVar[Needs] = Needs(cls_probs=True, keys="feature")
-    operations: ClassVar[tuple[str, ...]] = ("topk", "compact", "merge_nearest")
+    operations: ClassVar[tuple[str, ...]] = ("select", "topk", "merge_nearest")
     per_view: ClassVar[bool] = True
 
     contextual: int | None = None
@@ -71,10 +71,9 @@ class VisionZip(Method):
     def reduce(self, outputs: VisionOutputs, keep: int) -> Tokens:
         cls_probs, keys = self.require(outputs, "cls_probs"), self.require(outputs, "keys")
         dominant, contextual = self._split(keep)
-        scores = torch.empty(cls_probs[0, :, 0].shape, dtype=torch.float32, device=cls_probs.device)
-        patches = ops.topk(cls_probs, dominant - 1, total=scores, backend=self.backend)
+        features, patches, scores = ops.select(cls_probs, outputs.patches, dominant - 1, backend=self.backend)
         kept = torch.nn.functional.pad(patches + 1, (1, 0))  # [B, D], [CLS] is 0
-        merged = [ops.compact(outputs.hidden, kept, backend=self.backend)]
+        merged = [outputs.hidden[:, :1], features]
         if contextual:
             left = torch.ones(outputs.hidden.shape[:2], device=keys.device).scatter(1, kept, 0.0)
             num_left = left.shape[1] - dominant

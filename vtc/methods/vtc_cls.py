@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from vtc import ops
-from vtc.methods.base import Method, Needs, VisionOutputs
+from vtc.methods.base import Method, Needs, Ranking, VisionOutputs
 from vtc.methods.checks import check_integer, check_one_of
 
 
@@ -71,7 +68,5 @@ class VTCCLS(Method):
             )
         return range(first, end)
 
-    def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
-        cls_probs = self.require(outputs, "cls_probs")
-        total = torch.empty(cls_probs[0, :, 0].shape, dtype=torch.float32, device=cls_probs.device)
-        return ops.topk(cls_probs, keep, ensemble=self.ensemble, total=total, backend=self.backend), total
+    def ranking(self, outputs: VisionOutputs) -> Ranking:
+        return Ranking(self.require(outputs, "cls_probs"), self.ensemble)

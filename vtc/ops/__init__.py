@@ -19,12 +19,14 @@ Each is also an operator of `torch.library` (``torch.ops.vtc.*``) with a fake ke
 """
 
 from vtc.ops.cls_attention import cls_attention, fused_is_faster
+from vtc.ops.cls_probs import cls_probs
 from vtc.ops.compact import compact
 from vtc.ops.compact_kv import compact_kv
 from vtc.ops.dispatch import BACKENDS, OPS, backend_for
 from vtc.ops.merge_nearest import merge_nearest
 from vtc.ops.merge_neighbors import merge_neighbors
 from vtc.ops.row_scores import row_scores
+from vtc.ops.select import select
 from vtc.ops.topk import ENSEMBLES, topk
 
 __all__ = [
@@ -33,11 +35,13 @@ __all__ = [
     "OPS",
     "backend_for",
     "cls_attention",
+    "cls_probs",
     "compact",
     "compact_kv",
     "fused_is_faster",
     "merge_nearest",
     "merge_neighbors",
     "row_scores",
+    "select",
     "topk",
 ]

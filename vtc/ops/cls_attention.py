@@ -10,13 +10,13 @@ from torch import Tensor
 from vtc.ops.checks import FLOATS, check_devices, check_scale, shapes
 from vtc.ops.dispatch import backend_for, implementation, register
 
-# Where `cls_attention` was measured to be no slower than SDPA and `row_scores` together, by `python -m bench micro`
+# Where `cls_attention` was measured to be no slower than SDPA and `cls_probs` together, by `python -m bench micro`
 # (workload `cls_attention`, records under bench/results/): compute capability, dtype, head dim. Nothing yet.
 FUSED: frozenset[tuple[tuple[int, int], torch.dtype, int]] = frozenset()
 
 
 def fused_is_faster(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str = "auto") -> bool:
-    """Return whether `cls_attention` is known to be no slower than SDPA and `row_scores`: it is in `FUSED`.
+    """Return whether `cls_attention` is known to be no slower than SDPA and `cls_probs`: it is in `FUSED`.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def cls_attention(
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise ValueError(
             "cls_attention: not differentiable, and an input requires a gradient. Call it under torch.no_grad(), or "
-            "use torch.nn.functional.scaled_dot_product_attention and row_scores."
+            "use torch.nn.functional.scaled_dot_product_attention and cls_probs."
         )
     return torch.ops.vtc.cls_attention(query, key, value, scale, backend)
 

@@ -13,7 +13,10 @@ import torch
 
 from vtc import reference
 
-OPS = ("cls_attention", "row_scores", "topk", "compact", "compact_kv", "merge_neighbors", "merge_nearest")
+OPS = (
+    *("cls_attention", "cls_probs", "row_scores", "topk", "compact", "select"),
+    *("compact_kv", "merge_neighbors", "merge_nearest"),
+)
 BACKENDS = ("auto", "triton", "torch")
 
 _log = logging.getLogger("vtc")
@@ -25,7 +28,8 @@ def backend_for(op: str, device: torch.device, backend: str = "auto") -> tuple[s
 
     Parameters
     ----------
-    op : {"cls_attention", "row_scores", "topk", "compact", "compact_kv", "merge_neighbors", "merge_nearest"}
+    op : str
+        One of `OPS`.
     device : torch.device
         Where the tensors are.
     backend : {"auto", "triton", "torch"}

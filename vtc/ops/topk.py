@@ -40,18 +40,7 @@ def topk(
         If `scores` is of no accepted shape or dtype, if `k` is not an int in [1, N], for an unknown ensemble or a
         `total` that does not fit, or if the backend cannot run.
     """
-    if scores.ndim not in (2, 3, 4) or not scores.is_floating_point():
-        raise ValueError(
-            "topk: scores must be a floating-point [B, N], [L, B, N] or [L, B, H, N], "
-            f"got {scores.dtype} {shapes(scores)}."
-        )
-    num_images, num_tokens = scores.shape[0 if scores.ndim == 2 else 1], scores.shape[-1]
-    if not is_int(k) or not 1 <= k <= num_tokens:
-        raise ValueError(f"topk: k must be an int with 1 <= k <= N = {num_tokens} (one score per token), got {k!r}.")
-    if ensemble not in ENSEMBLES:
-        raise ValueError(f"topk: ensemble must be one of {', '.join(ENSEMBLES)}, got {ensemble!r}.")
-    if scores.ndim > 2 and 0 in (scores.shape[0], *scores.shape[2:-1]):
-        raise ValueError(f"topk: needs at least one layer and one head, got {shapes(scores)}.")
+    num_images, num_tokens = check_scores("topk", scores, k, ensemble)
     check_devices("topk", scores=scores, total=total)
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if total is not None and (total.dtype != dtype or total.shape != (num_images, num_tokens)):
@@ -59,6 +48,23 @@ def topk(
             f"topk: total must be {dtype} [B, N] = [{num_images}, {num_tokens}], got {total.dtype} {shapes(total)}."
         )
     return torch.ops.vtc.topk(scores.detach(), k, ensemble, total, backend)
+
+
+def check_scores(op: str, scores: Tensor, k: int, ensemble: str) -> tuple[int, int]:
+    """Check the arguments of an operation that takes the `k` largest scores; returns B and N."""
+    if scores.ndim not in (2, 3, 4) or not scores.is_floating_point():
+        raise ValueError(
+            f"{op}: scores must be a floating-point [B, N], [L, B, N] or [L, B, H, N], "
+            f"got {scores.dtype} {shapes(scores)}."
+        )
+    num_images, num_tokens = scores.shape[0 if scores.ndim == 2 else 1], scores.shape[-1]
+    if not is_int(k) or not 1 <= k <= num_tokens:
+        raise ValueError(f"{op}: k must be an int with 1 <= k <= N = {num_tokens} (one score per token), got {k!r}.")
+    if ensemble not in ENSEMBLES:
+        raise ValueError(f"{op}: ensemble must be one of {', '.join(ENSEMBLES)}, got {ensemble!r}.")
+    if scores.ndim > 2 and 0 in (scores.shape[0], *scores.shape[2:-1]):
+        raise ValueError(f"{op}: needs at least one layer and one head, got {shapes(scores)}.")
+    return num_images, num_tokens
 
 
 @register(

@@ -19,15 +19,17 @@ def indices():
 # The arguments of one call.
 CALLS = {
     "cls_attention": lambda: ((of(B, H, N, D), of(B, H, N, D, seed=1), of(B, H, N, D, seed=2)), {}),
+    "cls_probs": lambda: (([of(B, H, D), of(B, H, D, seed=1)], [of(B, H, N, D, seed=2)] * 2), {"skip": 1}),
     "row_scores": lambda: ((of(B, H, D), of(B, H, N, D, seed=1)), {"skip": 1}),
     "topk": lambda: ((of(B, N), K), {}),
     "compact": lambda: ((of(B, N, D), indices()), {}),
+    "select": lambda: ((of(2, B, H, N), of(B, N, D, seed=1), K), {}),
     "compact_kv": lambda: (([of(B, H, N, D)], [of(B, H, N, D, seed=1)], indices()), {}),
     "merge_neighbors": lambda: ((of(B, N, D), of(B, N, D, seed=1), indices(), of(B, N).abs()), {"neighbors": 4}),
     "merge_nearest": lambda: ((of(B, N, D), of(B, N, D, seed=1), indices(), of(B, N).abs()), {}),
 }
 # The arguments, by their place, whose elements are copied: they may be of any type.
-COPIED = {("compact", 0), ("compact_kv", 0), ("compact_kv", 1)}
+COPIED = {("compact", 0), ("compact_kv", 0), ("compact_kv", 1), ("select", 1)}
 
 
 def each(value, change):
