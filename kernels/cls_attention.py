@@ -189,20 +189,20 @@ def _cls_query(
     lane = tl.arange(0, BLOCK_N)
     lane_max = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     lane_sum = tl.zeros((BLOCK_N,), tl.float32)
+    ahead = _load_rows(key_ptr, n, num_tokens, key_stride_n, d, key_stride_d, in_head)
     start = 0
     while start < num_tokens:
-        at = start + n
-        mask = (at < num_tokens)[:, None] & in_head[None, :]
-        key = tl.load(key_ptr + (at[:, None] * key_stride_n + d[None, :] * key_stride_d), mask=mask, other=0.0)
-        logits = tl.sum(query[None, :] * key.to(tl.float32), axis=1) * scale
+        key = ahead.to(tl.float32)
+        ahead = _load_rows(key_ptr, start + BLOCK_N + n, num_tokens, key_stride_n, d, key_stride_d, in_head)
         in_row = start + lane < num_tokens
-        logits = tl.where(in_row, logits, float("-inf"))
+        logits = tl.where(in_row, tl.sum(query[None, :] * key, axis=1) * scale, float("-inf"))
         tl.store(cls_probs_ptr + start + lane, logits, mask=in_row)
         highest = tl.maximum(lane_max, logits)
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         lane_sum = lane_sum * tl.exp2(lane_max - shift) + tl.exp2(logits - shift)
         lane_max = highest
         start += BLOCK_N
+    ahead = _load_rows(value_ptr, n, num_tokens, value_stride_n, d, value_stride_d, in_head)
     row_max = tl.max(lane_max, axis=0)
     row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
     row_sum = tl.sum(lane_sum * tl.exp2(lane_max - row_max), axis=0)
@@ -212,13 +212,18 @@ def _cls_query(
     summed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     start = 0
     while start < num_tokens:
-        at = start + n
-        mask = (at < num_tokens)[:, None] & in_head[None, :]
-        value = tl.load(value_ptr + (at[:, None] * value_stride_n + d[None, :] * value_stride_d), mask=mask, other=0.0)
+        value = ahead.to(tl.float32)
+        ahead = _load_rows(value_ptr, start + BLOCK_N + n, num_tokens, value_stride_n, d, value_stride_d, in_head)
         in_row = start + lane < num_tokens
         logits = tl.load(cls_probs_ptr + start + lane, mask=in_row, other=float("-inf"))
         probs = tl.exp2(logits - row_max) / row_sum
         tl.store(cls_probs_ptr + start + lane, probs, mask=in_row)
-        summed += probs[:, None] * value.to(tl.float32)
+        summed += probs[:, None] * value
         start += BLOCK_N
     tl.store(out_ptr + d, tl.sum(summed, axis=0), mask=in_head)
+
+
+@triton.jit
+def _load_rows(ptr, n, num_tokens, stride_n, d, stride_d, in_head):
+    mask = (n < num_tokens)[:, None] & in_head[None, :]
+    return tl.load(ptr + (n[:, None] * stride_n + d[None, :] * stride_d), mask=mask, other=0.0)
