@@ -53,7 +53,7 @@ def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | N
             DENSE=dense,
             FAR=max(*farthest, num_tokens * num_heads * num_features) >= 2**31,
             NUM_FEATURES=num_features,
-            **tuning.attention_split(num_tokens, block_m, block_n),
+            **tuning.attention_split(num_tokens, block_m, block_n, peel=dense and query.element_size() == 2),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_D=block_d,
@@ -94,7 +94,8 @@ def _cls_attention_kernel(
     DENSE: tl.constexpr,
     FAR: tl.constexpr,
     NUM_FEATURES: tl.constexpr,
-    FULL_BLOCKS: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    MASKED: tl.constexpr,
     REST: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -128,10 +129,11 @@ def _cls_attention_kernel(
 
     A head has 1 + ceil((N - 1) / BLOCK_M) programs, one after another: its keys and values come from DRAM once, then
     from L2. The first processes the [CLS] query: all keys, then all values, BLOCK_N at a time. The i-th of the others
-    processes BLOCK_M patch queries from 1 + i·BLOCK_M on against FULL_BLOCKS = floor(N / BLOCK_N) blocks of keys and
-    values, then against the last N mod BLOCK_N in a block of REST. EVEN: BLOCK_M divides N - 1. All programs together
-    read and write 4·B·H·N·D elements, plus 12·B·H·N bytes for `cls_probs`. Head dims are padded to a power of two:
-    padding is 44 % of the tensor cores' work for D = 72 and 38 % for D = 80.
+    processes BLOCK_M patch queries from 1 + i·BLOCK_M on, all of them patches if EVEN, against NUM_BLOCKS blocks of
+    keys and values and then against one of REST keys, which is the only one with padding. If MASKED there is no such
+    block, and the last of the others may have padding. All programs together read and write 4·B·H·N·D elements, plus
+    12·B·H·N bytes for `cls_probs`. Head dims are padded to a power of two: padding is 44 % of the tensor cores' work
+    for D = 72 and 38 % for D = 80.
     """
     # offsets: within an image and head they have 32 bits where that suffices
     programs = 1 + tl.cdiv(num_tokens - 1, BLOCK_M)  # of a head
@@ -196,26 +198,23 @@ def _cls_attention_kernel(
         summed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         key_ptrs = key_ptr + (d[:, None] * key_stride_d + n[None, :] * key_stride_n)
         value_ptrs = value_ptr + (n[:, None] * value_stride_n + d[None, :] * value_stride_d)
-        for _ in range(FULL_BLOCKS):
-            key = tl.load(key_ptrs, mask=in_head[:, None], other=0.0)
-            value = tl.load(value_ptrs, mask=in_head[None, :], other=0.0)
-            row_max, row_sum, summed = _attend(query, key, value, None, row_max, row_sum, summed, scale, WIDEN)
+        for i in range(NUM_BLOCKS):
+            in_row = i * BLOCK_N + tl.arange(0, BLOCK_N) < num_tokens if MASKED else None
+            key = tl.load(key_ptrs, mask=in_head[:, None] & in_row[None, :] if MASKED else in_head[:, None], other=0.0)
+            value = tl.load(value_ptrs, mask=in_row[:, None] & in_head[None, :] if MASKED else in_head[None, :], other=0.0)
+            row_max, row_sum, summed = _attend(query, key, value, in_row, row_max, row_sum, summed, scale, WIDEN)
             key_ptrs += BLOCK_N * key_stride_n
             value_ptrs += BLOCK_N * value_stride_n
         if REST > 0:
-            r = FULL_BLOCKS * BLOCK_N + tl.arange(0, REST)
+            r = NUM_BLOCKS * BLOCK_N + tl.arange(0, REST)
             in_row = r < num_tokens
             if FAR:
                 r = r.to(tl.int64)
-            rest_of_key = tl.load(
-                key_ptr + (d[:, None] * key_stride_d + r[None, :] * key_stride_n),
-                mask=in_head[:, None] & in_row[None, :],
-                other=0.0,
-            )
-            rest_of_value = _load_rows(value_ptr, value_stride_n, value_stride_d, r, d, num_tokens, NUM_FEATURES)
-            row_max, row_sum, summed = _attend(
-                query, rest_of_key, rest_of_value, in_row, row_max, row_sum, summed, scale, WIDEN
-            )
+            key_ptrs = key_ptr + (d[:, None] * key_stride_d + r[None, :] * key_stride_n)
+            value_ptrs = value_ptr + (r[:, None] * value_stride_n + d[None, :] * value_stride_d)
+            key = tl.load(key_ptrs, mask=in_head[:, None] & in_row[None, :], other=0.0)
+            value = tl.load(value_ptrs, mask=in_row[:, None] & in_head[None, :], other=0.0)
+            row_max, row_sum, summed = _attend(query, key, value, in_row, row_max, row_sum, summed, scale, WIDEN)
 
         # store
         out_offsets = m[:, None] * (num_heads * NUM_FEATURES) + d[None, :]

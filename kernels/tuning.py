@@ -94,12 +94,17 @@ def attention_blocks(
     return block_m, block_n, block_d, num_warps, num_stages
 
 
-def attention_split(num_tokens: int, block_m: int, block_n: int) -> dict[str, int | bool]:
-    """FULL_BLOCKS, REST and EVEN: whole blocks of keys, the block for those left over, whether patches fill theirs."""
+def attention_split(num_tokens: int, block_m: int, block_n: int, peel: bool) -> dict[str, int | bool]:
+    """NUM_BLOCKS, MASKED, REST and EVEN: how attention goes over N keys, and whether N - 1 patches fill their blocks.
+
+    With `peel`, a small block of its own takes the keys that do not fill one, and the others need no mask. Without
+    tensor cores the queries would stay in registers from one product to the other, and spill.
+    """
     rest = num_tokens % block_n
     return {
-        "FULL_BLOCKS": num_tokens // block_n,
-        "REST": max(16, triton.next_power_of_2(rest)) if rest else 0,
+        "NUM_BLOCKS": num_tokens // block_n if peel else triton.cdiv(num_tokens, block_n),
+        "MASKED": not peel and rest > 0,
+        "REST": max(16, triton.next_power_of_2(rest)) if peel and rest else 0,
         "EVEN": (num_tokens - 1) % block_m == 0,
     }
 
