@@ -84,7 +84,7 @@ def attention_blocks(
     """
     block_d = max(16, triton.next_power_of_2(num_features))  # the least that tensor cores take
     if element_size == 4:
-        chosen = (32, 16, 4, 1) if block_d <= 64 else (16, 16, 8, 1)
+        chosen = (32, 16, 4 if block_d <= 64 else 8, 1)
     elif strided or block_d > 128:
         chosen = (64, 32 if block_d <= 128 else 16, 4 if block_d <= 64 else 8, 2)
     else:
