@@ -27,7 +27,7 @@ def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | N
     cls_probs = torch.empty((num_images, num_heads, num_tokens), dtype=torch.float32, device=query.device)
     inputs = query, key, value
     dense = all(tuning.is_dense(x) for x in inputs)
-    block_m, block_n, block_d, num_warps, num_stages = tuning.attention_blocks(
+    block_m, block_n, block_d, num_warps, num_stages, peel = tuning.attention_blocks(
         num_features, query.element_size(), tuning.capability(query.device), strided=not dense
     )
     farthest = [(num_tokens - 1) * x.stride(2) + (num_features - 1) * x.stride(3) for x in inputs]
@@ -53,7 +53,7 @@ def cls_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | N
             DENSE=dense,
             FAR=max(*farthest, num_tokens * num_heads * num_features) >= 2**31,
             NUM_FEATURES=num_features,
-            **tuning.attention_split(num_tokens, block_m, block_n, peel=dense and query.element_size() == 2),
+            **tuning.attention_split(num_tokens, block_m, block_n, peel),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_D=block_d,
@@ -200,8 +200,10 @@ def _cls_attention_kernel(
         value_ptrs = value_ptr + (n[:, None] * value_stride_n + d[None, :] * value_stride_d)
         for i in range(NUM_BLOCKS):
             in_row = i * BLOCK_N + tl.arange(0, BLOCK_N) < num_tokens if MASKED else None
-            key = tl.load(key_ptrs, mask=in_head[:, None] & in_row[None, :] if MASKED else in_head[:, None], other=0.0)
-            value = tl.load(value_ptrs, mask=in_row[:, None] & in_head[None, :] if MASKED else in_head[None, :], other=0.0)
+            in_keys = in_head[:, None] & in_row[None, :] if MASKED else in_head[:, None]
+            in_values = in_row[:, None] & in_head[None, :] if MASKED else in_head[None, :]
+            key = tl.load(key_ptrs, mask=in_keys, other=0.0)
+            value = tl.load(value_ptrs, mask=in_values, other=0.0)
             row_max, row_sum, summed = _attend(query, key, value, in_row, row_max, row_sum, summed, scale, WIDEN)
             key_ptrs += BLOCK_N * key_stride_n
             value_ptrs += BLOCK_N * value_stride_n

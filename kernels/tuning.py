@@ -75,31 +75,35 @@ MEASURED: dict[tuple[tuple[int, int], int, int], tuple[int, int, int, int]] = {}
 
 def attention_blocks(
     num_features: int, element_size: int, capability: tuple[int, int] | None = None, strided: bool = False
-) -> tuple[int, int, int, int, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_D, and the numbers of warps and of pipeline stages, for attention.
+) -> tuple[int, int, int, int, int, bool]:
+    """BLOCK_M, BLOCK_N, BLOCK_D, the numbers of warps and of pipeline stages, and whether to peel, for attention.
 
     In 16 bit they are those of `MEASURED`, or else four programs with at most 128 registers a thread share a Hopper
     SM. Strided inputs need an address for each element. fp32 stays off the tensor cores and keeps operands in
     registers: smaller tiles, and no loads ahead of their use.
+
+    Peeling is to give the keys that do not fill a block a small one of their own, so that the others need no mask.
+    Where products take their operands from registers, both kinds of blocks would keep the queries there, and wide ones
+    would spill.
     """
     block_d = max(16, triton.next_power_of_2(num_features))  # the least that tensor cores take
-    if element_size == 4:
-        chosen = (32, 16, 4 if block_d <= 64 else 8, 1)
-    elif strided or block_d > 128:
-        chosen = (64, 32 if block_d <= 128 else 16, 4 if block_d <= 64 else 8, 2)
-    else:
+    from_shared = capability is not None and capability[0] in (9, 10)  # wgmma and tcgen05
+    peel = element_size == 2 and not strided and (block_d <= 64 or (block_d <= 128 and from_shared))
+    if element_size == 4 and 64 < block_d <= 128:
+        chosen = 16, 16, 4 if strided else 8, 1
+    elif element_size == 4:
+        chosen = 32, 16, 4 if block_d <= 64 else 8, 1
+    elif peel:
         shipped = (64, 64, 4, 3) if block_d <= 64 else (64, 32, 4, 2)
         chosen = MEASURED.get((capability, num_features, element_size), shipped) if capability else shipped
+    else:
+        chosen = 64, 32 if block_d <= 128 else 16, 4 if block_d <= 64 else 8, 2
     block_m, block_n, num_warps, num_stages = chosen
-    return block_m, block_n, block_d, num_warps, num_stages
+    return block_m, block_n, block_d, num_warps, num_stages, peel
 
 
 def attention_split(num_tokens: int, block_m: int, block_n: int, peel: bool) -> dict[str, int | bool]:
-    """NUM_BLOCKS, MASKED, REST and EVEN: how attention goes over N keys, and whether N - 1 patches fill their blocks.
-
-    With `peel`, a small block of its own takes the keys that do not fill one, and the others need no mask. Without
-    tensor cores the queries would stay in registers from one product to the other, and spill.
-    """
+    """NUM_BLOCKS, MASKED, REST and EVEN: how attention goes over N keys, and whether the patches fill their blocks."""
     rest = num_tokens % block_n
     return {
         "NUM_BLOCKS": num_tokens // block_n if peel else triton.cdiv(num_tokens, block_n),
