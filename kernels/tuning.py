@@ -89,10 +89,10 @@ def attention_blocks(
     block_d = max(16, triton.next_power_of_2(num_features))  # the least that tensor cores take
     from_shared = capability is not None and capability[0] in (9, 10)  # wgmma and tcgen05
     peel = element_size == 2 and not strided and (block_d <= 64 or (block_d <= 128 and from_shared))
-    if element_size == 4 and 64 < block_d <= 128:
-        chosen = 16, 16, 4 if strided else 8, 1
+    if element_size == 4 and strided and block_d <= 128:
+        chosen = 16, 32, 8, 1
     elif element_size == 4:
-        chosen = 32, 16, 4 if block_d <= 64 else 8, 1
+        chosen = (16 if 64 < block_d <= 128 else 32), 16, 4 if block_d <= 64 else 8, 1
     elif peel:
         shipped = (64, 64, 4, 3) if block_d <= 64 else (64, 32, 4, 2)
         chosen = MEASURED.get((capability, num_features, element_size), shipped) if capability else shipped
