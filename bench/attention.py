@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,25 +12,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench import micro, table
 from bench.jobs import Job
+from bench.record import Record
 from bench.workloads import WORKLOADS, base
 from vtc import ops
-
-# BLOCK_M, BLOCK_N, warps, stages
-BLOCKS = (
-    (64, 32, 4, 2),
-    (64, 64, 4, 2),
-    (64, 64, 4, 3),
-    (128, 32, 4, 2),
-    (128, 64, 4, 2),
-    (128, 64, 8, 2),
-    (128, 64, 8, 3),
-    (64, 128, 4, 2),
-    (128, 128, 8, 2),
-)
 
 
 def jobs(device: torch.device, played: bool = False, rep_ms: float = 40.0) -> list[Job]:
     """LLaVA-1.5 in bf16, at each batch size the baselines and then every choice of blocks."""
+    from vtc_kernels import tuning
+
     on_gpu = device.type == "cuda"
     model = base.MODELS[0] if on_gpu else base.SMALL_MODELS[1]
     dtype = "bf16" if on_gpu else "fp32"
@@ -42,7 +33,7 @@ def jobs(device: torch.device, played: bool = False, rep_ms: float = 40.0) -> li
     }
     providers |= {
         f"triton {m}x{n} w{warps} s{stages}": with_blocks(m, n, warps, stages)
-        for m, n, warps, stages in (BLOCKS if on_gpu else BLOCKS[:4])
+        for m, n, warps, stages in tuning.ATTENTION_CHOICES[: None if on_gpu else 3]
     }
     made = []
     for batch in (16, 1, 64, 4) if on_gpu else (1,):
@@ -64,10 +55,44 @@ def with_blocks(block_m: int, block_n: int, warps: int, stages: int) -> Callable
 
         shipped = tuning.attention_blocks
         block_d = shipped(query.shape[3], query.element_size())[2]
-        tuning.attention_blocks = lambda *_: (block_m, block_n, block_d, warps, stages)
+        tuning.attention_blocks = lambda *_, **__: (block_m, block_n, block_d, warps, stages, query.element_size() == 2)
         try:
             return ops.cls_attention(query, key, value, backend="triton")
         finally:
             tuning.attention_blocks = shipped
 
     return call
+
+
+def to_paste(records: list[Record], capability: str | None) -> list[str]:
+    """Lines for `MEASURED` in kernels/tuning.py and `FUSED` in vtc/ops/cls_attention.py, from one GPU's records.
+
+    Block sizes must not depend on the batch: the choice is the one whose times, each divided by the best at its batch
+    size, have the least sum. It is for `FUSED` if it is slower than SDPA and `row_scores` at no batch size.
+    """
+    if capability is None:
+        return []
+    major_minor = tuple(int(number) for number in capability.split("."))
+    lines = []
+    sweeps = [r for r in records if r.suite == "attention"]
+    for dtype, num_features in dict.fromkeys((r.dtype, r.shape["D"]) for r in sweeps):
+        times: dict[str, dict[int, float]] = {}
+        for r in sweeps:
+            if (r.dtype, r.shape["D"]) == (dtype, num_features):
+                times.setdefault(r.backend, {})[r.shape["B"]] = r.ms
+        batches = sorted(set().union(*times.values()))
+        choices = {name: at for name, at in times.items() if name.startswith("triton ") and len(at) == len(batches)}
+        if not choices:
+            continue
+        best = {batch: min(at[batch] for at in choices.values()) for batch in batches}
+        name, chosen = min(choices.items(), key=lambda one: sum(one[1][batch] / best[batch] for batch in batches))
+        blocks = tuple(int(number) for number in re.findall(r"\d+", name))
+        lines.append(f"MEASURED: ({major_minor}, {num_features}, {micro.DTYPES[dtype].itemsize}): {blocks},")
+        others = times.get("sdpa+row_scores", {})
+        slower = [f"B={batch}" for batch in batches if chosen[batch] > others.get(batch, 0.0)]
+        lines.append(
+            f"FUSED: not {dtype}, {num_features}: slower than SDPA and row_scores at {', '.join(slower)}"
+            if slower
+            else f"FUSED: ({major_minor}, {micro.DTYPES[dtype]}, {num_features}),"
+        )
+    return lines

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import ncu, record, speedups, table
+from bench import attention, ncu, record, speedups, table
 from bench.record import Record
 from bench.watch import Outcome
 
@@ -92,6 +92,9 @@ def page(out: Path, ran: dict[str, Ran], chosen: Sequence[str]) -> str:
         "SLOW": slow,
         "BOUNDS": speedups.bounds(whole),
         "COUNTERS": _counters(out, ran),
+        "TO PASTE (MEASURED in kernels/tuning.py, FUSED in vtc/ops/cls_attention.py)": attention.to_paste(
+            single, probed.get("gpu", {}).get("capability")
+        ),
         "NO DEVICE TIME": _grouped({_named(r): r.no_device_ms for r in (*whole, *single) if r.no_device_ms}),
         "NOT REACHED": _not_reached(ran, chosen, seen),
         "PARTS": [line(part, one) for part, one in ran.items()],

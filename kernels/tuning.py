@@ -9,7 +9,9 @@ not for their stores: on gfx942 the accesses keep their order, as a program runs
 on RDNA, where a program may run on two, this is untested.
 """
 
+import torch
 import triton
+from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether ``TRITON_INTERPRET=1`` was set when the kernels were imported: then they run on CPU tensors, slowly."""
@@ -80,16 +82,72 @@ def compact_kv_blocks(num_features: int) -> tuple[int, int, int]:
     return 4096 // block_d, block_d, 8
 
 
-def attention_blocks(num_features: int, element_size: int) -> tuple[int, int, int, int, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_D, and the numbers of warps and of pipeline stages, for attention.
+ATTENTION_CHOICES: tuple[tuple[int, int, int, int], ...] = (
+    (64, 64, 4, 3),
+    (64, 64, 4, 2),
+    (64, 32, 4, 2),
+    (64, 128, 4, 2),
+    (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (128, 128, 8, 2),
+)
+"""BLOCK_M, BLOCK_N, warps and pipeline stages of attention in 16 bit that are worth measuring on a GPU."""
 
-    fp32 stays off the tensor cores and keeps operands in registers: smaller tiles, and no loads ahead of their use.
+MEASURED: dict[tuple[tuple[int, int], int, int], tuple[int, int, int, int]] = {}
+"""The fastest of them by compute capability, head dim and bytes of an element, as `python -m bench gpu` prints it."""
+
+
+def attention_blocks(
+    num_features: int, element_size: int, capability: tuple[int, int] | None = None, strided: bool = False
+) -> tuple[int, int, int, int, int, bool]:
+    """BLOCK_M, BLOCK_N, BLOCK_D, the numbers of warps and of pipeline stages, and whether to peel, for attention.
+
+    In 16 bit they are those of `MEASURED`, or else four programs with at most 128 registers a thread share a Hopper
+    SM. Strided inputs need an address for each element. fp32 stays off the tensor cores and keeps operands in
+    registers: smaller tiles, and no loads ahead of their use.
+
+    Peeling is to give the keys that do not fill a block a small one of their own, so that the others need no mask.
+    Where products take their operands from registers, both kinds of blocks would keep the queries there, and wide ones
+    would spill.
     """
     block_d = max(16, triton.next_power_of_2(num_features))  # the least that tensor cores take
-    num_warps = 4 if block_d <= 64 else 8
-    if element_size == 4:
-        return 32, 16, block_d, num_warps, 1
-    return 64, 32 if block_d <= 128 else 16, block_d, num_warps, 2
+    from_shared = capability is not None and capability[0] in (9, 10)  # wgmma and tcgen05
+    peel = element_size == 2 and not strided and (block_d <= 64 or (block_d <= 128 and from_shared))
+    if element_size == 4 and strided and block_d <= 128:
+        chosen = 16, 32, 8, 1
+    elif element_size == 4:
+        chosen = (16 if 64 < block_d <= 128 else 32), 16, 4 if block_d <= 64 else 8, 1
+    elif peel:
+        shipped = (64, 64, 4, 3) if block_d <= 64 else (64, 32, 4, 2)
+        chosen = MEASURED.get((capability, num_features, element_size), shipped) if capability else shipped
+    else:
+        chosen = 64, 32 if block_d <= 128 else 16, 4 if block_d <= 64 else 8, 2
+    block_m, block_n, num_warps, num_stages = chosen
+    return block_m, block_n, block_d, num_warps, num_stages, peel
+
+
+def attention_split(num_tokens: int, block_m: int, block_n: int, peel: bool) -> dict[str, int | bool]:
+    """NUM_BLOCKS, MASKED, REST and EVEN: how attention goes over N keys, and whether the patches fill their blocks."""
+    rest = num_tokens % block_n
+    return {
+        "NUM_BLOCKS": num_tokens // block_n if peel else triton.cdiv(num_tokens, block_n),
+        "MASKED": not peel and rest > 0,
+        "REST": max(16, triton.next_power_of_2(rest)) if peel and rest else 0,
+        "EVEN": (num_tokens - 1) % block_m == 0,
+    }
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether 8 neighbouring elements of a [B, H, N, D] tensor are 16 aligned bytes, or more, wherever they start."""
+    steps = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    return x.stride(3) == 1 and all(step % 8 == 0 for step in steps) and x.data_ptr() % 16 == 0
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of an NVIDIA GPU, None for anything else."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def similarity_blocks(element_size: int) -> tuple[int, int, int, int]:

@@ -4,7 +4,7 @@ import re
 
 from support.bench import CHECKED, make_record
 
-from bench import record, summary
+from bench import attention, record, summary
 from bench.summary import Ran
 from bench.watch import Outcome
 
@@ -24,9 +24,9 @@ def test_the_page_says_what_is_right_wrong_fast_and_slow(tmp_path):
     micro_records = [
         on_gpu("select", "triton", 0.05, 0.9), on_gpu("select", "sdpa+row", 0.1, 0.3),
         on_gpu("topk", "triton", 0.04, 0.1), on_gpu("topk", "torch.topk", 0.02, 0.1),
-        on_gpu("cls_attention", "triton 64x64 w4 s2", 0.08, 0.2, {"B": 16}, suite="attention"),
-        on_gpu("cls_attention", "triton", 0.12, 0.2, {"B": 16}, suite="attention"),
-        on_gpu("cls_attention", "sdpa+row_scores", 0.09, 0.2, {"B": 16}, suite="attention"),
+        on_gpu("cls_attention", "triton 64x64 w4 s2", 0.08, 0.2, {"B": 16, "D": 64}, dtype="bf16", suite="attention"),
+        on_gpu("cls_attention", "triton", 0.12, 0.2, {"B": 16, "D": 64}, dtype="bf16", suite="attention"),
+        on_gpu("cls_attention", "sdpa+row_scores", 0.09, 0.2, {"B": 16, "D": 64}, dtype="bf16", suite="attention"),
     ]  # fmt: skip
     record.append(tmp_path / "micro.jsonl", micro_records)
     stages = [
@@ -50,7 +50,9 @@ def test_the_page_says_what_is_right_wrong_fast_and_slow(tmp_path):
     head, *parts = re.split(r"\n\n(?=[A-Z ]{4,})", page)
     assert head.startswith("name NVIDIA H100")
     sections = {part.split("\n")[0].split(" (")[0]: part for part in parts}
-    assert list(sections) == ["RIGHT", "WRONG", "FAST", "SLOW", "NO DEVICE TIME", "NOT REACHED", "PARTS"]
+    assert list(sections) == [
+        *("RIGHT", "WRONG", "FAST", "SLOW", "TO PASTE", "NO DEVICE TIME", "NOT REACHED", "PARTS"),
+    ]
     for section, line in {
         "RIGHT": "gate: 2 of 4 checks against float64 passed",
         "WRONG": "gate: three: WrongResult: x",
@@ -61,6 +63,7 @@ def test_the_page_says_what_is_right_wrong_fast_and_slow(tmp_path):
     }.items():
         assert line in sections[section], page
     assert "the largest error is 0.90 of what is allowed: scores of topk small fp32" in sections["RIGHT"]
+    assert "MEASURED: ((9, 0), 64, 2): (64, 64, 4, 2)," in sections["TO PASTE"]
     assert "tests: 1 of 5 passed, 0 skipped" in sections["RIGHT"]
     assert "tests: t.py::a: 2 failed: AssertionError: error 3 > 2" in sections["WRONG"]
     assert "best triton 64x64 w4 s2 80.0 us (triton 120.0, sdpa+row_scores 90.0)" in sections["FAST"]
@@ -73,3 +76,28 @@ def test_the_page_says_what_is_right_wrong_fast_and_slow(tmp_path):
     without = summary.page(tmp_path, {"ncu": Ran(note="there is no ncu here")}, ["ncu"])
     assert "COUNTERS" not in without
     assert "ncu: 0 of 0 s, there is no ncu here" in without
+
+
+def test_one_choice_of_blocks_for_all_batch_sizes():
+    """Not the best of one batch size; and fused only if it is slower at none."""
+
+    def sweep(backend, one, many):
+        pairs = ((1, one), (16, many))
+        shapes = [({"B": batch, "D": 64}, ms) for batch, ms in pairs if ms]
+        return [on_gpu("cls_attention", backend, ms, 9.0, s, dtype="bf16", suite="attention") for s, ms in shapes]
+
+    records = [
+        *sweep("triton", 1.0, 9.0),
+        *sweep("triton 64x64 w4 s2", 1.0, 9.0),
+        *sweep("triton 64x64 w4 s3", 1.1, 8.0),
+    ]
+    records += sweep("triton 128x64 w8 s2", 0.5, None)  # not reached with 16
+    assert attention.to_paste(records, None) == []
+    assert attention.to_paste([], "9.0") == []
+    assert attention.to_paste(records + sweep("sdpa+row_scores", 1.1, 8.5), "9.0") == [
+        "MEASURED: ((9, 0), 64, 2): (64, 64, 4, 3),",
+        "FUSED: ((9, 0), torch.bfloat16, 64),",
+    ]
+    slower = attention.to_paste(records + sweep("sdpa+row_scores", 1.0, 8.5), "9.0")
+    assert slower[1] == "FUSED: not bf16, 64: slower than SDPA and row_scores at B=1"
+    assert attention.to_paste(records, "9.0")[1].endswith("at B=1, B=16")  # nothing to compare with

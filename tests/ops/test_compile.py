@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 SHARED_LIMIT = 64 * 1024  # gfx942 has the least
+LOOP = "--attention-loop"
 WRITE = "python tests/ops/test_compile.py --write"
 BUDGETS = Path(__file__).resolve().parent / "compile_budgets.csv"
 INTEGERS = {"fp32": "i32", "fp16": "i16", "bf16": "i16"}
@@ -34,6 +36,7 @@ INTEGERS = {"fp32": "i32", "fp16": "i16", "bf16": "i16"}
 
 FLOATS = ("fp32", "fp16", "bf16")
 COPIED = ("fp32", "fp16")  # by bytes: bf16 is no different from fp16
+ATTENTION = "cls_attention._cls_attention_kernel"
 
 
 class Variant(NamedTuple):
@@ -44,9 +47,10 @@ class Variant(NamedTuple):
     constexprs: dict
     num_warps: int = 4
     num_stages: int = 3
+    layouts: tuple[bool, ...] = (True, False)  # dense: as most tensors are; and not
 
 
-def variants():
+def variants(target_name: str):
     """Each kernel as its launcher starts it for real models.
 
     ViT-L at 336 px and SigLIP, head dims up to 128, three scored layers, a row of 16,384, a cache of 32 layers.
@@ -56,18 +60,17 @@ def variants():
     four = {"query_ptr": "*P", "key_ptr": "*P", "value_ptr": "*P", "out_ptr": "*P", "cls_probs_ptr": "*fp32"}
     for num_features in (64, 80, 128):
         for size, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
-            m, n, d, warps, stages = tuning.attention_blocks(num_features, size)
-            blocks = {
-                "BLOCK_M": m,
-                "BLOCK_N": n,
-                "BLOCK_D": d,
-                "NUM_BLOCKS": -(-577 // n),
-                "NUM_FEATURES": num_features,
-            }
-            name = f"D={num_features} {8 * size} bit"
-            yield Variant(
-                "cls_attention._cls_attention_kernel", name, dtypes, four, blocks | {"WIDEN": False}, warps, stages
-            )
+            for dense in (True, False):
+                kind, arch, _ = TARGETS[target_name]
+                capability = divmod(arch, 10) if kind == "cuda" else None
+                m, n, d, warps, stages, peel = tuning.attention_blocks(num_features, size, capability, not dense)
+                blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d, "NUM_FEATURES": num_features, "DENSE": dense}
+                blocks |= {"WIDEN": False, "NEGATIVE": False, "FAR": False}
+                blocks |= tuning.attention_split(577, m, n, peel)
+                step = 16 * num_features if dense else 2 * 16 * num_features + 1
+                blocks |= {"key_stride_n": step, "value_stride_n": step}
+                name = f"D={num_features} {8 * size} bit{'' if dense else ' strided'}"
+                yield Variant(ATTENTION, name, dtypes, four, blocks, warps, stages, (dense,))
 
     row = {"query_ptrs": ("*P",) * 3, "key_ptrs": ("*P",) * 3, "probs_ptr": "*fp32"}
     for num_features in (64, 80, 128):
@@ -152,42 +155,46 @@ def variants():
         )
 
 
-def compile_all(target_name: str) -> list[dict]:
-    """Compile everything for one target; runs in a process of its own, where the kernels are not interpreted."""
+def compile_variant(variant: Variant, dtype: str, dense: bool, target_name: str):
+    """Compile as for tensors whose last axis is contiguous and that are 16-byte aligned; or, not dense, for any."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    module, function = variant.kernel.split(".")
+    kernel = getattr(importlib.import_module(f"vtc_kernels.{module}"), function)
+    types = variant.types
+    signature = {a: "i64" if "stride" in a else "i32" for a in kernel.arg_names}
+    signature |= {"scale": "fp32"} if "scale" in signature else {}
+    signature |= {argument: concrete(kind, dtype) for argument, kind in types.items()}
+    constants, attributes = dict(variant.constexprs), {}
+    if dense:
+        strides = [a for a in kernel.arg_names if "_stride_" in a]
+        following = [*strides, ""][1:]
+        ends = [a for a, b in zip(strides, following, strict=True) if a.split("_")[0] != b.split("_")[0]]
+        constants |= dict.fromkeys(ends, 1)
+        aligned = [*types, *(set(strides) - set(ends))]
+        for argument in set(aligned) - set(constants) - {"x_strides", "num_features"}:
+            at = kernel.arg_names.index(argument)
+            width = len(types[argument]) if isinstance(types.get(argument), tuple) else 0
+            for path in [(at, i) for i in range(width)] or [(at,)]:
+                attributes[path] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=attributes),
+        target=GPUTarget(*TARGETS[target_name]),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+    )
+
+
+def compile_all(target_name: str) -> list[dict]:
+    """Compile everything for one target; runs in a process of its own, where the kernels are not interpreted."""
     results = []
-    for variant in variants():
-        module, function = variant.kernel.split(".")
-        kernel = getattr(importlib.import_module(f"vtc_kernels.{module}"), function)
-        types = variant.types
-        # As most tensors are: last axis contiguous, everything 16-byte aligned; and once as none of that.
-        for dtype, dense in [(dtype, True) for dtype in variant.dtypes] + [(variant.dtypes[-1], False)]:
-            signature = {a: "i64" if "stride" in a else "i32" for a in kernel.arg_names}
-            signature |= {"scale": "fp32"} if "scale" in signature else {}
-            signature |= {argument: concrete(kind, dtype) for argument, kind in types.items()}
-            constants, attributes = dict(variant.constexprs), {}
-            if dense:
-                strides = [a for a in kernel.arg_names if "_stride_" in a]
-                following = [*strides, ""][1:]
-                ends = [a for a, b in zip(strides, following, strict=True) if a.split("_")[0] != b.split("_")[0]]
-                constants |= dict.fromkeys(ends, 1)
-                aligned = [*types, *(set(strides) - set(ends))]
-                for argument in set(aligned) - set(constants) - {"x_strides", "num_features"}:
-                    at = kernel.arg_names.index(argument)
-                    width = len(types[argument]) if isinstance(types.get(argument), tuple) else 0
-                    for path in [(at, i) for i in range(width)] or [(at,)]:
-                        attributes[path] = [["tt.divisibility", 16]]
-            source = ASTSource(
-                kernel, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=attributes
-            )
-            compiled = triton.compile(
-                source,
-                target=GPUTarget(*TARGETS[target_name]),
-                options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
-            )
+    for variant in variants(target_name):
+        cases = [(dtype, True) for dtype in variant.dtypes] + [(variant.dtypes[-1], False)]
+        for dtype, dense in cases:
+            if dense not in variant.layouts:
+                continue
+            compiled = compile_variant(variant, dtype, dense, target_name)
             registers, spilled = usage(compiled)
             results.append(
                 {
@@ -200,6 +207,28 @@ def compile_all(target_name: str) -> list[dict]:
                 }
             )
     return results
+
+
+def attention_loop() -> dict:
+    """The machine instructions of the loop over keys, for LLaVA-1.5 in bf16 on Hopper, and its block sizes."""
+    (variant,) = (v for v in variants("sm_90") if (v.kernel, v.name) == (ATTENTION, "D=64 16 bit"))
+    compiled = compile_variant(variant, "bf16", True, "sm_90")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = importlib.import_module("triton").knobs.nvidia.nvdisasm.path
+        text = subprocess.check_output([tool, "-c", file.name], text=True)
+    code, labels, loops = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
+            code.append(instruction[1])
+            back = re.search(r"^BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if back and back[1] in labels:
+                loops.append(code[labels[back[1]] :])
+    (loop,) = (loop for loop in loops if any("GMMA" in instruction for instruction in loop))
+    return {"loop": loop, "warps": variant.num_warps, **variant.constexprs}
 
 
 def concrete(kind, dtype: str):
@@ -228,8 +257,8 @@ def usage(compiled) -> tuple[int, int]:
     return int(registers), int(stack) + int(local)
 
 
-def compile_apart(target: str, cache: str) -> list[dict]:
-    """`compile_all` in a fresh process without Triton's environment variables."""
+def compile_apart(target: str, cache: str):
+    """`compile_all`, or `attention_loop`, in a fresh process without Triton's environment variables."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     environment["TRITON_CACHE_DIR"] = cache
     done = subprocess.run(
@@ -314,6 +343,35 @@ def test_kernels_stay_within_their_budgets(target, tmp_path):
     assert not complaints(target, results, budgets)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes a minute; runs on machines without a GPU")
+def test_the_loop_of_attention_has_nothing_to_spare(tmp_path):
+    """On Hopper, 64 query rows take the tensor cores 4 clocks a key, and the exponentials as many.
+
+    The instructions must not take much longer to issue: one a clock in each quarter of an SM, which has one warp of the
+    program's four.
+    """
+    found = compile_apart(LOOP, str(tmp_path))
+    count = Counter(instruction.split()[0] for instruction in found["loop"])
+
+    def of(*starts: str) -> int:
+        return sum(count[name] for name in count if name.startswith(starts))
+
+    clocks = len(found["loop"]) * found["warps"] / 4 / found["BLOCK_N"] / (found["BLOCK_M"] / 64)
+    assert clocks <= 4.6, count
+    exponentials = found["BLOCK_M"] * found["BLOCK_N"] // (32 * found["warps"])
+    assert of("HGMMA") == 8
+    assert of("MUFU") == of("MUFU.EX2") == exponentials + 2  # one of each row to rescale
+    assert of("FFMA") == exponentials + 2, "the scale is not folded into the subtraction"
+    assert of("BAR") == 2  # before a buffer is read, and before it is filled again
+    copies = of("LDGSTS")
+    assert copies == 2 * found["BLOCK_N"] * 64 * 2 // 16 // (32 * found["warps"])
+    # An address is one addition to what was known before the loop; so are the three descriptors of a wgmma operand.
+    assert not of("IMAD.WIDE", "UIMAD.WIDE", "IMAD.HI", "LEA.HI", "SHF.L.U64", "SHF.R.S64")
+    carries = sum(amount for name, amount in count.items() if ".X" in name and not name.startswith("U"))
+    assert carries <= copies + 1, count
+    assert not of("LDL", "STL", "LDG.", "STG", "ISETP.GE.U64")
+
+
 def test_a_spill_or_an_excess_is_a_complaint():
     result = {
         "kernel": "a._b_kernel",
@@ -372,11 +430,11 @@ def test_every_kernel_is_compiled_here():
         for path in sources
         for name in re.findall(r"@triton\.jit\s+def (_\w+_kernel)\(", path.read_text(encoding="utf-8"))
     }
-    assert found == {variant.kernel for variant in variants()}
+    assert found == {variant.kernel for variant in variants("sm_90")}
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--write":
         write_budgets()
     else:
-        print(json.dumps(compile_all(sys.argv[1])))
+        print(json.dumps(attention_loop() if sys.argv[1] == LOOP else compile_all(sys.argv[1])))
