@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from vtc.config import VTCConfig
 
-_NOTE = "_vtc_conversation"
+NOTE = "_vtc_conversation"  # the attribute of a cache that holds its note
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN does not equal NaN, but its bits do
 Own = TypeVar("Own", bound="Conversation")
 
@@ -44,7 +44,7 @@ class _Noted:
 
 def has_note(cache: Any) -> bool:
     """Whether `cache` holds a compressed conversation, or did before it was reset."""
-    return hasattr(cache, _NOTE)
+    return hasattr(cache, NOTE)
 
 
 def read(cache: Any, new: int | None = None) -> ShortConversation | PrunedConversation | None:
@@ -57,7 +57,7 @@ def read(cache: Any, new: int | None = None) -> ShortConversation | PrunedConver
     ValueError
         If the cache has rows of which nothing is known.
     """
-    noted: _Noted | None = getattr(cache, _NOTE, None)
+    noted: _Noted | None = getattr(cache, NOTE, None)
     if noted is None:
         return None
     keys = _keys_of(cache)
@@ -66,7 +66,7 @@ def read(cache: Any, new: int | None = None) -> ShortConversation | PrunedConver
         return noted.note  # type: ignore[no-any-return]
     held = length_of(cache)
     if not held:
-        delattr(cache, _NOTE)
+        delattr(cache, NOTE)
         return None
     if noted.note is None:
         raise ValueError(
@@ -76,7 +76,7 @@ def read(cache: Any, new: int | None = None) -> ShortConversation | PrunedConver
     if not unchanged:
         rows = _rows_of(keys, noted, cache)
         noted = _Noted(noted.note.of_rows(rows), keys, None if noted.bits is None else noted.bits[rows])
-        setattr(cache, _NOTE, noted)
+        setattr(cache, NOTE, noted)
     if noted.bits is not None and held < noted.bits.shape[1]:  # cropped: what comes next may be something else
         noted.bits, noted.note = noted.bits[:, :held], noted.note.up_to(held)
     return noted.note  # type: ignore[no-any-return]
@@ -86,7 +86,7 @@ def leave(cache: Any, note: Conversation | None) -> None:
     """Put `note` on `cache` in place of an older one. None: the cache cannot be continued."""
     keys = _keys_of(cache)
     bits = _bits_of(keys, length_of(cache)).clone() if keys is not None and _is_plain(cache) else None
-    setattr(cache, _NOTE, _Noted(note, keys, bits))
+    setattr(cache, NOTE, _Noted(note, keys, bits))
 
 
 @contextlib.contextmanager
@@ -98,21 +98,21 @@ def filling(cache: Any) -> Iterator[None]:
     if cache is None:
         yield
         return
-    noted, keys, length = cache.__dict__.pop(_NOTE, None), _keys_of(cache), length_of(cache)
+    noted, keys, length = cache.__dict__.pop(NOTE, None), _keys_of(cache), length_of(cache)
     try:
         yield
     except BaseException:
         if keys is not _keys_of(cache) or length != length_of(cache):
             noted = _Noted(None, None, None)
         if noted is not None:
-            setattr(cache, _NOTE, noted)
+            setattr(cache, NOTE, noted)
         raise
 
 
 def keep(cache: Any) -> None:
     """After a call that only appended tokens to `cache`: its rows are still those of the note."""
     if has_note(cache):
-        getattr(cache, _NOTE).keys = _keys_of(cache)
+        getattr(cache, NOTE).keys = _keys_of(cache)
 
 
 def length_of(cache: Any) -> int:
