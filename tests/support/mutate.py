@@ -372,7 +372,7 @@ MUTANTS = [
             "a failed call leaves nothing": ("noted = _Noted(None, None, None)", "noted = None"),
             "an error costs the note": ("        if noted is not None:\n            setattr(cache, _NOTE, noted)\n        raise", "        raise"),
             "cropped into an image": ("if (ends != ends[0]).any() or any((cut == placeholder).any() for placeholder in placeholders):", "if False:"),
-            "a cropped prompt keeps its length": ("            length=length,\n            columns=self.columns[:, :held]", "            length=self.length,\n            columns=self.columns[:, :held]"),
+            "a cropped prompt keeps its length": ("            length=length,\n            kept=self.columns[:, :held]", "            length=self.length,\n            kept=self.columns[:, :held]"),
             "part of a conversation accepted": ("if len(ids) != self.num_rows or not self.length <= held < ids.shape[1]:", "if False:"),
             "another conversation accepted": ("if not torch.equal(ids[:, :known], self.full[:, :known].to(ids.device)):", "if False:"),
             "what was generated is forgotten": ("ids[:, between], new.input_ids", "ids[:, start:start], new.input_ids"),
