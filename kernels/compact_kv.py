@@ -18,27 +18,27 @@ _captured: list[Tensor] = []  # tables on the host that captured graphs read at 
 
 def compact_kv(
     keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tensor
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+) -> tuple[Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor]:
     """Launch the kernel once for all tensors with the same shape, dtype and strides; usually these are all tensors.
 
-    The results of one launch share their memory. An index outside [0, N) reads nothing and gives zeros.
+    Then the results are two tensors [L, B, H, K, D]. An index outside [0, N) reads nothing and gives zeros.
     """
     tensors = (*keys, *values)
     if all(len(set(map(of, tensors))) == 1 for of in (_dtype, Tensor.size, Tensor.stride)):
-        kept = _gather(tensors, indices)
-    else:
-        alike: dict[object, list[int]] = {}
-        for number, tensor in enumerate(tensors):
-            alike.setdefault((tensor.shape, tensor.stride(), tensor.dtype), []).append(number)
-        results = {}
-        for numbers in alike.values():
-            results.update(zip(numbers, _gather([tensors[number] for number in numbers], indices), strict=True))
-        kept = tuple(results[number] for number in range(len(tensors)))
+        same = _gather(tensors, indices)
+        return same[: len(keys)], same[len(keys) :]
+    alike: dict[object, list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        alike.setdefault((tensor.shape, tensor.stride(), tensor.dtype), []).append(number)
+    results = {}
+    for numbers in alike.values():
+        results.update(zip(numbers, _gather([tensors[number] for number in numbers], indices), strict=True))
+    kept = tuple(results[number] for number in range(len(tensors)))
     return kept[: len(keys)], kept[len(keys) :]
 
 
-def _gather(tensors: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, ...]:
-    """The kept tokens of tensors that have one shape, dtype, and strides."""
+def _gather(tensors: Sequence[Tensor], indices: Tensor) -> Tensor:
+    """The kept tokens [T, B, H, K, D] of T tensors that have one shape, dtype, and strides."""
     first = tensors[0]
     if first.dtype.is_complex or any(map(Tensor.is_neg, tensors)):  # other bytes than values, or other strides
         integers = [as_integers(tensor) for tensor in tensors]
@@ -73,7 +73,7 @@ def _gather(tensors: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, ...]:
             BLOCK_D=block_d,
             num_warps=num_warps,
         )
-    return out.unbind()
+    return out
 
 
 def _table(addresses: list[int], device: torch.device) -> Tensor:
