@@ -99,6 +99,13 @@ def test_layers_that_differ(backend):
     check([keys[0], *other_keys, keys[1]], [values[0], *other_values, values[1]], indices, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_that_differ_in_their_strides_alone(backend):
+    keys, _ = make(2, 2, 2, 20, 16)
+    _, values = make(2, 2, 2, 20, 16, layout="transposed")
+    check(keys, values, choose(2, 20, 7), backend)
+
+
 def test_all_layers_take_one_launch_of_few_arguments(monkeypatch):
     """Triton looks at each argument of each launch: 64 pointers to caches cost more than all else."""
     from vtc_kernels import compact_kv as module

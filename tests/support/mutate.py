@@ -151,8 +151,11 @@ MUTANTS = [
         "ops/test_compact_kv",
         {
             "only the first block": ("while start < num_kept:", "while start < tl.minimum(num_kept, 1):"),
-            "first tensor for all": ("x_ptr = tl.where(tensor == t, x_ptrs[t], x_ptr)", "x_ptr = x_ptr"),
-            "written to the first tensor": ("out_ptr = tl.where(tensor == t, out_ptrs[t], out_ptr)", "out_ptr = out_ptr"),
+            "first tensor for all": ("tl.load(addresses_ptr + t)", "tl.load(addresses_ptr)"),
+            "written to the first tensor": ("out_ptr += t * out_stride_t + b", "out_ptr += b"),
+            "strides of the first tensor": ("for of in (_dtype, Tensor.size, Tensor.stride))", "for of in (_dtype, Tensor.size))"),
+            "conjugated views copied as they are": ("first.dtype.is_complex or any(map", "any(map"),
+            "negated views copied as they are": ("any(map(Tensor.is_neg, tensors))", "False"),
             "head stride ignored": ("x_ptr += b * x_stride_b + h * x_stride_h", "x_ptr += b * x_stride_b"),
             "images of one index row": ("n = tl.load(indices_ptr + b * indices_stride_b + k * indices_stride_k, mask=in_kept, other=-1)\n        read", "n = tl.load(indices_ptr + k * indices_stride_k, mask=in_kept, other=-1)\n        read"),
             "one layout for all": ("alike.setdefault((tensor.shape, tensor.stride(), tensor.dtype), [])", "alike.setdefault(tensor.shape[0], [])"),
@@ -293,7 +296,16 @@ MUTANTS = [
     *_of(
         "vtc/ops/compact_kv.py",
         "ops/test_operators",
-        {"fake kernel too long": ("(*tensor.shape[:2], count, tensor.shape[3])", "(*tensor.shape[:2], count + 1, tensor.shape[3])")},
+        {"fake kernel too long": ("*first.shape[:2], count, first.shape[3]", "*first.shape[:2], count + 1, first.shape[3]")},
+    ),
+    *_of(
+        "vtc/ops/compact_kv.py",
+        "ops/test_compact_kv ops/test_common",
+        {
+            "only the first tensor checked": ("checked = tensors[:1] if _are_alike(tensors) else tensors", "checked = tensors[:1]"),
+            "one dtype for all": ("if tensor.shape == tensors[group[0]].shape and tensor.dtype == tensors[group[0]].dtype:", "if tensor.shape == tensors[group[0]].shape:"),
+            "groups out of order": ("kept[number] = tensor", "kept[group[0]] = tensor"),
+        },
     ),
     *_of(
         "vtc/ops/merge_neighbors.py",
@@ -335,7 +347,7 @@ MUTANTS = [
         "hf/test_prompt",
         {
             "part of a merged image hidden": ("if own.any() and not own.all():", "if False:"),
-            "left-aligned": ("- longest + ends[:, -1:]", "+ 0 * ends[:, -1:]"),
+            "left-aligned": ("- self.longest + self._ends[:, -1:]", "+ 0 * self._ends[:, -1:]"),
             "positions not closed up": ("shortening.take(given + shift, 0)", "shortening.take(given, 0)"),
             "one position for two tokens": ("- 1 - places\n", "* 0\n"),
             "no place for one token more": ("stays[-1:] += max(count - tokens, 0)", "pass"),
@@ -344,10 +356,57 @@ MUTANTS = [
             "unequal rows get no mask": ("elif not (shortening.is_even or packed):", "elif False:"),
             "the first K of every image": ("if flat is None or flat.is_meta:", "if True:"),
             "text in the middle is padding": ("outside = (real.cumsum(1) == 0) | (real.flip(1).cumsum(1).flip(1) == 0)", "outside = ~real"),
-            "a column is that of the next one": ("(self.stays.cumsum(1) - 1).clamp(min=0) + (short", "self.stays.cumsum(1).clamp(max=int(self.stays.sum(1).max()) - 1) + (short"),
+            "a column is that of the next one": ("(self._ends - 1).clamp(min=0)", "self._ends.clamp(max=int(self._ends[:, -1].max()) - 1)"),
             "lengths count the first image's drop": ("lengths[row] -= sum(dropped[:count])", "lengths[row] -= count * (dropped or [0])[0]"),
-            "copies of a prompt are not neighbours": ("self.full.repeat_interleave(len(ids) // len(self.full), 0)", "self.full.repeat(len(ids) // len(self.full), 1)"),
+            "copies of a prompt are not neighbours": ("self.full.repeat_interleave(copies, 0)", "self.full.repeat(copies, 1)"),
             "columns not checked": ("if tensor is not None and (tensor.ndim != 2 or tensor.shape[1] != self.input_ids.shape[1]):", "if False:"),
+        },
+    ),
+    *_of(
+        "vtc/hf/lone_image.py",
+        "hf/test_lone_image",
+        {
+            "placeholders in two places": ("if ids[first : first + count].count(token) != count:", "if False:"),
+            "more placeholders than the image has": ("ids.count(token) != count or", "ids.count(token) < count or"),
+            "a hidden token": (" or seen.count(1) != len(seen)", ""),
+            "two rows": ("len(input_ids) != 1 or", ""),
+            "ids rounded to the mask's dtype": (" and not mask.is_floating_point()", ""),
+            "a traced prompt": (" or torch.compiler.is_compiling()", ""),
+            "the caller's mask": ("mask.new_ones((1, length))", "mask[:, :1].expand(1, length)"),
+            "the first K": ("if flat is None or flat.is_meta:", "if True:"),
+            "the image begins a column later": ("ids[:, : self.first], image", "ids[:, : self.first + 1], image[:, 1:]"),
+            "positions of another dtype": ("torch.arange(length, device=ids.device)[None]", "torch.arange(length, device=ids.device, dtype=torch.int32)[None]"),
+            "given positions ignored": ("shortening is None or position_ids is not None or packed", "shortening is None"),
+            "more reads": ("(row,) = (input_ids if mask is None", "input_ids.tolist()\n        (row,) = (input_ids if mask is None"),
+            "what stays is made at once": ("return Shortening(stays, length", "return Shortening(stays(), length"),
+        },
+    ),
+    *_of(
+        "vtc/hf/settings.py",
+        "hf/test_settings_cache",
+        {
+            "True is 1": ("typed=True", "typed=False"),
+            "values that change are remembered": ("if _SCALARS.issuperset(map(type, given.values())) and", "if"),
+            "a name is always the same class": ('METHODS.get(given.get("method", ""))', "None"),
+            "settings are checked each time": ("@functools.lru_cache(maxsize=64, typed=True)", "@functools.lru_cache(maxsize=0, typed=True)"),
+        },
+    ),
+    *_of(
+        "vtc/hf/patch.py",
+        "hf/test_settings_cache hf/test_conversation hf/test_versions",
+        {
+            "images are not looked for": ("if call.get(image) is not None:", "if False:"),
+            "a noted cache is stock's": ("if images and not has_note and not has_two_caches:", "if images and not has_two_caches:"),
+            "two caches are stock's": ("if images and not has_note and not has_two_caches:", "if images and not has_note:"),
+            "a decoding step asks more": ("if images and not has_note and not has_two_caches:", "if False:"),
+        },
+    ),
+    *_of(
+        "vtc/hf/conversation.py",
+        "hf/test_lone_image hf/test_conversation",
+        {
+            "columns are counted through": ("if self.kept is not None:", "if False:"),
+            "rows keep the columns of all": ("kept=columns[rows.to(columns.device)]", "kept=columns"),
         },
     ),
     *_of(
@@ -578,7 +637,7 @@ MUTANTS = [
         "vtc/hf/settings.py",
         "hf/test_blocks",
         {
-            "a block for every model": ("if block.opening.base is base), None)", "if block.opening.base is not None), None)"),
+            "a block for every model": ("if block.opening.base is base:", "if block.opening.base is not None:"),
             "a closed block still holds": ("        opening.base = None\n", ""),
             "the outermost block counts": ("for block in reversed(CONTEXT.blocks)", "for block in CONTEXT.blocks"),
             "a call loses its block": ("own = block._replace(opening=Opening(base))", "own = block"),
@@ -633,7 +692,7 @@ MUTANTS = [
     *_of(
         "vtc/hf/prompt.py",
         "hf/test_stateful",
-        {"columns spread by one too few": ("places = (self.stays.cumsum(1) - 1)", "places = (self.stays.cumsum(1) - 2)")},
+        {"columns spread by one too few": ("places = (self._ends - 1)", "places = (self._ends - 2)")},
     ),
     *_of(
         "vtc/hf/generate.py",

@@ -170,7 +170,7 @@ def stored(base: Any) -> VTCConfig:
     if own is not None and given.get("method") == own.name:
         given = {name: given[name] for name in SHARED if name in given} | {"method": own}
     try:
-        if own is None and _SCALARS.issuperset(map(type, given.values())) and not torch.compiler.is_compiling():
+        if _SCALARS.issuperset(map(type, given.values())) and not torch.compiler.is_compiling():
             return _checked(METHODS.get(given.get("method", "")), **given)
         return VTCConfig.of(**given)
     except ValueError as error:
