@@ -23,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     add = commands.add_parser("e2e", help="a whole LLaVA, stage by stage: stock SDPA against VTC")
     add.add_argument("--batch", type=_positive, nargs="+", help="default: 1 4 16, on a CPU 1 4")
     _output_options(add)
+    add = commands.add_parser("launches", help="kernels, launches, reads and Python calls: stock beside VTC")
+    add.add_argument("--instructions", action="store_true", help="also count instructions, by valgrind: takes minutes")
+    add.add_argument("--out", type=Path, help="folder for the record, JSON lines")
     add = commands.add_parser("compare", help="two git revisions in one run; further options are those of micro")
     add.add_argument("revision", help="compared with the working tree")
     add = commands.add_parser("quality", help="accuracy of the bundled model, method by method, token by token")
@@ -148,6 +151,12 @@ def _timed(suite: str, chosen: Any, run: Any) -> int:
     return status
 
 
+def _launches(chosen: Any, rest: list[str]) -> int:
+    from bench import launches
+
+    return launches.run(chosen.out, chosen.instructions)
+
+
 def _compare(chosen: Any, rest: list[str]) -> int:
     from bench import compare
 
@@ -209,6 +218,7 @@ def _plot(chosen: Any, rest: list[str]) -> int:
 COMMANDS = {
     "micro": _micro,
     "e2e": _e2e,
+    "launches": _launches,
     "quality": _quality,
     "compare": _compare,
     "gpu": _gpu,

@@ -66,6 +66,7 @@ NOT_RUN = {
     "python -m tests.support.mutate topk": "takes minutes",
     "python tests/ops/test_compile.py --write": "rewrites the budgets",
     "python -m bench quality --sweep --out bench/results/quality": "takes hours",
+    "python -m bench launches --out bench/results/launches": "rewrites the record; it runs without --out",
     "python -m bench readme": "rewrites the documents; test_generated_blocks_are_current runs it on a copy",
     "pip install -c tests/constraints.txt '.[ui]'": "installs a part of what the tests have",
     "vtc ui": "does not end by itself; tests/ui/test_ui_page.py runs it",

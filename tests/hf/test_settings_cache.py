@@ -80,7 +80,8 @@ def test_values_that_can_change_are_read_each_time(own):
 
 def test_copies_have_settings_of_their_own(own, tmp_path):
     own.save_pretrained(tmp_path)
-    copies = [copy.deepcopy(own), pickle.loads(pickle.dumps(own)), LlavaForConditionalGeneration.from_pretrained(tmp_path)]
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    copies = [copy.deepcopy(own), pickle.loads(pickle.dumps(own)), loaded]
     for keep, each in enumerate(copies, start=3):
         assert of(each).keep == 9
         vtc.configure(each, keep=keep)

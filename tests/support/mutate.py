@@ -374,7 +374,7 @@ MUTANTS = [
             "a traced prompt": (" or torch.compiler.is_compiling()", ""),
             "the caller's mask": ("mask.new_ones((1, length))", "mask[:, :1].expand(1, length)"),
             "the first K": ("if flat is None or flat.is_meta:", "if True:"),
-            "the image begins a column later": ("ids[:, : self.first], image", "ids[:, : self.first + 1], image[:, 1:]"),
+            "the text after the image begins later": ("ids[:, ids.shape[1] - after :]", "ids[:, ids.shape[1] - after + 1 :]"),
             "positions of another dtype": ("torch.arange(length, device=ids.device)[None]", "torch.arange(length, device=ids.device, dtype=torch.int32)[None]"),
             "given positions ignored": ("shortening is None or position_ids is not None or packed", "shortening is None"),
             "more reads": ("(row,) = (input_ids if mask is None", "input_ids.tolist()\n        (row,) = (input_ids if mask is None"),

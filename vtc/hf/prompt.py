@@ -258,8 +258,8 @@ class Shortening:
     def __init__(self, stays: Tensor | Callable[[], Tensor], longest: int, shortest: int) -> None:
         """The shortening that keeps the tokens that stay, of which a row has `shortest` to `longest`.
 
-        The attributes are made at their first use, and `stays` too if it is given as a function: `generate()` needs none
-        of them for a `LoneImage`.
+        The attributes are made at their first use, and `stays` too if it is given as a function: `generate()` needs
+        none of them for a `LoneImage`.
         """
         self.longest, self.is_even = longest, shortest == longest
         self._given = stays
