@@ -24,7 +24,6 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--batch", type=_positive, nargs="+", help="default: 1 4 16, on a CPU 1 4")
     _output_options(add)
     add = commands.add_parser("launches", help="kernels, launches, reads and Python calls: stock beside VTC")
-    add.add_argument("--instructions", action="store_true", help="also count instructions, by valgrind: takes minutes")
     add.add_argument("--out", type=Path, help="folder for the record, JSON lines")
     add = commands.add_parser("compare", help="two git revisions in one run; further options are those of micro")
     add.add_argument("revision", help="compared with the working tree")
@@ -154,7 +153,7 @@ def _timed(suite: str, chosen: Any, run: Any) -> int:
 def _launches(chosen: Any, rest: list[str]) -> int:
     from bench import launches
 
-    return launches.run(chosen.out, chosen.instructions)
+    return launches.run(chosen.out)
 
 
 def _compare(chosen: Any, rest: list[str]) -> int:

@@ -7,8 +7,6 @@ The model is the bundled one, with one prompt of one image. The counts do not de
   out. PyTorch computes the results.
 - A read waits for the device: `tolist`, `item`, the truth of a tensor, `equal`, `nonzero`.
 - Calls are those of Python functions of VTC and of its kernels' launchers.
-- Instructions are those of the whole call on the CPU, arithmetic included, counted by callgrind where `--instructions`
-  asks for it and valgrind is installed.
 """
 
 from __future__ import annotations
@@ -16,14 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 import importlib
 import os
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -77,7 +70,6 @@ class Launches(Provenance):
     reads: float
     calls: float
     us: float  # from the call to its return on this CPU, arithmetic included: the least of five
-    instructions: float | None = None  # of the host, by callgrind
 
 
 class Count(TorchDispatchMode):
@@ -234,14 +226,9 @@ def _microseconds(call: Callable[[], Any], samples: int = 5) -> float:
     return round(1e6 * best, 1)
 
 
-def run(out: Path | None, with_instructions: bool = False, say: Callable[[str], None] = print) -> int:
+def run(out: Path | None, say: Callable[[str], None] = print) -> int:
     """Measure all variants; replaces the record `out` / FILE. Returns the exit status."""
     made = list(measure())
-    if with_instructions and shutil.which("valgrind"):
-        found = instructions(tuple(VARIANTS))
-        made = [dataclasses.replace(each, instructions=found[each.variant, each.stage]) for each in made]
-    elif with_instructions:
-        say("no instructions: valgrind is not installed")
     say(table(made))
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -250,62 +237,15 @@ def run(out: Path | None, with_instructions: bool = False, say: Callable[[str], 
     return 0
 
 
-def instructions(names: tuple[str, ...]) -> dict[tuple[str, str], float]:
-    """Instructions of each of the variants `names` and each stage, by callgrind: minutes."""
-    program = "import sys; from bench import launches; launches.callgrind_worker(sys.argv[1:])"
-    with tempfile.TemporaryDirectory() as folder:
-        options = [f"--toggle-collect={_MARK}", f"--dump-after={_MARK}", f"--callgrind-out-file={folder}/out"]
-        command = ["valgrind", "--tool=callgrind", *options, sys.executable, "-c", program, *names]
-        environment = os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-        dumps = sorted(Path(folder).glob("out.*"), key=lambda path: int(path.suffix[1:]))
-        totals = [int(re.findall(r"^summary: (\d+)", path.read_text(), re.M)[0]) for path in dumps]
-    totals = [total for total in totals if total > 10**6]  # other calls of C functions, while modules are imported
-    stages = [(name, stage) for name in names for stage in STAGES]
-    found: dict[tuple[str, str], float] = dict(zip(stages, totals, strict=True))
-    for name in names:
-        found[name, "step"] = (found[name, "step"] - found[name, "first token"]) / STEPS
-    return found
-
-
-_MARK = "ffi_call"  # by which ctypes calls C: callgrind counts inside it
-
-
-def callgrind_worker(names: list[str]) -> None:
-    """What callgrind runs: each stage twice, the second time as what a function of C calls back."""
-    import ctypes
-
-    compare = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-    libc = ctypes.CDLL(None)
-    for name in names:
-        with variant(name) as model:
-            for call in calls(model).values():
-                call()
-                gc.collect()
-                memory, one = ctypes.create_string_buffer(1), ctypes.c_size_t(1)
-
-                def inside(*_: Any, call: Callable[[], Any] = call) -> int:
-                    with torch.no_grad():  # of the thread, which a callback from C has anew
-                        call()
-                    return 0
-
-                libc.lfind(memory, memory, ctypes.byref(one), ctypes.c_size_t(1), compare(inside))
-
-
 def table(after: list[Launches], before: Sequence[Launches] = ()) -> str:
     """Markdown: the counts of each stage and variant; in brackets those of an earlier revision where they differ."""
     known = {(each.stage, each.variant): each for each in before}
-    has_instructions = any(each.instructions is not None for each in after)
     rows = [["stage", "variant", "kernels", "Triton launches", "reads", "calls of VTC"]]
-    rows[0] += ["instructions, millions"] if has_instructions else []
     for stage in STAGES:
         for each in after:
             if each.stage == stage:
                 old = known.get((stage, each.variant))
                 shown = [_change(getattr(each, name), old and getattr(old, name)) for name in COUNTS]
-                if has_instructions:
-                    pair = [one and one.instructions and one.instructions / 1e6 for one in (each, old)]
-                    shown.append("" if pair[0] is None else _change(pair[0], pair[1]))
                 rows.append([stage, each.variant, *shown])
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 

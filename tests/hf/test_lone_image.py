@@ -75,6 +75,7 @@ def test_the_same_as_for_any_prompt(before, after, tokens, count, mask, is_lazy,
     ("rows", "mask", "sizes"),
     [
         ([[1, IMAGE, IMAGE, 2]] * 2, None, {IMAGE: [2, 2]}),
+        ([[1, IMAGE, IMAGE, 2], [1, 2, 3, 4]], None, {IMAGE: [2]}),
         ([[1, IMAGE, IMAGE, 2, IMAGE, IMAGE]], None, {IMAGE: [2, 2]}),
         ([[1, IMAGE, IMAGE, 2, VIDEO]], None, {IMAGE: [2], VIDEO: [1]}),
         ([[1, IMAGE, 2, IMAGE]], None, {IMAGE: [2]}),

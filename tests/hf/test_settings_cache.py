@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 from support import models
-from transformers import LlavaForConditionalGeneration
+from transformers import DynamicCache, LlavaForConditionalGeneration
 
 import vtc
 from vtc.hf import settings
@@ -157,6 +157,12 @@ def test_a_decoding_step_asks_its_cache_for_a_note_and_nothing_else(way):
         )
     assert len(many) - len(few) == 10 * 2
     assert many.count("guarded") - few.count("guarded") == 10 * 2
+
+
+def test_a_decoding_step_with_two_caches_is_refused(own):
+    cache = DynamicCache()
+    with pytest.raises(ValueError, match="two names of one argument"):
+        own(input_ids=torch.tensor([[5]]), cache=cache, past_key_values=cache)
 
 
 def test_the_cache_of_settings_is_bounded():

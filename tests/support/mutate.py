@@ -435,7 +435,7 @@ MUTANTS = [
             "part of a conversation accepted": ("if len(ids) != self.num_rows or not self.length <= held < ids.shape[1]:", "if False:"),
             "another conversation accepted": ("if not torch.equal(ids[:, :known], self.full[:, :known].to(ids.device)):", "if False:"),
             "what was generated is forgotten": ("ids[:, between], new.input_ids", "ids[:, start:start], new.input_ids"),
-            "samples have the first one's note": ("torch.arange(self.num_rows).repeat_interleave(copies)", "torch.zeros(len(sequences), dtype=torch.int64)"),
+            "samples have the first one's note": ("        if copies > 1:\n            note", "        if False:\n            note"),
         },
     ),
     *_of(
