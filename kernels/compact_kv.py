@@ -1,7 +1,5 @@
 """compact_kv: gather the kept tokens of the KV caches of many layers. Bytes are copied, whatever the dtype."""
 
-import functools
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor
 from vtc_kernels import tuning
 from vtc_kernels.compact import as_integers
 
-_dtype = operator.attrgetter("dtype")
 _captured: list[Tensor] = []  # tables on the host that captured graphs read at every replay
 
 
@@ -24,7 +21,9 @@ def compact_kv(
     Then the results are two tensors [L, B, H, K, D]. An index outside [0, N) reads nothing and gives zeros.
     """
     tensors = (*keys, *values)
-    if all(len(set(map(of, tensors))) == 1 for of in (_dtype, Tensor.size, Tensor.stride)):
+    if len({tensor.dtype for tensor in tensors}) == len(set(map(Tensor.size, tensors))) == 1 and (
+        len(set(map(Tensor.stride, tensors))) == 1
+    ):
         same = _gather(tensors, indices)
         return same[: len(keys)], same[len(keys) :]
     alike: dict[object, list[int]] = {}
@@ -68,7 +67,7 @@ def _gather(tensors: Sequence[Tensor], indices: Tensor) -> Tensor:
             num_kept,
             num_features,
             # constexprs
-            ALIGNED=functools.reduce(operator.or_, addresses) % 16 == 0,
+            ALIGNED=not any(address % 16 for address in addresses),
             BLOCK_K=block_k,
             BLOCK_D=block_d,
             num_warps=num_warps,

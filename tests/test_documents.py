@@ -344,7 +344,7 @@ def test_command(command: str, tmp_path: Path) -> None:
 
 
 # Appended: the last of two equal options counts, and these make a run short.
-QUICK = {"e2e": ["--rep-ms", "1", "--device", "cpu"], "gpu": [], "quality": ["--questions", "5"]}
+QUICK = {"e2e": ["--rep-ms", "1", "--device", "cpu"], "gpu": [], "launches": [], "quality": ["--questions", "5"]}
 SMALL = ["--rep-ms", "1", "--model", "small", "--batch", "1", "--provider", "reference", "--device", "cpu"]
 
 
@@ -366,6 +366,9 @@ def test_benchmark(command: str, tmp_path: Path) -> None:
         assert "PARTS\n  probe: " in (tmp_path / "out/summary.txt").read_text()
     elif name == "gpu":
         assert (done.returncode, done.stderr.split(";")[0]) == (2, "python -m bench gpu: bench gpu needs a GPU")
+    elif name == "launches":
+        assert done.returncode == 0, done.stderr
+        assert "| step | block | " in done.stdout
     elif name == "quality":
         assert done.returncode == 0, done.stderr
         assert re.search(r"^\| random +\|", done.stdout, re.MULTILINE)
