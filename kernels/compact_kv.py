@@ -67,7 +67,7 @@ def _gather(tensors: Sequence[Tensor], indices: Tensor) -> Tensor:
             num_kept,
             num_features,
             # constexprs
-            ALIGNED=not any(address % 16 for address in addresses),
+            ALIGNED={address % 16 for address in addresses} == {0},
             BLOCK_K=block_k,
             BLOCK_D=block_d,
             num_warps=num_warps,
