@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add.add_argument("--keep", type=_positive, nargs="+", default=(), metavar="K", help="default: 192 128 64 32")
     _output_options(add)
+    add = commands.add_parser("launches", help="kernels, launches, reads and Python calls: stock beside VTC")
+    add.add_argument("--out", type=Path, help="folder for the record, JSON lines")
     add = commands.add_parser("compare", help="two git revisions in one run; further options are those of micro")
     add.add_argument("revision", help="compared with the working tree")
     add = commands.add_parser("quality", help="accuracy of the bundled model, method by method, token by token")
@@ -163,6 +165,12 @@ def _timed(suite: str, chosen: Any, run: Any) -> int:
     return status
 
 
+def _launches(chosen: Any, rest: list[str]) -> int:
+    from bench import launches
+
+    return launches.run(chosen.out)
+
+
 def _compare(chosen: Any, rest: list[str]) -> int:
     from bench import compare
 
@@ -248,6 +256,7 @@ def _plot(chosen: Any, rest: list[str]) -> int:
 COMMANDS = {
     "micro": _micro,
     "e2e": _e2e,
+    "launches": _launches,
     "quality": _quality,
     "cpu": _cpu,
     "compare": _compare,

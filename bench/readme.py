@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import calls, card, cpu, pages, probe, quality, quality_tables, record, speedups
+from bench import calls, card, cpu, launches, pages, probe, quality, quality_tables, record, speedups
 from bench import parts as gpu
 from bench.checkout import ROOT
 from bench.workloads import WORKLOADS
@@ -273,6 +273,12 @@ def cpu_times(page: Path) -> str:
     return cpu.tables(record.read(page.parent / "cpu.jsonl", cpu.OnCPU))
 
 
+def launch_counts(page: Path) -> str:
+    """What a call costs the host: the record, and in brackets the earlier one beside it."""
+    after, before = (record.read(page.parent / name, launches.Launches) for name in (launches.FILE, launches.BEFORE))
+    return launches.table(after, before)
+
+
 def parts(page: Path) -> str:
     """The parts of `python -m bench gpu`, with the seconds that each gets at most."""
     rows = [[f"`{name}`", str(part.seconds), PARTS[name]] for name, part in gpu.PARTS.items()]
@@ -307,6 +313,7 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "files": files,
     "first_tokens": first_tokens,
     "kernels": kernels,
+    "launches": launch_counts,
     "methods": methods,
     "models": models,
     "new_lengths": new_lengths,

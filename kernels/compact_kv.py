@@ -10,58 +10,89 @@ from torch import Tensor
 from . import tuning
 from .compact import as_integers
 
+_captured: list[Tensor] = []  # tables on the host that captured graphs read at every replay
+
 
 def compact_kv(
     keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tensor
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+) -> tuple[Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor]:
     """Launch the kernel once for all tensors with the same shape, dtype and strides; usually these are all tensors.
 
-    An index outside [0, N) reads nothing and gives zeros.
+    Then the results are two tensors [L, B, H, K, D]. An index outside [0, N) reads nothing and gives zeros.
     """
     tensors = (*keys, *values)
-    num_images, _, num_tokens, _ = tensors[0].shape
-    num_kept = indices.shape[1]
+    if len({tensor.dtype for tensor in tensors}) == len(set(map(Tensor.size, tensors))) == 1 and (
+        len(set(map(Tensor.stride, tensors))) == 1
+    ):
+        same = _gather(tensors, indices)
+        return same[: len(keys)], same[len(keys) :]
     alike: dict[object, list[int]] = {}
     for number, tensor in enumerate(tensors):
         alike.setdefault((tensor.shape, tensor.stride(), tensor.dtype), []).append(number)
     results = {}
     for numbers in alike.values():
-        sources = [tensors[number] for number in numbers]
-        _, num_heads, _, num_features = sources[0].shape
-        shape = (num_images, num_heads, num_kept, num_features)
-        out = [torch.empty(shape, dtype=source.dtype, device=source.device) for source in sources]
-        results.update(zip(numbers, out, strict=True))
-        block_k, block_d, num_warps = tuning.compact_kv_blocks(num_features)
-        with torch.cuda.device_of(indices):
-            _compact_kv_kernel[(num_images * num_heads, len(sources), triton.cdiv(num_features, block_d))](
-                # tensors
-                tuple(as_integers(source) for source in sources),
-                indices,
-                tuple(as_integers(tensor) for tensor in out),
-                # strides
-                *sources[0].stride(),
-                *indices.stride(),
-                *out[0].stride(),
-                # scalars
-                num_heads,
-                num_tokens,
-                num_kept,
-                num_features,
-                # constexprs
-                BLOCK_K=block_k,
-                BLOCK_D=block_d,
-                num_warps=num_warps,
-            )
+        results.update(zip(numbers, _gather([tensors[number] for number in numbers], indices), strict=True))
     kept = tuple(results[number] for number in range(len(tensors)))
     return kept[: len(keys)], kept[len(keys) :]
+
+
+def _gather(tensors: Sequence[Tensor], indices: Tensor) -> Tensor:
+    """The kept tokens [T, B, H, K, D] of T tensors that have one shape, dtype, and strides."""
+    first = tensors[0]
+    if first.dtype.is_complex or any(map(Tensor.is_neg, tensors)):  # other bytes than values, or other strides
+        integers = [as_integers(tensor) for tensor in tensors]
+        if len(set(map(Tensor.stride, integers))) > 1:
+            integers = [tensor.contiguous() for tensor in integers]
+        tensors = integers
+    num_images, num_heads, num_tokens, num_features = first.shape
+    num_kept = indices.shape[1]
+    out = torch.empty(
+        (len(tensors), num_images, num_heads, num_kept, num_features), dtype=first.dtype, device=first.device
+    )
+    addresses = list(map(Tensor.data_ptr, tensors))
+    block_k, block_d, num_warps = tuning.compact_kv_blocks(num_features)
+    with torch.cuda.device_of(indices):
+        _compact_kv_kernel[(num_images * num_heads, len(tensors), triton.cdiv(num_features, block_d))](
+            # tensors
+            _table(addresses, first.device),
+            indices,
+            as_integers(out),
+            # strides
+            *tensors[0].stride(),
+            *indices.stride(),
+            *out.stride(),
+            # scalars
+            num_heads,
+            num_tokens,
+            num_kept,
+            num_features,
+            # constexprs
+            ALIGNED={address % 16 for address in addresses} == {0},
+            BLOCK_K=block_k,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+        )
+    return out
+
+
+def _table(addresses: list[int], device: torch.device) -> Tensor:
+    """The addresses as a tensor [T] int64 on `device`. The host does not wait for the copy."""
+    if device.type != "cuda":
+        return torch.tensor(addresses)
+    if tuning.INTERPRETED:
+        raise ValueError("compact_kv: Triton's interpreter reads the memory of the CPU, got tensors on a GPU.")
+    pinned = torch.tensor(addresses, pin_memory=True)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(pinned)
+    return pinned.to(device, non_blocking=True)
 
 
 @triton.jit
 def _compact_kv_kernel(
     # tensors
-    x_ptrs,
+    addresses_ptr,
     indices_ptr,
-    out_ptrs,
+    out_ptr,
     # strides
     x_stride_b,
     x_stride_h,
@@ -69,6 +100,7 @@ def _compact_kv_kernel(
     x_stride_d,
     indices_stride_b,
     indices_stride_k,
+    out_stride_t,
     out_stride_b,
     out_stride_h,
     out_stride_k,
@@ -79,6 +111,7 @@ def _compact_kv_kernel(
     num_kept,
     num_features,
     # constexprs
+    ALIGNED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -86,29 +119,29 @@ def _compact_kv_kernel(
 
     Parameters
     ----------
-    x_ptrs : tuple of uint8 | int16 | int32 | int64 [B, H, N, D]
+    addresses_ptr : int64 [T]
+        The address of each x_t, uint8 | int16 | int32 | int64 [B, H, N, D]; ALIGNED if all are multiples of 16 bytes.
         All have the same strides between images, heads, tokens and features.
     indices_ptr : int64 [B, K]
         Strides between images and kept tokens. An index outside [0, N) reads nothing and gives zeros.
-    out_ptrs : tuple of the same dtype [B, H, K, D]
-        All have the same strides. Written, each element once.
+    out_ptr : the same dtype [T, B, H, K, D]
+        Written, each element once.
 
     Program (b·H + h, t, j) copies BLOCK_D features of all kept tokens of one head, BLOCK_K tokens at a time. All
     programs together read and write T·B·H·K·D elements.
     """
     # offsets
-    tensor = tl.program_id(1)
-    x_ptr, out_ptr = x_ptrs[0], out_ptrs[0]
-    for t in tl.static_range(1, len(x_ptrs)):
-        x_ptr = tl.where(tensor == t, x_ptrs[t], x_ptr)
-        out_ptr = tl.where(tensor == t, out_ptrs[t], out_ptr)
+    t = tl.program_id(1).to(tl.int64)
+    x_ptr = tl.load(addresses_ptr + t).to(out_ptr.dtype)
+    if ALIGNED:  # which the compiler sees of a pointer argument, but not of a table
+        x_ptr = tl.multiple_of(x_ptr, 16)
     b = tl.program_id(0).to(tl.int64) // num_heads
     h = tl.program_id(0).to(tl.int64) % num_heads
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_head = (d < num_features)[None, :]
     d = d.to(tl.int64)
     x_ptr += b * x_stride_b + h * x_stride_h
-    out_ptr += b * out_stride_b + h * out_stride_h
+    out_ptr += t * out_stride_t + b * out_stride_b + h * out_stride_h
 
     start = 0
     while start < num_kept:

@@ -67,6 +67,7 @@ NOT_RUN = {
     "python tests/ops/test_compile.py --write": "rewrites the budgets",
     "python -m bench quality --sweep --out bench/results/quality": "takes hours",
     "OMP_NUM_THREADS=1 python -m bench cpu --out bench/results/cpu": "takes ten minutes",
+    "python -m bench launches --out bench/results/launches": "rewrites the record; it runs without --out",
     "python -m bench readme": "rewrites the documents; test_generated_blocks_are_current runs it on a copy",
     "pip install -c tests/constraints.txt '.[ui]'": "installs a part of what the tests have",
     "vtc ui": "does not end by itself; tests/ui/test_ui_page.py runs it",
@@ -349,6 +350,7 @@ QUICK = {
     "e2e": ["--rep-ms", "1", "--device", "cpu"],
     "gpu": [],
     "hub": [],
+    "launches": [],
     "quality": ["--questions", "5"],
 }
 SMALL = ["--rep-ms", "1", "--model", "small", "--batch", "1", "--provider", "reference", "--device", "cpu"]
@@ -378,6 +380,9 @@ def test_benchmark(command: str, tmp_path: Path) -> None:
     elif name == "cpu":
         assert done.returncode == 0, done.stderr
         assert re.search(r"^\| bundled model \| vtc 64 +\| [\d.]+ ", done.stdout, re.MULTILINE)
+    elif name == "launches":
+        assert done.returncode == 0, done.stderr
+        assert "| step | block | " in done.stdout
     elif name == "quality":
         assert done.returncode == 0, done.stderr
         assert re.search(r"^\| random +\|", done.stdout, re.MULTILINE)

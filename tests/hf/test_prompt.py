@@ -233,7 +233,7 @@ def test_a_mask_of_one_row_is_for_all():
 
 def test_a_shortening_is_right_aligned():
     stays = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 0]]).bool()
-    shortening = Shortening.of(stays, 3, 1)
+    shortening = Shortening(stays, 3, 1)
     assert shortening.columns[0].tolist() == [0, 2, 3]
     assert shortening.columns[1, -1] == 2
     assert shortening.filled.tolist() == [[True] * 3, [False, False, True]]

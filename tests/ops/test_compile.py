@@ -125,8 +125,10 @@ def variants(target_name: str):
             "compact._compact_kernel", f"{len(types)} tensors", COPIED, pointers, {"BLOCK_K": k, "BLOCK_D": d}
         )
     k, d, warps = tuning.compact_kv_blocks(128)
-    pointers = {"x_ptrs": ("*INT",) * 64, "indices_ptr": "*i64", "out_ptrs": ("*INT",) * 64}
-    yield Variant("compact_kv._compact_kv_kernel", "64 tensors", COPIED, pointers, {"BLOCK_K": k, "BLOCK_D": d}, warps)
+    pointers = {"addresses_ptr": "*i64", "indices_ptr": "*i64", "out_ptr": "*INT"}
+    for aligned in (False, True):
+        blocks, name = {"ALIGNED": aligned, "BLOCK_K": k, "BLOCK_D": d}, "aligned" if aligned else "unaligned"
+        yield Variant("compact_kv._compact_kv_kernel", name, COPIED, pointers, blocks, warps)
 
     # PruMerge has counts, VisionZip has none.
     counted = {"targets_ptr": "*i64", "counts_ptr": "*i64"}

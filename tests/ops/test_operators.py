@@ -22,7 +22,7 @@ def samples():
         "topk": (scores.expand(3, 2, 10), 4, "mean", scores.clone()),
         "compact": ([tokens.clone().requires_grad_(), indices.repeat(1, 5)], indices),
         "select": (scores.expand(3, 2, 10), tokens, 4, "max"),
-        "compact_kv": ([key], [key.half()], indices),
+        "compact_kv": ([key, key + 1], indices),
         "merge_neighbors": (tokens.clone().requires_grad_(), tokens.half(), indices, scores, 3, indices[:, 0] % 3),
         "merge_nearest": (tokens.clone().requires_grad_(), tokens.half(), indices, scores),
     }

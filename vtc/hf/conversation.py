@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from vtc.config import VTCConfig
+from vtc.hf.prompt import Shortening
 
-_NOTE = "_vtc_conversation"
+NOTE = "_vtc_conversation"  # the attribute of a cache that holds its note
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN does not equal NaN, but its bits do
 Own = TypeVar("Own", bound="Conversation")
 
@@ -44,7 +45,7 @@ class _Noted:
 
 def has_note(cache: Any) -> bool:
     """Whether `cache` holds a compressed conversation, or did before it was reset."""
-    return hasattr(cache, _NOTE)
+    return hasattr(cache, NOTE)
 
 
 def read(cache: Any, new: int | None = None) -> ShortConversation | PrunedConversation | None:
@@ -57,7 +58,7 @@ def read(cache: Any, new: int | None = None) -> ShortConversation | PrunedConver
     ValueError
         If the cache has rows of which nothing is known.
     """
-    noted: _Noted | None = getattr(cache, _NOTE, None)
+    noted: _Noted | None = getattr(cache, NOTE, None)
     if noted is None:
         return None
     keys = _keys_of(cache)
@@ -66,7 +67,7 @@ def read(cache: Any, new: int | None = None) -> ShortConversation | PrunedConver
         return noted.note  # type: ignore[no-any-return]
     held = length_of(cache)
     if not held:
-        delattr(cache, _NOTE)
+        delattr(cache, NOTE)
         return None
     if noted.note is None:
         raise ValueError(
@@ -76,7 +77,7 @@ def read(cache: Any, new: int | None = None) -> ShortConversation | PrunedConver
     if not unchanged:
         rows = _rows_of(keys, noted, cache)
         noted = _Noted(noted.note.of_rows(rows), keys, None if noted.bits is None else noted.bits[rows])
-        setattr(cache, _NOTE, noted)
+        setattr(cache, NOTE, noted)
     if noted.bits is not None and held < noted.bits.shape[1]:  # cropped: what comes next may be something else
         noted.bits, noted.note = noted.bits[:, :held], noted.note.up_to(held)
     return noted.note  # type: ignore[no-any-return]
@@ -86,7 +87,7 @@ def leave(cache: Any, note: Conversation | None) -> None:
     """Put `note` on `cache` in place of an older one. None: the cache cannot be continued."""
     keys = _keys_of(cache)
     bits = _bits_of(keys, length_of(cache)).clone() if keys is not None and _is_plain(cache) else None
-    setattr(cache, _NOTE, _Noted(note, keys, bits))
+    setattr(cache, NOTE, _Noted(note, keys, bits))
 
 
 @contextlib.contextmanager
@@ -98,21 +99,21 @@ def filling(cache: Any) -> Iterator[None]:
     if cache is None:
         yield
         return
-    noted, keys, length = cache.__dict__.pop(_NOTE, None), _keys_of(cache), length_of(cache)
+    noted, keys, length = cache.__dict__.pop(NOTE, None), _keys_of(cache), length_of(cache)
     try:
         yield
     except BaseException:
         if keys is not _keys_of(cache) or length != length_of(cache):
             noted = _Noted(None, None, None)
         if noted is not None:
-            setattr(cache, _NOTE, noted)
+            setattr(cache, NOTE, noted)
         raise
 
 
 def keep(cache: Any) -> None:
     """After a call that only appended tokens to `cache`: its rows are still those of the note."""
     if has_note(cache):
-        getattr(cache, _NOTE).keys = _keys_of(cache)
+        getattr(cache, NOTE).keys = _keys_of(cache)
 
 
 def length_of(cache: Any) -> int:
@@ -188,8 +189,8 @@ class ShortConversation(Conversation):
         What is known of the caller's columns that the cache holds: the prompt of L columns, and what was generated.
     length : int
         L. The tokens after it are in the cache one by one.
-    columns : Tensor[B, L'], int64
-        The column of the full prompt that each column of the cache holds.
+    kept : Tensor[B, L'], int64, or Shortening, or None
+        What tells `columns`: they, what makes them on demand, or that the cache holds all of the prompt.
     input_ids, attention_mask : Tensor[B, L'], int64
         The shortened prompt; no mask if nothing is padded.
     position : Tensor[B, 1], int64
@@ -200,32 +201,47 @@ class ShortConversation(Conversation):
 
     full: Tensor
     length: int
-    columns: Tensor
+    kept: Tensor | Shortening | None
     input_ids: Tensor
     attention_mask: Tensor | None
     position: Tensor
     config: VTCConfig
 
     @classmethod
-    def of(cls, full: Tensor, short: dict[str, Tensor], columns: Tensor | None, config: VTCConfig) -> ShortConversation:
+    def of(
+        cls, full: Tensor, short: dict[str, Tensor], kept: Shortening | None, config: VTCConfig
+    ) -> ShortConversation:
         """A conversation of the prompt `full` `[B, L]`, and the arguments `short` for transformers made from it.
 
-        `columns` `[B, L']` are those of `full` that stay; None if all do.
+        `kept` tells which columns of `full` stay; None if all do.
         """
         ids, mask, positions = (short.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
         if ids is None:
             raise ValueError("a conversation needs input_ids")
-        if columns is None:
-            columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         if positions is not None:
             position = positions[:, -1:].expand(len(ids), 1) + 1
+        elif mask is not None:
+            position = mask.sum(1, keepdim=True)
         else:
-            position = (torch.ones_like(ids) if mask is None else mask).sum(1, keepdim=True)
-        return cls(full, full.shape[1], columns, ids, mask, position, config)
+            position = ids.new_full((len(ids), 1), ids.shape[1])
+        return cls(full, full.shape[1], kept, ids, mask, position, config)
 
     @property
     def num_rows(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def columns(self) -> Tensor:
+        """The column of the full prompt that each column of the cache holds, `[B, L']` int64."""
+        if isinstance(self.kept, Tensor):
+            return self.kept
+        if self.kept is not None:
+            return self.kept.columns
+        return torch.arange(self.short_length, device=self.input_ids.device).expand_as(self.input_ids)
+
+    def of_rows(self, rows: Tensor) -> ShortConversation:
+        columns = self.columns
+        return dataclasses.replace(super().of_rows(rows), kept=columns[rows.to(columns.device)])
 
     @property
     def short_length(self) -> int:
@@ -264,7 +280,7 @@ class ShortConversation(Conversation):
             self,
             full=self.full[:, :length],
             length=length,
-            columns=self.columns[:, :held],
+            kept=self.columns[:, :held],
             input_ids=self.input_ids[:, :held],
             attention_mask=None if mask is None else mask[:, :held],
             position=self.position - removed,
@@ -297,7 +313,7 @@ class ShortConversation(Conversation):
             new,
             full=ids,
             length=ids.shape[1],
-            columns=torch.cat([self.columns.to(ids.device), generated, start + new.columns], 1),
+            kept=torch.cat([self.columns.to(ids.device), generated, start + new.columns], 1),
             input_ids=torch.cat([self.input_ids.to(ids.device), ids[:, between], new.input_ids], 1),
             attention_mask=full_mask,
             position=full_mask.sum(1, keepdim=True),
@@ -308,10 +324,10 @@ class ShortConversation(Conversation):
 
         The cache holds `held` columns.
         """
-        copies = torch.arange(self.num_rows).repeat_interleave(len(sequences) // self.num_rows)
-        return dataclasses.replace(
-            self.of_rows(copies), full=sequences[:, : self.length + held - self.short_length].clone()
-        )
+        copies, note = len(sequences) // self.num_rows, self
+        if copies > 1:
+            note = self.of_rows(torch.arange(self.num_rows).repeat_interleave(copies))
+        return dataclasses.replace(note, full=sequences[:, : self.length + held - self.short_length].clone())
 
     def continued(self, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `forward()` for tokens after this conversation, in the columns of the cache.

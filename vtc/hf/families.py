@@ -77,8 +77,10 @@ _BY_CLASS = {(family.module, name): family for family in FAMILIES.values() for n
 
 def find_family(module: object) -> Family | None:
     """The family whose base class or generating class `module` is an instance of, or None."""
-    known = (_BY_CLASS.get((cls.__module__, cls.__name__)) for cls in type(module).__mro__)
-    return next((family for family in known if family), None)
+    for cls in type(module).__mro__:
+        if family := _BY_CLASS.get((cls.__module__, cls.__name__)):
+            return family
+    return None
 
 
 def family_of(base: object) -> Family:

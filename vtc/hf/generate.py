@@ -20,6 +20,7 @@ from vtc.config import VTCConfig
 from vtc.hf import conversation, names, prune, prune_decode, prune_limits
 from vtc.hf.conversation import PrunedConversation, ShortConversation
 from vtc.hf.families import VisualInput
+from vtc.hf.lone_image import LoneImage
 from vtc.hf.prompt import FullPrompt, Prompt, Shortening, require_ids
 from vtc.hf.settings import Settings, is_on, running
 from vtc.hf.views import ImageOutputs, read, views_of
@@ -261,7 +262,7 @@ def _shortened(
     new_mask = None if mask is None else mask[:, start:]
 
     sizes = {token: [n for n, _ in views[visual].counts] for visual, token in tokens.items()}
-    prompt = Prompt.read(ids[:, start:], new_mask, sizes)
+    prompt = LoneImage.read(ids[:, start:], new_mask, sizes) or Prompt.read(ids[:, start:], new_mask, sizes)
     outputs = {visual.modality: each.encode() for visual, each in views.items()}  # an adaptive method sets the counts
     counts = {token: views[visual].counts for visual, token in tokens.items()}
     shortening = prompt.shortening(counts, {token: views[visual].kept for visual, token in tokens.items()})
@@ -273,7 +274,7 @@ def _shortened(
         counted=in_forward,
         packed=in_forward and _is_packed(settings, call),
     )
-    note = ShortConversation.of(ids[:, start:], short, shortening and shortening.columns, settings.config)
+    note = ShortConversation.of(ids[:, start:], short, shortening, settings.config)
     if past:
         note = past.followed_by(note, ids, mask, start)
         short = note.arguments

@@ -29,8 +29,9 @@ def install(module: ModuleType) -> None:
         return
     for visual in family.inputs:
         _guard(base, visual.get, functools.partial(generate.get_features, visual))
-    _guard(base, "forward", generate.forward)
-    _guard(head, "forward", generate.forward)
+    images = ("mm_encoder_outputs", *(visual.pixels for visual in family.inputs))
+    _guard(base, "forward", generate.forward, images)
+    _guard(head, "forward", generate.forward, images)
     _guard(head, "generate", _generate)
 
 
@@ -39,8 +40,12 @@ def _generate(stock: generate.Stock, model: Any, call: generate.Call) -> Any:
         return generate.generate(stock, model, call)
 
 
-def _guard(owner: type, name: str, ours: Callable[..., Any]) -> None:
-    """For models that compress, replace a method by `ours(stock, self, call)`; call holds the arguments by name."""
+def _guard(owner: type, name: str, ours: Callable[..., Any], images: tuple[str, ...] = ()) -> None:
+    """For models that compress, replace a method by `ours(stock, self, call)`; call holds the arguments by name.
+
+    If `images` are given, a call without these arguments and without a noted cache is stock's: a decoding step of
+    `generate()` pays for the look-up of an attribute, whether the model compresses or not.
+    """
     stock = getattr(owner, name)
     parameters = inspect.signature(stock).parameters.values()
     new_word, old_word = names.CACHE_WORDS
@@ -48,13 +53,24 @@ def _guard(owner: type, name: str, ours: Callable[..., Any]) -> None:
 
     @functools.wraps(stock)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(positional, args, strict=False))
-        wrong = len(args) > len(positional) or given.keys() & kwargs.keys()  # the stock method raises the error
-        if wrong:
-            return stock(self, *args, **kwargs)
-        call = given | kwargs
-        cache = call.get(new_word) if call.get(old_word) is None else call[old_word]
-        if not is_on(self) and (cache is None or not conversation.has_note(cache)):
+        call = kwargs
+        if args:
+            given = dict(zip(positional, args, strict=False))
+            wrong = len(args) > len(positional) or given.keys() & kwargs.keys()  # the stock method raises the error
+            if wrong:
+                return stock(self, *args, **kwargs)
+            call = given | kwargs
+        cache, old = call.get(new_word), call.get(old_word)
+        has_two_caches = cache is not None and old is not None
+        cache = cache if old is None else old
+        has_note = cache is not None and hasattr(cache, conversation.NOTE)
+        if images and not has_note and not has_two_caches:
+            for image in images:
+                if call.get(image) is not None:
+                    break
+            else:
+                return stock(self, *args, **kwargs)
+        if not has_note and not is_on(self):
             if not torch.compiler.is_compiling() and (settings.OPEN or settings.CONTEXT.blocks):
                 settings.warn_outside(self.base_model, call)
             return stock(self, *args, **kwargs)

@@ -8,14 +8,16 @@ works on tensors and knows no model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 Counts = Sequence[tuple[int, int]]  # of each image: N placeholders, of which K stay; or K > N tokens
+Kept = Tensor | Callable[[], Tensor] | None  # of each placeholder, image after image, whether it stays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +127,14 @@ class Prompt:
                 dropped = dropped[count:]
         return lengths
 
-    def shortening(self, counts: Mapping[int, Counts], kept: Mapping[int, Tensor | None]) -> Shortening | None:
+    def shortening(self, counts: Mapping[int, Counts], kept: Mapping[int, Kept]) -> Shortening | None:
         """Which columns stay: all text, and K of each image's N placeholders. None if every K is N.
 
         Parameters
         ----------
         counts : mapping of int to sequence of (N, K)
             For each placeholder token, of each image.
-        kept : mapping of int to Tensor, bool, or None
+        kept : mapping of int to Tensor, bool, or a function that makes it, or None
             For each placeholder token, one value for each of its placeholders, image after image. None: the first K of
             each image, for methods whose tokens are no patches.
 
@@ -146,12 +148,13 @@ class Prompt:
         stays = (~self.padding).long()
         for token, own in counts.items():
             found, flat = self.is_image[token], kept[token]
+            flat = flat() if callable(flat) else flat
             if flat is None or flat.is_meta:  # which patches are kept is unknown
                 self._require_whole_images(token, own)
-                flat = torch.cat([_first(*each) for each in own] or [torch.zeros(0)])
+                flat = torch.cat([first_tokens(*each) for each in own] or [torch.zeros(0)])
             stays = stays.masked_scatter(found, flat.to(found.device, stays.dtype))
         lengths = self.lengths(counts)
-        return Shortening.of(stays, max(lengths), min(lengths))
+        return Shortening(stays, max(lengths), min(lengths))
 
     def shortened(
         self,
@@ -232,7 +235,7 @@ class Prompt:
                 )
 
 
-class Shortening(NamedTuple):
+class Shortening:
     """Which columns of a full prompt `[B, L]` its short one `[B, L']` has. The rows of the short one are right-aligned.
 
     The last token of each row has to be in the last column, because `generate()` takes the logits from there.
@@ -246,22 +249,40 @@ class Shortening(NamedTuple):
         Where each column of the short prompt comes from.
     filled : Tensor[B, L'], bool
         False at padding.
+    longest : int
+        L'.
     is_even : bool
         Whether all rows have L' tokens, so that there is no padding.
     """
 
-    stays: Tensor
-    columns: Tensor
-    filled: Tensor
-    is_even: bool
+    def __init__(self, stays: Tensor | Callable[[], Tensor], longest: int, shortest: int) -> None:
+        """The shortening that keeps the tokens that stay, of which a row has `shortest` to `longest`.
 
-    @classmethod
-    def of(cls, stays: Tensor, longest: int, shortest: int) -> Shortening:
-        """The shortening that keeps the tokens that stay, of which a row has `shortest` to `longest`."""
-        ends = stays.cumsum(1)
-        places = torch.arange(longest, device=stays.device) - longest + ends[:, -1:]
-        columns = torch.searchsorted(ends, places, right=True).clamp(max=stays.shape[1] - 1)
-        return cls(stays, columns, places >= 0, shortest == longest)
+        The attributes are made at their first use, and `stays` too if it is given as a function: `generate()` needs
+        none of them for a `LoneImage`.
+        """
+        self.longest, self.is_even = longest, shortest == longest
+        self._given = stays
+
+    @functools.cached_property
+    def stays(self) -> Tensor:
+        return self._given if isinstance(self._given, Tensor) else self._given()
+
+    @functools.cached_property
+    def _ends(self) -> Tensor:
+        return self.stays.cumsum(1)
+
+    @functools.cached_property
+    def _places(self) -> Tensor:
+        return torch.arange(self.longest, device=self.stays.device) - self.longest + self._ends[:, -1:]
+
+    @functools.cached_property
+    def columns(self) -> Tensor:
+        return torch.searchsorted(self._ends, self._places, right=True).clamp(max=self.stays.shape[1] - 1)
+
+    @functools.cached_property
+    def filled(self) -> Tensor:
+        return self._places >= 0
 
     def take(self, full: Tensor, padding: int | bool) -> Tensor:
         """The short version `[B, L']` of `[B, L]`."""
@@ -273,8 +294,12 @@ class Shortening(NamedTuple):
 
         Columns before the first one of a row are that one.
         """
-        places = (self.stays.cumsum(1) - 1).clamp(min=0) + (short.shape[1] - self.stays.sum(1, keepdim=True))
+        places = (self._ends - 1).clamp(min=0)
+        if not self.is_even:
+            places = places + short.shape[1] - self._ends[:, -1:]
         places = places.to(short.device)
+        if len(places) == 1:
+            return short.index_select(1, places[0])
         return short[torch.arange(len(places), device=places.device)[:, None], places]
 
     def spread_outputs(self, outputs: Any, layer: int = 0) -> None:
@@ -304,7 +329,7 @@ class Shortening(NamedTuple):
         return self.spread(keys.transpose(1, 2)).transpose(1, 2)
 
 
-def _first(tokens: int, count: int) -> Tensor:
+def first_tokens(tokens: int, count: int) -> Tensor:
     """How often each of an image's `tokens` placeholders is there for `count` tokens, [tokens] int64."""
     stays = (torch.arange(tokens) < count).long()
     stays[-1:] += max(count - tokens, 0)
@@ -364,8 +389,9 @@ class FullPrompt:
 
     def restore(self, ids: Tensor) -> Tensor:
         """Turn `[B * C, L' + T]` into `[B * C, L + T]`; the C copies of a prompt (beams, samples) are neighbours."""
-        prompt = self.full.repeat_interleave(len(ids) // len(self.full), 0).to(ids.device)
-        return torch.cat([prompt, ids[:, self.short_length :]], 1)
+        copies = len(ids) // len(self.full)
+        prompt = self.full if copies == 1 else self.full.repeat_interleave(copies, 0)
+        return torch.cat([prompt.to(ids.device), ids[:, self.short_length :]], 1)
 
     def wrap(self, call: dict[str, Any]) -> None:
         """Let the callables among `generate()`'s arguments see the full prompt."""

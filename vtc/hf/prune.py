@@ -79,7 +79,7 @@ class _Prefill:
         batch, length = hidden.shape[:2]
         self.cache = arguments.get(CACHE)
         is_static(self.cache, self.config.kept_kv == "compact")
-        shortening = Shortening.of(self._keep_mask(hidden.device).long(), self.longest, self.shortest)
+        shortening = Shortening(self._keep_mask(hidden.device).long(), self.longest, self.shortest)
         valid = (
             shortening.take(self.real.to(hidden.device), False) if self.is_masked or not shortening.is_even else None
         )

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
+
+import torch
 
 from vtc.config import SHARED, VTCConfig
 from vtc.hf.families import TILES, Family, family_of
@@ -155,7 +158,10 @@ class Settings(NamedTuple):
 
 def block_of(base: Any) -> Block | None:
     """The innermost block of this context that is open for `base`."""
-    return next((block for block in reversed(CONTEXT.blocks) if block.opening.base is base), None)
+    for block in reversed(CONTEXT.blocks):
+        if block.opening.base is base:
+            return block
+    return None
 
 
 def stored(base: Any) -> VTCConfig:
@@ -164,6 +170,8 @@ def stored(base: Any) -> VTCConfig:
     if own is not None and given.get("method") == own.name:
         given = {name: given[name] for name in SHARED if name in given} | {"method": own}
     try:
+        if _SCALARS.issuperset(map(type, given.values())) and not torch.compiler.is_compiling():
+            return _checked(METHODS.get(given.get("method", "")), **given)  # type: ignore[arg-type]
         return VTCConfig.of(**given)
     except ValueError as error:
         known = given.get("method", "vtc-cls") in METHODS
@@ -171,6 +179,18 @@ def stored(base: Any) -> VTCConfig:
         raise ValueError(
             f"the settings in model.config.vtc are not valid: {error}; vtc.disable removes them{lost}"
         ) from error
+
+
+_SCALARS = frozenset((bool, int, float, str, type(None)))
+
+
+@functools.lru_cache(maxsize=64, typed=True)  # typed: True and 1.0 equal 1, and only 1 is a number of tokens
+def _checked(method: type[Method] | None, /, **given: Any) -> VTCConfig:
+    """The settings of the values `given`, all of them scalars: the same values are not checked again.
+
+    `method` is the class that the name stands for, which may be registered again.
+    """
+    return VTCConfig.of(**given)
 
 
 def configure(base: Any, config: VTCConfig) -> None:

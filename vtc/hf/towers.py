@@ -26,19 +26,22 @@ class TowerSpec(NamedTuple):
         ValueError
             If the tower is not built like that.
         """
+        found = []
         try:
             layers = operator.attrgetter(self.layers)(tower)
-            return [next(part for part in layer.modules() if _is_attention(part)) for layer in layers]
-        except (AttributeError, StopIteration) as error:
+            for layer in layers:
+                for part in layer.modules():
+                    if "q_proj" in part._modules and "k_proj" in part._modules:
+                        found.append(part)
+                        break
+                else:
+                    raise AttributeError("q_proj and k_proj")
+            return found
+        except AttributeError as error:
             raise ValueError(
                 f"the vision tower is a {type(tower).__name__}, whose layers VTC does not find; it needs a {self.name} "
                 f"with {self.layers}, each with q_proj and k_proj; use the tower of transformers, or vtc.disable(model)"
             ) from error
-
-
-def _is_attention(module: Any) -> bool:
-    children = module._modules
-    return "q_proj" in children and "k_proj" in children
 
 
 TOWERS = {

@@ -7,8 +7,10 @@ placeholders of each image and how many of them stay, and encodes the views.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -136,7 +138,7 @@ class Views:
         Of each image: N placeholders, and how many of them stay; an upper bound until an adaptive method has run.
     tower_arguments : dict
         Of the call, for the vision tower; see `TOWER_ARGUMENTS`.
-    kept : Tensor, bool, or None
+    kept : Tensor, bool, or a function that makes it, or None
         Of each placeholder, image after image, whether its patch stays. None before `encode`, and if tokens are no
         patches.
     """
@@ -146,7 +148,7 @@ class Views:
     views: Tensor
     counts: list[tuple[int, int]]
     tower_arguments: dict[str, Any]
-    kept: Tensor | None = dataclasses.field(default=None, init=False)
+    kept: Tensor | Callable[[], Tensor] | None = dataclasses.field(default=None, init=False)
     layout: ClassVar[str]
     shapes: ClassVar[tuple[str, ...]]  # of the pixels
     needs_grid: ClassVar[bool] = True  # tokens have to be patches in rows and columns, without registers
@@ -170,7 +172,7 @@ class Views:
         """The reduced tokens of each view, and how many each has. Sets `kept`."""
         tokens, counts = encode.reduce(self.settings, self.views, self.plan, self.tower_arguments)
         if self.plan.method.keeps_patches() and tokens.indices is not None:
-            self.kept = _as_mask(tokens.indices, self.plan.num_tokens)
+            self.kept = functools.partial(_as_mask, tokens.indices, self.plan.num_tokens)
         return tokens, counts
 
     def encode(self) -> ImageOutputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def compact_kv(
     Returns
     -------
     keys, values : tuples of Tensor[B, H, K, D], the dtypes given
-        Contiguous.
+        Contiguous. Those of one launch share their memory.
 
     Raises
     ------
@@ -39,30 +40,64 @@ def compact_kv(
     """
     keys, values = tuple(keys), tuple(values)
     tensors = (*keys, *values)
-    if not tensors or len(keys) != len(values) or any(tensor.ndim != 4 for tensor in tensors):
+    checked = tensors[:1] if _are_alike(tensors) else tensors
+    if not tensors or len(keys) != len(values) or any(tensor.ndim != 4 for tensor in checked):
         raise ValueError(
             "compact_kv: keys and values must be sequences of [B, H, N, D], one of each per layer, got "
             f"{len(keys)} and {len(values)}: {shapes(*tensors)}."
         )
     num_images, _, num_tokens, _ = tensors[0].shape
-    if any((tensor.shape[0], tensor.shape[2]) != (num_images, num_tokens) for tensor in tensors):
+    if any((tensor.shape[0], tensor.shape[2]) != (num_images, num_tokens) for tensor in checked):
         raise ValueError(f"compact_kv: keys and values must have one B and one N, got {shapes(*tensors)}.")
-    if any(tensor.element_size() > 8 for tensor in tensors):
+    if any(tensor.element_size() > 8 for tensor in checked):
         raise ValueError(f"compact_kv: elements have 1, 2, 4 or 8 bytes, got {tensors[0].dtype}.")
     check_indices("compact_kv", indices, num_images)
-    check_devices("compact_kv", indices=indices, **{f"tensor {i}": tensor for i, tensor in enumerate(tensors)})
+    check_devices("compact_kv", indices=indices, **{f"tensor {i}": tensor for i, tensor in enumerate(checked)})
     with torch.no_grad():
-        kept = torch.ops.vtc.compact_kv(keys, values, indices, backend)
+        if len(checked) == 1:
+            kept = torch.ops.vtc.compact_kv(tensors, indices, backend).unbind()
+        else:
+            kept = _each_kind(tensors, indices, backend)
     return tuple(kept[: len(keys)]), tuple(kept[len(keys) :])
 
 
-def _fake(keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tensor, *_: Any) -> list[Tensor]:
-    count = indices.shape[1]
-    return [tensor.new_empty((*tensor.shape[:2], count, tensor.shape[3])) for tensor in (*keys, *values)]
+def _each_kind(tensors: tuple[Tensor, ...], indices: Tensor, backend: str) -> list[Tensor]:
+    """The kept tokens of tensors of several shapes or dtypes."""
+    groups: list[list[int]] = []  # by comparing, for torch.compile cannot hash a size that it does not know
+    for number, tensor in enumerate(tensors):
+        for group in groups:
+            if tensor.shape == tensors[group[0]].shape and tensor.dtype == tensors[group[0]].dtype:
+                group.append(number)
+                break
+        else:
+            groups.append([number])
+    kept = list(tensors)
+    for group in groups:
+        own = torch.ops.vtc.compact_kv([tensors[number] for number in group], indices, backend)
+        for number, tensor in zip(group, own.unbind(), strict=True):
+            kept[number] = tensor
+    return kept
 
 
-@register("compact_kv(Tensor[] keys, Tensor[] values, Tensor indices, str backend) -> Tensor[]", _fake)
-def _compact_kv(keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tensor, backend: str) -> list[Tensor]:
-    check_range("compact_kv", indices, keys[0].shape[2])
-    new_keys, new_values = implementation("compact_kv", indices.device, backend)(keys, values, indices)
-    return [*new_keys, *new_values]
+_kind = operator.attrgetter("dtype", "device")
+
+
+def _are_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether all have the shape, dtype and device of the first one: then a check of that one is a check of all."""
+    if torch.compiler.is_compiling():
+        return False
+    sizes, kinds = [*map(Tensor.size, tensors)], [*map(_kind, tensors)]
+    return bool(sizes) and sizes.count(sizes[0]) == kinds.count(kinds[0]) == len(sizes)
+
+
+def _fake(tensors: Sequence[Tensor], indices: Tensor, *_: Any) -> Tensor:
+    first, count = tensors[0], indices.shape[1]
+    return first.new_empty((len(tensors), *first.shape[:2], count, first.shape[3]))
+
+
+# One tensor: a compiled graph takes the results of an operator to share no memory.
+@register("compact_kv(Tensor[] tensors, Tensor indices, str backend) -> Tensor", _fake)
+def _compact_kv(tensors: Sequence[Tensor], indices: Tensor, backend: str) -> Tensor:
+    check_range("compact_kv", indices, tensors[0].shape[2])
+    kept: Any = implementation("compact_kv", indices.device, backend)(tensors, (), indices)[0]
+    return kept if isinstance(kept, Tensor) else torch.stack(kept)
