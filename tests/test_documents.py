@@ -206,7 +206,7 @@ def test_generated_blocks_are_current(tmp_path: Path, monkeypatch: pytest.Monkey
     changed = [str(page.relative_to(tmp_path)) for page in readme.rewrite(tmp_path)]
     assert not changed, f"run: python -m bench readme (it changes {', '.join(changed)})"
     page = tmp_path / "kernels/README.md"
-    page.write_text(page.read_text(encoding="utf-8").replace("`topk`", "`other`"), encoding="utf-8")
+    page.write_text(page.read_text(encoding="utf-8").replace("[`topk`]", "[`other`]"), encoding="utf-8")
     monkeypatch.setattr(readme, "rewrite", functools.partial(readme.rewrite, tmp_path))
     monkeypatch.setattr(bench_command.checkout, "ROOT", tmp_path)
     assert bench_command.main(["readme"]) == 0

@@ -163,7 +163,7 @@ def test_env_shows_what_a_model_does(model_dir):
     arguments = ("--model", model_dir, "--device", "cpu")
     found = json.loads(succeed("env", *arguments, "--json").stdout)["model"]
     assert (found["type"], found["compresses"], found["tokens"], found["kept"]) == ("llava", True, 576, 128)
-    assert found["backends"]["topk"] == json.loads(succeed("env", "--json").stdout)["backends"]["cpu"]["topk"]
+    assert found["backends"]["select"] == json.loads(succeed("env", "--json").stdout)["backends"]["cpu"]["select"]
     assert found["way"] == 'attn_implementation="vtc"'
     assert found["text"] in succeed("env", *arguments).stdout
 
