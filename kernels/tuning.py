@@ -27,9 +27,13 @@ def score_blocks(num_features: int) -> tuple[int, int]:
 
 
 def cls_probs_blocks(num_features: int, element_size: int) -> tuple[int, int, int, int]:
-    """BLOCK_N, BLOCK_D, and the numbers of warps and of stages, for the [CLS] row: 16 KiB of whole key rows."""
+    """BLOCK_N, BLOCK_D, and the numbers of warps and of stages, for the [CLS] row: whole key rows, 16 KiB of 16 bit.
+
+    As many rows of fp32 spill on sm_100.
+    """
     block_d = triton.next_power_of_2(num_features)
-    return max(1, min(128, 4 * _TILE // max(2, element_size) // block_d)), block_d, 8, 3
+    num_elements = 2 * _TILE if element_size <= 2 else _TILE // 2
+    return max(1, min(128, num_elements // block_d)), block_d, 8, 3
 
 
 def head_mean_blocks(num_heads: int, num_blocks: int) -> tuple[int, int, int]:
