@@ -1,4 +1,4 @@
-"""Which block sizes suit `cls_attention` here: each against the shipped ones, SDPA, and SDPA with `row_scores`."""
+"""Which block sizes suit `cls_attention` here: each against the shipped ones, SDPA, and SDPA with `cls_probs`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def jobs(device: torch.device, played: bool = False, rep_ms: float = 40.0) -> li
     work = WORKLOADS["cls_attention"]
     shipped = work.providers()
     providers: dict[str, Callable[..., Any]] = {
-        "sdpa+row_scores": shipped["sdpa+row_scores"],
+        "sdpa+cls_probs": shipped["sdpa+cls_probs"],
         "triton": shipped["triton"],
         "sdpa": lambda q, k, v: (scaled_dot_product_attention(q, k, v).transpose(1, 2), None),
     }
@@ -54,8 +54,12 @@ def with_blocks(block_m: int, block_n: int, warps: int, stages: int) -> Callable
         from vtc_kernels import tuning
 
         shipped = tuning.attention_blocks
-        block_d = shipped(query.shape[3], query.element_size())[2]
-        tuning.attention_blocks = lambda *_, **__: (block_m, block_n, block_d, warps, stages, query.element_size() == 2)
+
+        def blocks(*args: Any, **options: Any) -> tuple[int, int, int, int, int, bool]:
+            _, _, block_d, _, _, peel = shipped(*args, **options)
+            return block_m, block_n, block_d, warps, stages, peel
+
+        tuning.attention_blocks = blocks
         try:
             return ops.cls_attention(query, key, value, backend="triton")
         finally:
@@ -68,7 +72,7 @@ def to_paste(records: list[Record], capability: str | None) -> list[str]:
     """Lines for `MEASURED` in kernels/tuning.py and `FUSED` in vtc/ops/cls_attention.py, from one GPU's records.
 
     Block sizes must not depend on the batch: the choice is the one whose times, each divided by the best at its batch
-    size, have the least sum. It is for `FUSED` if it is slower than SDPA and `row_scores` at no batch size.
+    size, have the least sum. It is for `FUSED` if it is slower than SDPA and `cls_probs` at no batch size.
     """
     if capability is None:
         return []
@@ -88,10 +92,10 @@ def to_paste(records: list[Record], capability: str | None) -> list[str]:
         name, chosen = min(choices.items(), key=lambda one: sum(one[1][batch] / best[batch] for batch in batches))
         blocks = tuple(int(number) for number in re.findall(r"\d+", name))
         lines.append(f"MEASURED: ({major_minor}, {num_features}, {micro.DTYPES[dtype].itemsize}): {blocks},")
-        others = times.get("sdpa+row_scores", {})
+        others = times.get("sdpa+cls_probs", {})
         slower = [f"B={batch}" for batch in batches if chosen[batch] > others.get(batch, 0.0)]
         lines.append(
-            f"FUSED: not {dtype}, {num_features}: slower than SDPA and row_scores at {', '.join(slower)}"
+            f"FUSED: not {dtype}, {num_features}: slower than SDPA and cls_probs at {', '.join(slower)}"
             if slower
             else f"FUSED: ({major_minor}, {micro.DTYPES[dtype]}, {num_features}),"
         )

@@ -355,6 +355,8 @@ def run(
     say: Callable[[str], None] = print,
 ) -> int:
     """Check and time; returns the exit status, 1 if a number is missing. `out` is overwritten."""
+    if too_many := [keep for keep in keeps if keep >= 576]:
+        raise ValueError(f"--keep must be below the 576 visual tokens of an image, got {too_many[0]}")
     todo = jobs(models, batches, keeps, rounds)
     if out:
         out.unlink(missing_ok=True)

@@ -29,7 +29,8 @@ NOT_CAPTURED = {
     **dict.fromkeys(GENERATE, "transformers reads values back"),
 }
 STAGES = (
-    "vision", "select", "projector", "prefill", "decode", "first token", "first token, one graph", NEW_LENGTH, *GENERATE
+    "vision", "selection", "projector", "prefill", "decode",
+    "first token", "first token, one graph", NEW_LENGTH, *GENERATE,
 )  # fmt: skip
 KEEPS = (192, 128, 64, 32)
 
@@ -126,8 +127,9 @@ class Bench:
                 torch.backends.cuda.enable_cudnn_sdp(before)
 
     def stages(self, model: LlavaForConditionalGeneration, batch: int, variant: Variant) -> Stages:
-        """The stages, kept as long as the batch is the same. Stages that failed to build raise their error again."""
-        self._ready = {key: ready for key, ready in self._ready.items() if key[0] == batch}
+        """The stages, kept for one variant and its stock: each holds a KV cache. Those that failed raise again."""
+        wanted = ((batch, variant), (batch, variant.stock))
+        self._ready = {key: ready for key, ready in self._ready.items() if key in wanted}
         if (batch, variant) not in self._ready:
             try:
                 stages = Stages(model, make_inputs(model, batch), variant.keep)
@@ -142,7 +144,7 @@ class Bench:
 
     def stock_timer(self, batch: int, variant: Variant, stage: str) -> Callable[[], float] | None:
         """A function that times the stock model's stage once; None if there is none to compare with, or it failed."""
-        if variant == variant.stock or stage == "select":
+        if variant == variant.stock or stage == "selection":
             return None
         try:
             with self.running(variant.stock) as model:
@@ -191,7 +193,7 @@ def jobs(device: torch.device, options: Options) -> list[Job]:
             for batch in options.batches
             for v in variants
             for stage in short
-            if stage != "select" or v.keep
+            if stage != "selection" or v.keep
         ]
         first = options.batches[0]
         numbers += [(first, v, stage) for v in lengths for stage in (NEW_LENGTH, *GENERATE)]
@@ -225,7 +227,7 @@ def shares(records: list[Record]) -> list[str]:
     """The time that VTC adds to the vision tower, in percent of the stock tower's."""
     tower = {(r.model, r.shape["B"]): r.ms for r in records if (r.op, r.backend) == ("vision", "sdpa")}
     return [
-        f"{r.model} B={r.shape['B']} {r.backend}: select takes {100 * r.ms / stock:.2f} % of the stock tower"
+        f"{r.model} B={r.shape['B']} {r.backend}: the selection takes {100 * r.ms / stock:.2f} % of the stock tower"
         for r in records
-        if r.op == "select" and (stock := tower.get((r.model, r.shape["B"])))
+        if r.op == "selection" and (stock := tower.get((r.model, r.shape["B"])))
     ]

@@ -97,9 +97,11 @@ class Count(TorchDispatchMode):
         backend = [each.name for each in func._schema.arguments].index("backend")
         played, real = ((*args[:backend], name, *args[backend + 1 :]) for name in ("triton", "torch"))
         self.in_operation = True
-        with self:
-            getattr(importlib.import_module(f"vtc.ops.{op}"), f"_{op}")(*played)
-        self.in_operation = False
+        try:
+            with self:
+                getattr(importlib.import_module(f"vtc.ops.{op}"), f"_{op}")(*played)
+        finally:
+            self.in_operation = False
         sys.setprofile(None)
         result = func(*real)
         sys.setprofile(self.profile)
@@ -201,8 +203,8 @@ def measure(names: tuple[str, ...] = tuple(VARIANTS), time_them: bool = True) ->
             for stage, call in calls(model).items():
                 call()  # what happens at the first call only does not count
                 found[stage] = counts(call) | {"us": _microseconds(call) if time_them else 0.0}
-            for stage, first in (("step", "first token"),):
-                found[stage] = {key: (each - found[first][key]) / STEPS for key, each in found[stage].items()}
+            first = found["first token"]
+            found["step"] = {key: (each - first[key]) / STEPS for key, each in found["step"].items()}
         for stage, each in found.items():
             facts = record.provenance(torch.device("cpu"))
             yield Launches(model="bundled", stage=stage, variant=name, keep=KEEP, **each, **facts)
@@ -228,10 +230,11 @@ def _microseconds(call: Callable[[], Any], samples: int = 5) -> float:
 
 def run(out: Path | None, say: Callable[[str], None] = print) -> int:
     """Measure all variants; replaces the record `out` / FILE. Returns the exit status."""
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
     made = list(measure())
     say(table(made))
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         (out / FILE).unlink(missing_ok=True)
         record.append(out / FILE, made)
     return 0

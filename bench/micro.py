@@ -81,7 +81,7 @@ def run(options: Options, device: torch.device, out: Path | None, say: Callable[
 
 
 def jobs(options: Options, device: torch.device, say: Callable[[str], None] = print) -> list[Job]:
-    """One job for each number, the most important first: the first model, bf16, `selection`.
+    """One job for each number, the most important first: the first model, bf16, `scored_layers`.
 
     Shapes with too few patches for K are left out, and `say` gets a line for each. ValueError if no other is left.
     """

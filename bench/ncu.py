@@ -55,7 +55,7 @@ def launch_once(device: torch.device, played: bool = False) -> None:
     model = base.MODELS[0] if device.type == "cuda" else base.SMALL_MODELS[1]
     batch, keep, dtype = (16, 64, torch.bfloat16) if device.type == "cuda" else (1, 8, torch.float32)
     for op, work in WORKLOADS.items():
-        if op != "selection" and micro.available("triton", device, played):  # it is made of others
+        if op != "scored_layers" and micro.available("triton", device, played):  # it is made of others
             inputs = work.make(model.shape(batch, keep), dtype if work.floats else torch.float32, device)
             work.providers()["triton"](*inputs)
 

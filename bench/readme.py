@@ -32,7 +32,7 @@ PARTS = {  # of `python -m bench gpu`: what each measures
     "gate": "whether each operation is right at LLaVA's shapes, in three dtypes, against float64, "
     "with the same bits in every run",
     "e2e": "LLaVA-1.5-7B: each stage, time to the first token, generation; batch sizes 1, 4, 16",
-    "micro": "every operation against its baselines: LLaVA-1.5 first, bf16 first, `selection` first",
+    "micro": "every operation against its baselines: LLaVA-1.5 first, bf16 first, `scored_layers` first",
     "attention": "which block sizes suit `cls_attention`, against SDPA; the summary has the lines to paste",
     "ncu": "hardware counters of each kernel, where Nsight Compute is installed",
     "tests": f"the tests that run on the GPU, in {gpu.TESTS_AT_ONCE} processes",

@@ -5,8 +5,8 @@
     floor = Σ_parts max(bytes / copy rate, floating-point operations / rate of a matrix product)
 
 Both rates are measured in the same run. The work comes from the configuration alone: the weights, read once, the KV
-cache, and the products of matrices. Activations, normalisations and the host's time are not in it, so no
-implementation in the same dtype can be faster.
+cache, and the products of matrices. Activations, normalisations and the host's time are not in it. A copy also writes,
+so a part that only reads, such as a decoding step, may be a little faster than its floor.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def works(config: LlavaConfig, stage: str, *, batch: int, visual: int, text: int
         depth = vision.num_hidden_layers
         layers = depth if visual == patches else depth + 1 + config.vision_feature_layer
         return [_tower(vision, batch, patches, layers, size)]
-    if stage == "select":  # of three layers the keys, once; the kept tokens, read and written
+    if stage == "selection":  # of three layers the keys, once; the kept tokens, read and written
         moved = batch * vision.hidden_size * (3 * (1 + patches) + 2 * visual)
         return [Work(size * moved, 6 * batch * (1 + patches) * vision.hidden_size)]
     if stage == "projector":

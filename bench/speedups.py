@@ -45,9 +45,11 @@ def blocks(records: list[Record]) -> list[tuple[str, float]]:
         best = _best(r for name, r in same.items() if name.startswith("triton "))
         if best:
             times = [
-                f"{name} {1e3 * same[name].ms:.1f}" for name in ("triton", "sdpa", "sdpa+row_scores") if name in same
+                f"{name} {1e3 * same[name].ms:.1f}"
+                for name in ("triton", "sdpa", "sdpa+cls_probs", "sdpa+row_scores")
+                if name in same
             ]
-            base = same.get("sdpa+row_scores", best)
+            base = same.get("sdpa+cls_probs", same.get("sdpa+row_scores", best))
             text = f"cls_attention blocks B={best.shape['B']}: best {best.backend} {1e3 * best.ms:.1f} us"
             lines.append((f"{text} ({', '.join(times)})", base.ms / best.ms))
     return lines
@@ -96,16 +98,20 @@ def _model(name: str, records: list[Record]) -> list[tuple[str, float]]:
 
 def first_tokens(records: list[Record]) -> str:
     """A table of the time to the first token: how many times as long the stock model takes, by batch size."""
-    found = {(r.op, r.backend, r.shape["B"]): r for r in records}
     batches = dict.fromkeys(r.shape["B"] for r in records)
     rows = []
-    for name in dict.fromkeys(r.backend for r in records if r.op == "first token" and r.speedup_50):
-        tokens = name.removeprefix("vtc ")
-        called = [found["first token", name, batch].speedup_50 for batch in batches]
-        alone = [_as_graphs(found, "sdpa", batch) / _as_graphs(found, name, batch) for batch in batches]
-        for kind, ratios in (("model(...)", called), ("GPU time only", alone)):
-            rows.append([tokens, kind, *(f"{ratio:.2f}x" for ratio in ratios)])
-    return table.markdown(["tokens", "what is timed", *(f"B = {batch}" for batch in batches)], rows)
+    for model in dict.fromkeys(r.model for r in records):
+        found = {(r.op, r.backend, r.shape["B"]): r for r in records if r.model == model}
+        names = dict.fromkeys(name for op, name, _ in found if op == "first token" and name.startswith("vtc"))
+        for name in names:
+            start = [model, name.removeprefix("vtc ")]
+            firsts = [found.get(("first token", name, batch)) for batch in batches]
+            called = [first.speedup_50 if first else None for first in firsts]
+            pairs = [[_as_graphs(found, variant, batch) for variant in ("sdpa", name)] for batch in batches]
+            alone = [stock / ours if stock and ours else None for stock, ours in pairs]
+            for kind, ratios in (("model(...)", called), ("GPU time only", alone)):
+                rows.append([*start, kind, *(f"{ratio:.2f}x" if ratio else "" for ratio in ratios)])
+    return table.markdown(["model", "tokens", "what is timed", *(f"B = {batch}" for batch in batches)], rows)
 
 
 def new_lengths(records: list[Record]) -> str:
@@ -115,10 +121,12 @@ def new_lengths(records: list[Record]) -> str:
     rows = []
     for r in records:
         if r.op in names and r.speedup_50:
-            cudnn = "no" if r.backend.endswith(", no cudnn") else "yes"
+            variant, _, without = r.backend.partition(", ")
+            sizes = [r.model, str(r.shape["B"]), variant.removeprefix("vtc "), names[r.op], "no" if without else "yes"]
             times = (r.speedup_50 * r.ms_50, r.ms_50)  # the stock model's, from the samples taken in turn
-            rows.append([names[r.op], cudnn, *(f"{ms:.0f}" for ms in times), f"{r.speedup_50:.2f}x"])
-    return table.markdown(["what is timed", "cuDNN", "stock, ms", "VTC, ms", "stock / VTC"], sorted(rows))
+            rows.append([*sizes, *(f"{ms:.0f}" for ms in times), f"{r.speedup_50:.2f}x"])
+    columns = ["model", "B", "tokens", "what is timed", "cuDNN", "stock, ms", "VTC, ms", "stock / VTC"]
+    return table.markdown(columns, sorted(rows))
 
 
 def with_floors(records: list[Record], matmul_tflop_per_s: float) -> list[Record]:

@@ -110,13 +110,13 @@ class Stages:
         return roofline.works(self.model.config, stage, batch=batch, visual=visual, text=TEXT_TOKENS, size=size)
 
     def vision(self) -> Tensor:
-        """The tower, up to the projector's input; with VTC that includes `select`."""
+        """The tower, up to the projector's input; with VTC that includes the selection."""
         pixels = self.inputs["pixel_values"]
         if self.keep is not None:
             return encode.reduce(self.settings, pixels, self.plan)[0].features
         return self.base.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
 
-    def select(self) -> Tensor:
+    def selection(self) -> Tensor:
         """What VTC adds to the tower: [CLS] probabilities of the scored layers, and the selection."""
         queries, keys = ([x] * len(self.plan.scored) for x in (self.query[:, :, 0], self.key))
         cls_probs = ops.cls_probs(queries, keys, skip=1, backend=self.plan.config.backend)

@@ -10,8 +10,6 @@ from torch import Tensor
 from . import tuning
 from .compact import as_integers
 
-_captured: list[Tensor] = []  # tables on the host that captured graphs read at every replay
-
 
 def compact_kv(
     keys: Sequence[Tensor], values: Sequence[Tensor], indices: Tensor
@@ -54,7 +52,7 @@ def _gather(tensors: Sequence[Tensor], indices: Tensor) -> Tensor:
     with torch.cuda.device_of(indices):
         _compact_kv_kernel[(num_images * num_heads, len(tensors), triton.cdiv(num_features, block_d))](
             # tensors
-            _table(addresses, first.device),
+            _table(tensors, addresses),
             indices,
             as_integers(out),
             # strides
@@ -75,16 +73,30 @@ def _gather(tensors: Sequence[Tensor], indices: Tensor) -> Tensor:
     return out
 
 
-def _table(addresses: list[int], device: torch.device) -> Tensor:
-    """The addresses as a tensor [T] int64 on `device`. The host does not wait for the copy."""
+def _table(tensors: Sequence[Tensor], addresses: list[int]) -> Tensor:
+    """The addresses of `tensors` as a tensor [T] int64 on their device. The host does not wait for the copy."""
+    device = tensors[0].device
     if device.type != "cuda":
         return torch.tensor(addresses)
     if tuning.INTERPRETED:
         raise ValueError("compact_kv: Triton's interpreter reads the memory of the CPU, got tensors on a GPU.")
-    pinned = torch.tensor(addresses, pin_memory=True)
     if torch.cuda.is_current_stream_capturing():
-        _captured.append(pinned)
-    return pinned.to(device, non_blocking=True)
+        return _table_of_arguments(tensors)
+    return torch.tensor(addresses, pin_memory=True).to(device, non_blocking=True)
+
+
+def _table_of_arguments(tensors: Sequence[Tensor]) -> Tensor:
+    """The same without a copy from the host, which a captured graph would repeat at every replay."""
+    table = torch.empty(len(tensors), dtype=torch.int64, device=tensors[0].device)
+    _table_kernel[(1,)](tuple(tensors), table, num_warps=1)
+    return table
+
+
+@triton.jit
+def _table_kernel(x_ptrs, addresses_ptr):
+    """Write the address of each tensor `x_ptrs[t]`, of any dtype, to `addresses_ptr` int64 [T]: one program."""
+    for t in tl.static_range(len(x_ptrs)):
+        tl.store(addresses_ptr + t, x_ptrs[t].to(tl.int64))
 
 
 @triton.jit

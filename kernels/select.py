@@ -12,14 +12,14 @@ from torch import Tensor
 
 from . import search, tuning
 from .compact import as_integers, compact
-from .topk import as_layers, combine, topk
+from .topk import as_layers, combine, dtype_of_total, topk
 
 
 def select(scores: Tensor, x: Tensor, k: int, *, ensemble: str = "sum") -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel. Rows of more than `tuning.SELECT_TOKENS` take the kernels of `topk` and `compact`."""
     layers = as_layers(scores)
     num_layers, num_images, num_heads, num_tokens = layers.shape
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    dtype = dtype_of_total(scores)
     total = torch.empty((num_images, num_tokens), dtype=dtype, device=scores.device)
     if num_tokens > tuning.SELECT_TOKENS:
         indices = topk(scores, k, ensemble=ensemble, total=total)

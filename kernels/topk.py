@@ -20,7 +20,7 @@ def topk(scores: Tensor, k: int, *, ensemble: str = "sum", total: Tensor | None 
             f"topk: the Triton kernel takes at most N = {search.MOST_TOKENS} scores per image, got {num_tokens}. Use "
             "backend='torch'."
         )
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    dtype = dtype_of_total(scores)
     block_n, num_warps = tuning.topk_block(num_tokens)
     num_blocks = triton.cdiv(num_tokens, block_n)
     if total is None and num_blocks > 1:
@@ -56,6 +56,11 @@ def as_layers(scores: Tensor) -> Tensor:
     if scores.ndim == 2:
         scores = scores[None]
     return scores[:, :, None] if scores.ndim == 3 else scores
+
+
+def dtype_of_total(scores: Tensor) -> torch.dtype:
+    """That of combined scores."""
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
 @triton.jit

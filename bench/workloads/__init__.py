@@ -1,4 +1,4 @@
-"""One workload per operation, with the operation's name, and `selection`: attention, scores, `select` as one path."""
+"""One workload per operation, with the operation's name, and `scored_layers`: all of a tower's scored layers."""
 
 from bench.workloads.base import Workload
 from bench.workloads.cls_attention import ClsAttention
@@ -8,13 +8,13 @@ from bench.workloads.compact_kv import CompactKV
 from bench.workloads.merge_nearest import MergeNearest
 from bench.workloads.merge_neighbors import MergeNeighbors
 from bench.workloads.row_scores import RowScores
+from bench.workloads.scored_layers import ScoredLayers
 from bench.workloads.select import Select
-from bench.workloads.selection import Selection
 from bench.workloads.topk import TopK
 
 # In the order in which they are timed: the most important first, in case the time runs out.
 WORKLOADS: dict[str, Workload] = {
-    "selection": Selection(),
+    "scored_layers": ScoredLayers(),
     "cls_probs": ClsProbs(),
     "select": Select(),
     "cls_attention": ClsAttention(),

@@ -11,7 +11,6 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from bench.accuracy import Accuracy, check_attention, eager, plain_row
 from bench.workloads.base import Shape, Workload, compiled, random_layers
-from bench.workloads.row_scores import RowScores
 from vtc import ops, reference
 
 
@@ -31,16 +30,13 @@ class ClsAttention(Workload):
             "reference": reference.cls_attention,
             "compiled": compiled(reference.cls_attention),
             "sdpa+row": lambda q, k, v: (sdpa(q, k, v).transpose(1, 2), plain_row(q, k)),
-            # What VTC runs where `vtc.ops.fused_is_faster` says no. The mean over heads is part of it.
-            "sdpa+row_scores": lambda q, k, v: (
+            # What VTC runs where `vtc.ops.fused_is_faster` says no, but there one launch is for all scored layers.
+            "sdpa+cls_probs": lambda q, k, v: (
                 sdpa(q, k, v).transpose(1, 2),
-                ops.row_scores(q[:, :, 0], k, skip=1, backend="triton"),
+                ops.cls_probs([q[:, :, 0]], [k], backend="triton")[0],
             ),
             "full-weights": eager,
         }
 
     def check(self, inputs: tuple[Any, ...], result: Any) -> list[Accuracy]:
-        out, probs = result
-        if probs is None or probs.ndim == 3:
-            return check_attention(inputs, out, probs)
-        return check_attention(inputs, out, None) + RowScores().check(inputs[:2], probs)
+        return check_attention(inputs, *result)

@@ -68,7 +68,7 @@ def test_the_command_writes_records_and_plots(tmp_path, capsys):
     [
         (
             ["micro", "--op", "sort"],
-            "unknown op sort; there are selection, cls_probs, select, cls_attention, row_scores",
+            "unknown op sort; there are scored_layers, cls_probs, select, cls_attention, row_scores",
         ),
         (["micro", "--model", "GPT"], "unknown model GPT; there are"),
         (["micro", "--dtype", "int8"], "unknown dtype int8; there are fp16, bf16, fp32"),

@@ -41,7 +41,7 @@ def test_e2e_times_every_stage(tmp_path, small_images):
     assert e2e.run(CPU, SMALL, tmp_path / "e2e.jsonl", say=said.append) == 0
     records = record.read(tmp_path / "e2e.jsonl")
     variants = {stage: {r.backend for r in records if r.op == stage} for stage in e2e.STAGES}
-    assert variants.pop("select") == {"vtc 128", "vtc 64"}
+    assert variants.pop("selection") == {"vtc 128", "vtc 64"}
     lengths = {"sdpa", "vtc 64", "sdpa, no cudnn", "vtc 64, no cudnn"}
     assert variants.pop("first token, new length") == lengths
     for stage in ("generate 1", "generate 32"):
@@ -50,7 +50,7 @@ def test_e2e_times_every_stage(tmp_path, small_images):
     assert torch.backends.cuda.cudnn_sdp_enabled()
     assert all(found == {"sdpa", "vtc 128", "vtc 64"} for found in variants.values())
     assert {r.shape["visual"] for r in records} == {144, 128, 64}
-    assert {r.backend for r in records if r.speedup_50 is None and r.op != "select"} == {"sdpa", "sdpa, no cudnn"}
+    assert {r.backend for r in records if r.speedup_50 is None and r.op != "selection"} == {"sdpa", "sdpa, no cudnn"}
     assert sum("of the stock tower" in line for line in said) == 2
     floors = {(r.op, r.backend): r.floor_ms for r in records}
     assert all(r.floor_ms > 0 and r.bound in roofline.BOUNDS and r.matmul_tflop_per_s > 0 for r in records)

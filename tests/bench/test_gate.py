@@ -12,7 +12,7 @@ from bench.workloads import WORKLOADS
 def test_every_operation_is_gated_in_every_dtype():
     made = gate.jobs(torch.device("cuda"))
     first = made[0].name
-    assert first.startswith("selection LLaVA-1.5 bf16 B=2 T=1 N=577 H=16 D=64 K=64 triton")
+    assert first.startswith("scored_layers LLaVA-1.5 bf16 B=2 T=1 N=577 H=16 D=64 K=64 triton")
     for op in WORKLOADS:
         for dtype in ("bf16", "fp16", "fp32") if WORKLOADS[op].floats else ("fp32",):
             for model in ("LLaVA-1.5", "LLaVA-NeXT", "SigLIP-like"):

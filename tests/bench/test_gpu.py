@@ -31,12 +31,12 @@ def test_the_plan_takes_less_than_nine_minutes():
 
 def test_what_matters_most_is_timed_first():
     names = [job.name for job in parts.part_jobs("micro", torch.device("cuda"), played=False)]
-    assert names[0].startswith("selection LLaVA-1.5 bf16 B=1 ")
+    assert names[0].startswith("scored_layers LLaVA-1.5 bf16 B=1 ")
     assert not any(name.endswith(" compiled") for name in names)
     later = [names.index(next(n for n in names if n.startswith(start))) for start in (
-        "selection LLaVA-1.5 bf16", "cls_probs LLaVA-1.5 bf16", "select LLaVA-1.5 bf16", "cls_attention LLaVA-1.5 bf16",
-        "row_scores LLaVA-1.5 bf16", "topk LLaVA-1.5",
-        "compact LLaVA-1.5 bf16", "selection LLaVA-NeXT bf16",
+        "scored_layers LLaVA-1.5 bf16", "cls_probs LLaVA-1.5 bf16", "select LLaVA-1.5 bf16",
+        "cls_attention LLaVA-1.5 bf16", "row_scores LLaVA-1.5 bf16", "topk LLaVA-1.5",
+        "compact LLaVA-1.5 bf16", "scored_layers LLaVA-NeXT bf16",
     )]  # fmt: skip
     assert later == sorted(later)
 

@@ -23,7 +23,7 @@ def test_micro_times_every_operation_on_a_cpu(tmp_path):
     assert micro.run(QUICK, CPU, tmp_path / "micro.jsonl", said.append) == 0
     records = record.read(tmp_path / "micro.jsonl")
     assert {r.op for r in records} == set(WORKLOADS)
-    assert {r.backend for r in records if r.op == "selection"} == {"reference", "sdpa+row"}
+    assert {r.backend for r in records if r.op == "scored_layers"} == {"reference", "sdpa+row"}
     assert "no GPU: torch providers on small shapes; Triton timings need a GPU" in said
     assert all(r.ms_20 <= r.ms_50 <= r.ms_80 and r.bytes > 0 for r in records)
 
@@ -73,4 +73,4 @@ def test_compiled_providers_are_timed_when_asked_for():
 
     assert "compiled" not in providers(micro.Options())
     assert providers(micro.Options(providers=("compiled",))) == {"compiled"}
-    assert micro.jobs(micro.Options(), CPU)[0].name.startswith("selection small fp32")
+    assert micro.jobs(micro.Options(), CPU)[0].name.startswith("scored_layers small fp32")

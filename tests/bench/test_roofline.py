@@ -155,3 +155,25 @@ def test_records_without_floors_get_those_of_their_run():
     assert floors["vtc 64", 1][1] == "bandwidth"
     assert floors["sdpa", 1][0] == pytest.approx(11.8, abs=0.1)
     assert speedups.with_floors(after, 1.0) == after  # floors that were measured stay
+
+
+def test_tables_name_the_model_and_leave_out_what_is_missing():
+    def first(model, batch, backend, speedup):
+        shape = {"B": batch, "visual": 64, "text": 40}
+        made = make_record((5.0,) * 3, op="first token", backend=backend, suite="e2e", model=model, shape=shape)
+        return dataclasses.replace(made, speedup_50=speedup)
+
+    records = [first("7B", 1, "vtc 64", 2.0), first("13B", 1, "vtc 64", 3.0), first("13B", 64, "vtc 64", None)]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in speedups.first_tokens(records).splitlines()[2:]]
+    assert rows == [
+        ["7B", "64", "model(...)", "2.00x", ""],
+        ["7B", "64", "GPU time only", "", ""],
+        ["13B", "64", "model(...)", "3.00x", ""],
+        ["13B", "64", "GPU time only", "", ""],
+    ]
+    records = [dataclasses.replace(r, op="generate 32") for r in records]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in speedups.new_lengths(records).splitlines()[2:]]
+    assert rows == [
+        ["13B", "1", "64", "generate(...) 32", "yes", "15", "5", "3.00x"],
+        ["7B", "1", "64", "generate(...) 32", "yes", "10", "5", "2.00x"],
+    ]

@@ -26,7 +26,7 @@ def test_the_page_says_what_is_right_wrong_fast_and_slow(tmp_path):
         on_gpu("topk", "triton", 0.04, 0.1), on_gpu("topk", "torch.topk", 0.02, 0.1),
         on_gpu("cls_attention", "triton 64x64 w4 s2", 0.08, 0.2, {"B": 16, "D": 64}, dtype="bf16", suite="attention"),
         on_gpu("cls_attention", "triton", 0.12, 0.2, {"B": 16, "D": 64}, dtype="bf16", suite="attention"),
-        on_gpu("cls_attention", "sdpa+row_scores", 0.09, 0.2, {"B": 16, "D": 64}, dtype="bf16", suite="attention"),
+        on_gpu("cls_attention", "sdpa+cls_probs", 0.09, 0.2, {"B": 16, "D": 64}, dtype="bf16", suite="attention"),
     ]  # fmt: skip
     record.append(tmp_path / "micro.jsonl", micro_records)
     stages = [
@@ -66,7 +66,7 @@ def test_the_page_says_what_is_right_wrong_fast_and_slow(tmp_path):
     assert "MEASURED: ((9, 0), 64, 2): (64, 64, 4, 2)," in sections["TO PASTE"]
     assert "tests: 1 of 5 passed, 0 skipped" in sections["RIGHT"]
     assert "tests: t.py::a: 2 failed: AssertionError: error 3 > 2" in sections["WRONG"]
-    assert "best triton 64x64 w4 s2 80.0 us (triton 120.0, sdpa+row_scores 90.0)" in sections["FAST"]
+    assert "best triton 64x64 w4 s2 80.0 us (triton 120.0, sdpa+cls_probs 90.0)" in sections["FAST"]
     assert "vtc 64, vision + projector + prefill as graphs: B=1 12.00 -> 6.00 ms = 2.00x" in sections["FAST"]
     assert "vtc 64, prefill: B=1 4.00 -> 2.00 ms = 2.00x (host 1.17x)" in sections["FAST"]
     assert "vtc 64, generate: host: B=1 30.00 -> 40.00 ms = 0.75x" in sections["SLOW"]
@@ -94,10 +94,10 @@ def test_one_choice_of_blocks_for_all_batch_sizes():
     records += sweep("triton 128x64 w8 s2", 0.5, None)  # not reached with 16
     assert attention.to_paste(records, None) == []
     assert attention.to_paste([], "9.0") == []
-    assert attention.to_paste(records + sweep("sdpa+row_scores", 1.1, 8.5), "9.0") == [
+    assert attention.to_paste(records + sweep("sdpa+cls_probs", 1.1, 8.5), "9.0") == [
         "MEASURED: ((9, 0), 64, 2): (64, 64, 4, 3),",
         "FUSED: ((9, 0), torch.bfloat16, 64),",
     ]
-    slower = attention.to_paste(records + sweep("sdpa+row_scores", 1.0, 8.5), "9.0")
-    assert slower[1] == "FUSED: not bf16, 64: slower than SDPA and row_scores at B=1"
+    slower = attention.to_paste(records + sweep("sdpa+cls_probs", 1.0, 8.5), "9.0")
+    assert slower[1] == "FUSED: not bf16, 64: slower than SDPA and cls_probs at B=1"
     assert attention.to_paste(records, "9.0")[1].endswith("at B=1, B=16")  # nothing to compare with

@@ -19,7 +19,7 @@ def inputs_of(op, dtype=torch.float32, device=CPU):
 
 
 def test_every_operation_has_a_workload():
-    assert set(WORKLOADS) == {*ops.OPS, "selection"}
+    assert set(WORKLOADS) == {*ops.OPS, "scored_layers"}
 
 
 @pytest.mark.parametrize("op", WORKLOADS)
@@ -29,7 +29,7 @@ def test_every_provider_passes_its_gate(op, dtype):
     _, inputs = inputs_of(op, dtype, DEVICE)
     providers = WORKLOADS[op].providers()
     assert {"triton", "reference", "compiled"} <= set(providers)
-    if op in ("cls_attention", "cls_probs", "row_scores", "selection"):
+    if op in ("cls_attention", "cls_probs", "row_scores", "scored_layers"):
         assert {"sdpa+row", "full-weights"} <= set(providers)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for provider in providers.values():
@@ -75,7 +75,7 @@ WRONG = {
         ((1,), lambda x: x.int()),
         ((2,), lambda x: x * 1.001),
     ],
-    "selection": [
+    "scored_layers": [
         ((0,), first_row(0)),
         ((1,), lambda x: x * 1.001),
         ((2,), lambda x: x.flip(1)),
@@ -146,7 +146,7 @@ def test_shapes_are_those_of_the_models():
     assert base.MODELS[0].shape(4, 64) == {
         "B": 4, "T": 1, "N": 577, "H": 16, "D": 64, "L": 32, "G": 32, "F": 128, "K": 64
     }  # fmt: skip
-    work = WORKLOADS["selection"]
+    work = WORKLOADS["scored_layers"]
     pairs = micro.sizes(work, micro.Options(), on_gpu=True)
     assert {b for b, _ in pairs} == {1, 4, 16, 64}
     assert {k for _, k in pairs} == {32, 64, 128, 192, 256}

@@ -35,6 +35,28 @@ def test_second_turn(model, eager, name):
         golden.close(torch.stack(second.logits)[:, i], logits)
 
 
+@pytest.mark.parametrize("keep", [9, 36])
+def test_a_caller_may_use_its_tensors_again(model, keep):
+    """With all 36 tokens nothing is shortened, and what the cache remembers must not be the caller's own memory."""
+    vtc.configure(model, keep=keep)
+    answers = []
+    for overwritten in (False, True):
+        call = inputs(prompts("one"))
+        cache = DynamicCache(config=model.config)
+        first = model.generate(**call, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        filled = model(**inputs(prompts("one")) | {"input_ids": call["input_ids"]})
+        if overwritten:
+            call["input_ids"].fill_(5)
+            call["attention_mask"].fill_(0)
+        more = {"pixel_values": models.images(1, seed=3), "max_new_tokens": 3, "do_sample": False}
+        whole = models.batch([first[0].tolist() + ids(2, "image", 3, seed=9)])
+        answers.append(model.generate(**whole, past_key_values=cache, **more))
+        whole = models.batch([prompts("one")[0] + ids(2, "image", 3, seed=9)])
+        answers.append(model.generate(**whole, past_key_values=filled.past_key_values, **more))
+    assert torch.equal(answers[0], answers[2])
+    assert torch.equal(answers[1], answers[3])
+
+
 @pytest.mark.supported("Caches", "further turns with new images")
 @pytest.mark.parametrize("first_turn", ["one", "text"])
 def test_further_turns_with_new_images(model, eager, first_turn):

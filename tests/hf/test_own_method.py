@@ -20,7 +20,7 @@ from vtc.eval.local import LocalEngine
 from vtc.eval.model import ModelSpec
 from vtc.eval.setting import Setting, ignores_keep, sweep
 from vtc.eval.tasks.scenes import Scenes
-from vtc.methods import METHODS, Method, Needs, Ranking
+from vtc.methods import METHODS, Method, Needs, Ranking, Tokens
 from vtc.methods.fastv import FastV
 from vtc.methods.prumerge import PruMerge
 from vtc.methods.random import random_scores
@@ -319,11 +319,12 @@ class Ranked(Method):
 
     name = "ranked"
     needs = Needs(pixels=True)
-    wrong: bool = False
+    wrong: str = ""
 
     def ranking(self, outputs):
         scores = random_scores(outputs.pixel_values, outputs.patches.shape[1], 0)
-        return scores if self.wrong else Ranking(scores)
+        wrong = {"tensor": scores, "none": Ranking(outputs.cls_probs), "fewer": Ranking(scores[:, 1:])}
+        return wrong.get(self.wrong, Ranking(scores))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,15 +352,69 @@ def test_a_method_that_ranks(stock):
     assert torch.equal(selection.indices, ops.topk(-selection.scores, 9))
 
 
+class Reduced(Ranked):
+    """It ranks, but does not take the best."""
+
+    name = "reduced"
+
+    def reduce(self, outputs, keep):
+        return Tokens(outputs.patches[:, :keep])
+
+
+class RankedZip(VisionZip):
+    """Its ranking has no use."""
+
+    name = "ranked-zip"
+    ranking = Ranked.ranking
+
+
+class Named(Ranked):
+    """It says itself what it runs."""
+
+    name = "named"
+    operations = ("row_scores", "select")
+
+
+class Mixed(type("Mixin", (), {"ranking": Ranked.ranking}), Method):
+    name = "mixed"
+
+
+class MixedAgain(Mixed):
+    name = "mixed-again"
+
+
 def test_which_operations_a_method_runs():
-    assert {cls.name: cls.operations for cls in (Mine, MyCLS, Ranked, LastRanked)} == {
-        "mine": ("topk", "compact"),
-        "my-cls": ("select",),
-        "ranked": ("select",),
-        "last-ranked": ("topk", "compact"),
+    classes = (
+        Mine,
+        MyCLS,
+        Ranked,
+        LastRanked,
+        Reduced,
+        RankedZip,
+        Named,
+        type("Same", (Named,), {}),
+        Mixed,
+        MixedAgain,
+    )
+    assert {cls.__name__: cls.operations for cls in classes} == {
+        "Mine": ("topk", "compact"),
+        "MyCLS": ("select",),
+        "Ranked": ("select",),
+        "LastRanked": ("topk", "compact"),
+        "Reduced": ("select",),  # as it inherits them
+        "RankedZip": VisionZip.operations,
+        "Named": ("row_scores", "select"),
+        "Same": ("row_scores", "select"),
+        "Mixed": ("select",),
+        "MixedAgain": ("select",),
     }
+    assert not Reduced.only_ranks()
 
 
-def test_a_ranking_of_another_type_is_explained(stock):
-    with pytest.raises(ValueError, match=r"ranking of method 'ranked' must return .*Ranking\(scores\), got a Tensor"):
-        vtc.select(stock, models.images(1), method=Ranked(wrong=True), keep=9)
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [("tensor", "a Tensor"), ("none", "scores that are a NoneType"), ("fewer", r"scores \[1, 35\]")],
+)
+def test_a_ranking_of_another_type_is_explained(stock, wrong, got):
+    with pytest.raises(ValueError, match=rf"ranking of method 'ranked' must return .*Ranking\(scores\).* got {got}$"):
+        vtc.select(stock, models.images(1), method=Ranked(wrong=wrong), keep=9)

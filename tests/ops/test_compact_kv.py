@@ -128,6 +128,30 @@ def test_all_layers_take_one_launch_of_few_arguments(monkeypatch):
     assert arguments == [18]
 
 
+def test_the_table_of_a_captured_graph_has_the_same_addresses():
+    """A copy from the host would be repeated at every replay, from memory that must not be freed."""
+    from vtc_kernels.compact_kv import _table_of_arguments
+
+    keys, values = make(3, 2, 2, 5, 4)
+    tensors = [*keys, values[0][:, :, 1:], values[1]]
+    assert _table_of_arguments(tensors).tolist() == [tensor.data_ptr() for tensor in tensors]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a graph needs a GPU")
+def test_a_captured_graph_copies_at_every_replay():
+    keys, values = make(2, 1, 2, 20, 16)
+    indices = choose(1, 20, 7)
+    ops.compact_kv(keys, values, indices, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = ops.compact_kv(keys, values, indices, backend="triton")
+    for _ in range(2):
+        keys[0].normal_()
+        graph.replay()
+        for result, x in zip((*kept[0], *kept[1]), (*keys, *values), strict=True):
+            assert torch.equal(result, x.gather(2, indices[:, None, :, None].expand(-1, 2, -1, 16)))
+
+
 def test_other_bytes_than_values():
     """Conjugated and negated views are lazy: the kernel gets their values. The dispatcher sees to it for `vtc.ops`."""
     from vtc_kernels.compact_kv import compact_kv

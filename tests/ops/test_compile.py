@@ -129,6 +129,8 @@ def variants(target_name: str):
     for aligned in (False, True):
         blocks, name = {"ALIGNED": aligned, "BLOCK_K": k, "BLOCK_D": d}, "aligned" if aligned else "unaligned"
         yield Variant("compact_kv._compact_kv_kernel", name, COPIED, pointers, blocks, warps)
+    pointers = {"x_ptrs": ("*P",) * 64, "addresses_ptr": "*i64"}
+    yield Variant("compact_kv._table_kernel", "64 tensors", ("bf16",), pointers, {}, 1)
 
     # PruMerge has counts, VisionZip has none.
     counted = {"targets_ptr": "*i64", "counts_ptr": "*i64"}

@@ -214,8 +214,8 @@ def vtc_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of query `[B, H, N, D]` over key and value `[B, H_kv, M, D]`, any strides: `([B, N, H, D], None)`.
 
-    In a layer that `vtc_scores` knows, the first query's probabilities are added to it: O(N) more memory, never an
-    N x N matrix.
+    In a layer that `vtc_scores` knows, the first query's probabilities are added to it, without an N x N matrix. The
+    queries and keys of these layers live until the last of them has run.
     """
     if vtc_scores is None:
         return _attend(module, query, key, value, attention_mask, scaling, **kwargs)

@@ -274,7 +274,13 @@ def _shortened(
         counted=in_forward,
         packed=in_forward and _is_packed(settings, call),
     )
-    note = ShortConversation.of(ids[:, start:], short, shortening, settings.config)
+    full = ids[:, start:]
+    # The note outlives the call, and a caller may use tensors again. What generate() returns replaces `full`.
+    if shortening is None:
+        short = {name: each.clone() for name, each in short.items()}
+    if in_forward:
+        full = full.clone()
+    note = ShortConversation.of(full, short, shortening, settings.config)
     if past:
         note = past.followed_by(note, ids, mask, start)
         short = note.arguments

@@ -1,7 +1,8 @@
 """A prompt of one row with one image, the usual one: read from the device once, and shortened by one concatenation.
 
 What `vtc.hf.prompt` computes for any prompt follows here from two numbers that the host knows: where the image begins,
-and the length of the row.
+and the length of the row. A row that only its ids show to be of another kind, with padding or two images, is read again
+by `Prompt`.
 """
 
 from __future__ import annotations

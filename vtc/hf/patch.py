@@ -1,8 +1,9 @@
 """What VTC replaces in transformers: `generate`, `forward` and `get_image_features` of the LLaVA classes. Nothing else.
 
 Each is guarded: the guard hands the call to the stock method at once unless a `vtc.compress` block is open, the vision
-tower has the attention "vtc", or the KV cache holds a compressed conversation. README.md beside this file says why the
-classes are guarded and not the instances.
+tower has the attention "vtc", or the KV cache holds a compressed conversation. `forward()` without images and without
+such a cache is always the stock method. README.md beside this file says why the classes are guarded and not the
+instances.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def stored(base: Any) -> VTCConfig:
         given = {name: given[name] for name in SHARED if name in given} | {"method": own}
     try:
         if _SCALARS.issuperset(map(type, given.values())) and not torch.compiler.is_compiling():
-            return _checked(METHODS.get(given.get("method", "")), **given)  # type: ignore[arg-type]
+            return _checked(METHODS.get(given.get("method", "vtc-cls")), **given)  # type: ignore[arg-type]
         return VTCConfig.of(**given)
     except ValueError as error:
         known = given.get("method", "vtc-cls") in METHODS

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.methods.checks import plain
+from vtc.ops.topk import dtype_of_total
 
 _NO_DEFAULT = object()
 
@@ -168,7 +169,12 @@ class Method:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "operations" not in vars(cls) and not {"ranking", "select"}.isdisjoint(vars(cls)):
+
+        def distance(name: str) -> int:
+            return next(at for at, each in enumerate(cls.__mro__) if name in vars(each))
+
+        # They follow from how it selects, unless the class that says how also says which.
+        if cls.reduce is Method.reduce and min(map(distance, ("ranking", "select"))) < distance("operations"):
             cls.operations = ("select",) if cls.only_ranks() else ("topk", "compact")
 
     def __post_init__(self) -> None:
@@ -227,8 +233,8 @@ class Method:
 
     @classmethod
     def only_ranks(cls) -> bool:
-        """Whether `reduce` is one `vtc.ops.select` of its `ranking`."""
-        return cls.select is Method.select and cls.ranking is not Method.ranking
+        """Whether its `reduce` is one `vtc.ops.select` of its `ranking`."""
+        return cls.reduce is Method.reduce and cls.select is Method.select and cls.ranking is not Method.ranking
 
     def scored_layers(self, end: int, depth: int) -> range:
         """The vision layers, counted from 0, whose attention gives `cls_probs` and the keys of the feature layer.
@@ -281,24 +287,31 @@ class Method:
             As `ranking`.
         """
         scores, ensemble = self.ranked(outputs)
-        dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        total = torch.empty(outputs.patches.shape[:2], dtype=dtype, device=scores.device)
+        total = torch.empty(outputs.patches.shape[:2], dtype=dtype_of_total(scores), device=scores.device)
         return ops.topk(scores, keep, ensemble=ensemble, total=total, backend=self.backend), total
 
     def ranked(self, outputs: VisionOutputs) -> Ranking:
-        """What `ranking` returns, once its type is the one that it promises.
+        """What `ranking` returns, once its type and shape are those that it promises.
 
         Raises
         ------
         ValueError
-            If it is not.
+            If they are not.
         """
         found: object = self.ranking(outputs)
-        if not isinstance(found, Ranking):
-            raise ValueError(
-                f"ranking of method {self.name!r} must return vtc.methods.Ranking(scores), got a {type(found).__name__}"
-            )
-        return found
+        views, num_tokens = outputs.patches.shape[:2]
+        if isinstance(found, Ranking) and isinstance(found.scores, Tensor):
+            shape = tuple(found.scores.shape)
+            if len(shape) in (2, 3, 4) and (shape[len(shape) > 2], shape[-1]) == (views, num_tokens):
+                return found
+            got = f"scores {list(shape)}"
+        else:
+            what = found.scores if isinstance(found, Ranking) else found
+            got = f"{'scores that are ' if isinstance(found, Ranking) else ''}a {type(what).__name__}"
+        raise ValueError(
+            f"ranking of method {self.name!r} must return vtc.methods.Ranking(scores), with scores "
+            f"{[views, num_tokens]}, [L, {views}, {num_tokens}] or [L, {views}, H, {num_tokens}], got {got}"
+        )
 
     def selected(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
         """What `select` returns, once its types and shapes are those that it promises.

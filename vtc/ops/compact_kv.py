@@ -62,11 +62,11 @@ def compact_kv(
 
 
 def _each_kind(tensors: tuple[Tensor, ...], indices: Tensor, backend: str) -> list[Tensor]:
-    """The kept tokens of tensors of several shapes or dtypes."""
+    """The kept tokens of tensors of several shapes, dtypes or strides."""
     groups: list[list[int]] = []  # by comparing, for torch.compile cannot hash a size that it does not know
     for number, tensor in enumerate(tensors):
         for group in groups:
-            if tensor.shape == tensors[group[0]].shape and tensor.dtype == tensors[group[0]].dtype:
+            if _layout(tensor) == _layout(tensors[group[0]]):
                 group.append(number)
                 break
         else:
@@ -82,12 +82,16 @@ def _each_kind(tensors: tuple[Tensor, ...], indices: Tensor, backend: str) -> li
 _kind = operator.attrgetter("dtype", "device")
 
 
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
 def _are_alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether all have the shape, dtype and device of the first one: then a check of that one is a check of all."""
+    """Whether all are laid out as the first one, on its device: then a check of that one is a check of all."""
     if torch.compiler.is_compiling():
         return False
-    sizes, kinds = [*map(Tensor.size, tensors)], [*map(_kind, tensors)]
-    return bool(sizes) and sizes.count(sizes[0]) == kinds.count(kinds[0]) == len(sizes)
+    sizes, strides, kinds = [*map(Tensor.size, tensors)], [*map(Tensor.stride, tensors)], [*map(_kind, tensors)]
+    return bool(sizes) and sizes.count(sizes[0]) == strides.count(strides[0]) == kinds.count(kinds[0]) == len(sizes)
 
 
 def _fake(tensors: Sequence[Tensor], indices: Tensor, *_: Any) -> Tensor:
@@ -100,4 +104,4 @@ def _fake(tensors: Sequence[Tensor], indices: Tensor, *_: Any) -> Tensor:
 def _compact_kv(tensors: Sequence[Tensor], indices: Tensor, backend: str) -> Tensor:
     check_range("compact_kv", indices, tensors[0].shape[2])
     kept: Any = implementation("compact_kv", indices.device, backend)(tensors, (), indices)[0]
-    return kept if isinstance(kept, Tensor) else torch.stack(kept)
+    return kept if isinstance(kept, Tensor) else torch.stack(kept)  # of the reference, or a compiler changed strides

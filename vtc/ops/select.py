@@ -10,7 +10,7 @@ from torch import Tensor
 from vtc.ops.checks import check_devices, shapes
 from vtc.ops.compact import compact
 from vtc.ops.dispatch import implementation, register
-from vtc.ops.topk import check_scores, topk
+from vtc.ops.topk import check_scores, dtype_of_total, topk
 
 
 def select(
@@ -53,20 +53,16 @@ def select(
     check_devices("select", scores=scores, x=x)
     scores = scores.detach()
     if torch.is_grad_enabled() and x.requires_grad:
-        total = scores.new_empty((num_images, num_tokens), dtype=_dtype_of_total(scores))
+        total = scores.new_empty((num_images, num_tokens), dtype=dtype_of_total(scores))
         indices = topk(scores, k, ensemble=ensemble, total=total, backend=backend)
         return compact(x, indices, backend=backend), indices, total
     return torch.ops.vtc.select(scores, x, k, ensemble, backend)
 
 
-def _dtype_of_total(scores: Tensor) -> torch.dtype:
-    return torch.float64 if scores.dtype == torch.float64 else torch.float32
-
-
 def _fake(scores: Tensor, x: Tensor, k: int, *_: str) -> tuple[Tensor, Tensor, Tensor]:
     features = x.new_empty((x.shape[0], k, *x.shape[2:]))
     indices = x.new_empty((x.shape[0], k), dtype=torch.int64)
-    return features, indices, x.new_empty(x.shape[:2], dtype=_dtype_of_total(scores))
+    return features, indices, x.new_empty(x.shape[:2], dtype=dtype_of_total(scores))
 
 
 @register("select(Tensor scores, Tensor x, SymInt k, str ensemble, str backend) -> (Tensor, Tensor, Tensor)", _fake)

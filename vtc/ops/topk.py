@@ -42,7 +42,7 @@ def topk(
     """
     num_images, num_tokens = check_scores("topk", scores, k, ensemble)
     check_devices("topk", scores=scores, total=total)
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    dtype = dtype_of_total(scores)
     if total is not None and (total.dtype != dtype or total.shape != (num_images, num_tokens)):
         raise ValueError(
             f"topk: total must be {dtype} [B, N] = [{num_images}, {num_tokens}], got {total.dtype} {shapes(total)}."
@@ -73,3 +73,8 @@ def check_scores(op: str, scores: Tensor, k: int, ensemble: str) -> tuple[int, i
 )
 def _topk(scores: Tensor, k: int, ensemble: str, total: Tensor | None, backend: str) -> Tensor:
     return implementation("topk", scores.device, backend)(scores, k, ensemble=ensemble, total=total)
+
+
+def dtype_of_total(scores: Tensor) -> torch.dtype:
+    """That of combined scores."""
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32

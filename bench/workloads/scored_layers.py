@@ -1,4 +1,4 @@
-"""`selection`: attention, scores and selection as one path."""
+"""`scored_layers`: attention, [CLS] probabilities and selection as one path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.workloads.compact import Compact
 from vtc import ops, reference
 
 
-class Selection(Workload):
+class ScoredLayers(Workload):
     """Attention and scores of three layers, and `select`: everything that VTC adds to a tower or replaces in it.
 
     Providers return the last layer's attention, the combined scores, the indices and the kept features.
