@@ -112,6 +112,19 @@ def test_layers_that_differ_in_their_strides_alone(backend):
     check(keys, values, choose(2, 20, 7), backend)
 
 
+def test_the_launcher_takes_strides_that_differ():
+    """`vtc.ops` passes tensors of equal strides, but a compiler may change strides before the operator runs."""
+    from vtc_kernels import compact_kv as module
+
+    keys, _ = make(2, 2, 2, 20, 16)
+    _, values = make(2, 2, 2, 20, 16, layout="transposed")
+    indices = choose(2, 20, 7)
+    kept = module.compact_kv(keys, values, indices)
+    for results, tensors in zip(kept, (keys, values), strict=True):
+        for result, x in zip(results, tensors, strict=True):
+            assert torch.equal(result, x.gather(2, indices[:, None, :, None].expand(-1, 2, -1, 16)))
+
+
 def test_all_layers_take_one_launch_of_few_arguments(monkeypatch):
     """Triton looks at each argument of each launch: 64 pointers to caches cost more than all else."""
     from vtc_kernels import compact_kv as module

@@ -154,8 +154,10 @@ MUTANTS = [
         "vtc/methods/base.py",
         "hf/test_own_method",
         {
-            "select of a ranking method is not asked": ("return cls.select is Method.select and cls.ranking", "return cls.ranking"),
-            "operations are inherited": ('if "operations" not in vars(cls) and', "if False and"),
+            "select of a ranking method is not asked": ("cls.reduce is Method.reduce and cls.select is Method.select and cls.ranking", "cls.reduce is Method.reduce and cls.ranking"),
+            "operations are inherited": ("< distance(\"operations\")", "< 0"),
+            "operations of a method that reduces": ("if cls.reduce is Method.reduce and min(", "if min("),
+            "scores of a ranking are not checked": ("if isinstance(found, Ranking) and isinstance(found.scores, Tensor)", "if isinstance(found, Ranking)"),
         },
     ),
     *_of(
@@ -269,6 +271,7 @@ MUTANTS = [
         "kernels/compact_kv.py",
         "ops/test_compact_kv",
         {
+            "table of the first tensor alone": ("tl.store(addresses_ptr + t, x_ptrs[t].to(tl.int64))", "tl.store(addresses_ptr + t, x_ptrs[0].to(tl.int64))"),
             "only the first block": ("while start < num_kept:", "while start < tl.minimum(num_kept, 1):"),
             "first tensor for all": ("tl.load(addresses_ptr + t)", "tl.load(addresses_ptr)"),
             "written to the first tensor": ("out_ptr += t * out_stride_t + b", "out_ptr += b"),
@@ -422,7 +425,7 @@ MUTANTS = [
         "ops/test_compact_kv ops/test_common",
         {
             "only the first tensor checked": ("checked = tensors[:1] if _are_alike(tensors) else tensors", "checked = tensors[:1]"),
-            "one dtype for all": ("if tensor.shape == tensors[group[0]].shape and tensor.dtype == tensors[group[0]].dtype:", "if tensor.shape == tensors[group[0]].shape:"),
+            "one dtype for all": ("return tensor.shape, tensor.stride(), tensor.dtype", "return tensor.shape, tensor.stride()"),
             "groups out of order": ("kept[number] = tensor", "kept[group[0]] = tensor"),
         },
     ),
@@ -506,7 +509,7 @@ MUTANTS = [
         {
             "True is 1": ("typed=True", "typed=False"),
             "values that change are remembered": ("if _SCALARS.issuperset(map(type, given.values())) and", "if"),
-            "a name is always the same class": ('METHODS.get(given.get("method", ""))', "None"),
+            "a name is always the same class": ('METHODS.get(given.get("method", "vtc-cls"))', "None"),
             "settings are checked each time": ("@functools.lru_cache(maxsize=64, typed=True)", "@functools.lru_cache(maxsize=0, typed=True)"),
         },
     ),
@@ -699,6 +702,14 @@ MUTANTS = [
             "no image is an image": ("if 0 in pixels.shape:", "if False:"),
             "channels anywhere": ("or pixels.shape[-3] != channels:", "or False:"),
             "a video's features are a list": ('(self.settings.family.stacked or self.layout == "frames")', "self.settings.family.stacked"),
+        },
+    ),
+    *_of(
+        "vtc/hf/generate.py",
+        "hf/test_conversation",
+        {
+            "a note of the caller's tensors": ("if shortening is None:\n        short =", "if False:\n        short ="),
+            "a note of the caller's full prompt": ("if in_forward:\n        full =", "if False:\n        full ="),
         },
     ),
     *_of(
