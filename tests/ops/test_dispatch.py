@@ -53,6 +53,9 @@ def test_fused_attention_is_taken_where_it_was_measured(monkeypatch):
     assert not ops.fused_is_faster(CUDA, torch.bfloat16, 64)
     assert not ops.fused_is_faster(CUDA, torch.float16, 64, "torch")
     assert not ops.fused_is_faster(CPU, torch.float16, 64)
+    with monkeypatch.context() as amd:
+        amd.setattr(torch.version, "hip", "6.4")
+        assert not ops.fused_is_faster(CUDA, torch.float16, 64)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert not ops.fused_is_faster(CUDA, torch.float16, 64)
 

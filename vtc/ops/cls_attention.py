@@ -25,6 +25,8 @@ def fused_is_faster(device: torch.device, dtype: torch.dtype, head_dim: int, bac
     """
     if not FUSED or backend_for("cls_attention", device, backend)[0] != "triton" or device.type != "cuda":
         return False
+    if torch.version.hip:  # AMD's GPUs have the same numbers
+        return False
     return (torch.cuda.get_device_capability(device), dtype, head_dim) in FUSED
 
 
