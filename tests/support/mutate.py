@@ -1233,7 +1233,7 @@ MUTANTS = [
     ),
     *_of(
         "vtc/hf/prune.py",
-        "hf/test_select",
+        "hf/test_selection",
         {
             "selects nothing of K = N": ("keep == sizes[0] and not isinstance(settings.run, _Selecting)", "keep == sizes[0]"),
             "counts left out": ("None if is_even else counts", "None"),
