@@ -57,9 +57,9 @@ SELECT_TOKENS = 1024
 
 
 def select_blocks(num_tokens: int, num_features: int) -> tuple[int, int, int, int]:
-    """BLOCK_N, BLOCK_K, BLOCK_C, and the number of warps: the whole row, and 4096 elements of tokens at a time."""
+    """BLOCK_N, BLOCK_K, BLOCK_C, and the number of warps: the whole row, and 2048 elements of tokens at a time."""
     block_n, num_warps = topk_block(num_tokens)
-    return block_n, 8, min(512, triton.next_power_of_2(max(1, num_features))), num_warps
+    return block_n, 4, min(512, triton.next_power_of_2(max(1, num_features))), num_warps
 
 
 def select_parts(num_images: int, num_blocks: int) -> int:
