@@ -168,3 +168,8 @@ def test_an_unknown_model_is_explained(capsys):
 
 def test_a_page_without_records_says_so(tmp_path):
     assert readme.cpu_times(tmp_path / "README.md").startswith("Not measured yet")
+
+
+def test_more_tokens_than_an_image_has_are_refused():
+    with pytest.raises(ValueError, match="--keep must be below the 576 visual tokens of an image, got 577"):
+        cpu.run(keeps=(64, 577))
