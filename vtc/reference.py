@@ -328,6 +328,199 @@ def merge_nearest(x: Tensor, key: Tensor, targets: Tensor, weight: Tensor) -> tu
     return _products(mix, x.float()).to(x.dtype), mix
 
 
+def similarity(x: Tensor, y: Tensor, *, temperature: float | None = None) -> Tensor:
+    """Cosine similarity of every token of `x` to every token of `y`, or its softmax over the tokens of `y`.
+
+    ::
+
+        s[b, r, n] = x[b, r] · y[b, n] / (max(|x[b, r]|, ε) · max(|y[b, n]|, ε)),   ε = 1e-12
+        result     = s without a temperature, else softmax_n(s / temperature)
+
+    A token of zeros has similarity 0 to every other. The softmax is the coverage of MMTok (arXiv 2508.18264).
+
+    Parameters
+    ----------
+    x : Tensor[B, R, D], floating point
+        Any strides.
+    y : Tensor[B, N, D], the dtype of `x`
+        Any strides.
+    temperature : float, optional
+        Positive.
+
+    Returns
+    -------
+    Tensor[B, R, N], float32
+        Computed in float32 whatever the inputs' dtype. The columns are contiguous, as `coverage` reads them.
+    """
+    left, right = (torch.nn.functional.normalize(each.float(), dim=2) for each in (x, y))
+    columns = _products(right, left.mT)  # [B, N, R]
+    if temperature is not None:
+        columns = (columns / temperature).softmax(dim=1)
+    return columns.mT
+
+
+def coverage(
+    cover: Tensor,
+    k: int,
+    *,
+    weight: Tensor | None = None,
+    allowed: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Greedy maximum coverage: `k` columns, one after the other, each the one that adds most to what is covered.
+
+    SCOPE (arXiv 2510.24214) and MMTok (arXiv 2508.18264)::
+
+        covered[r] = 0
+        k times:  gain[n]    = weight[n] · Σ_r max(0, cover[r, n] - covered[r])     all rows r, all for one image
+                  choose     n with the largest gain; a tie goes to the lower index
+                  covered[r] = max(covered[r], cover[r, n])
+
+    The sum has a fixed order, so that every backend chooses the same columns: the terms r, r + 1024, r + 2048, ... are
+    added one after the other, then the upper half of these 1024 sums to the lower half, until one is left. All of it
+    is IEEE float32.
+
+    A term whose entry is NaN, or not above what is covered, is 0. A weight that is NaN or not above 0 makes the gain 0.
+    Columns that are not allowed are chosen when no other is left, the lowest first.
+
+    Parameters
+    ----------
+    cover : Tensor[B, R, N], float32
+        How much column n covers of row r. Any strides.
+    k : int
+        1 <= k <= N.
+    weight : Tensor[B, N], float32, optional
+        1 when not given.
+    allowed : Tensor[B, N], bool, optional
+        False at columns that may not be chosen.
+    counts : Tensor[B], int64, optional
+        How many columns an image chooses, 1 to k; k when not given.
+
+    Returns
+    -------
+    indices : Tensor[B, k], int64
+        The chosen columns, ascending. Entries from an image's count on are 0.
+    order : Tensor[B, k], int64
+        The same in the order in which they are chosen.
+    """
+    num_images, num_rows, num_columns = cover.shape
+    covered = torch.zeros((num_images, num_rows, 1), dtype=torch.float32, device=cover.device)
+    rest = torch.ones((num_images, num_columns), dtype=torch.bool, device=cover.device)  # not chosen
+    order = []
+    for _ in range(k):
+        gain = _sum_of_rows(torch.where(cover > covered, cover - covered, 0.0))
+        if weight is not None:
+            gain = torch.where(weight > 0, weight * gain, 0.0)
+        order.append(_first_largest(gain, rest, allowed))
+        rest = rest.scatter(1, order[-1], False)
+        chosen = cover.gather(2, order[-1].unsqueeze(1).expand(-1, num_rows, 1))
+        covered = torch.where(chosen > covered, chosen, covered)
+    return _sorted_choices(torch.cat(order, dim=1), num_columns, counts)
+
+
+def maxmin(
+    similarity: Tensor, k: int, *, allowed: Tensor | None = None, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Greedy max-min distance: `k` tokens, one after the other, each the one that is least like those chosen.
+
+    The rule of DivPrune (arXiv 2503.02175) and of farthest-point sampling, with the distance 1 - similarity::
+
+        first:      n with the smallest max_{m ≠ n} similarity[m, n]     m among the allowed, all for one image
+        k-1 times:  n with the smallest max_m similarity[m, n]           m among the chosen
+
+    A tie goes to the lower index. A similarity of NaN counts as -inf. Tokens that are not allowed are chosen when no
+    other is left, the lowest first.
+
+    Parameters
+    ----------
+    similarity : Tensor[B, N, N], float32
+        Symmetric; row m is read for token m. Any strides.
+    k : int
+        1 <= k <= N.
+    allowed : Tensor[B, N], bool, optional
+        False at tokens that may not be chosen.
+    counts : Tensor[B], int64, optional
+        How many tokens an image chooses, 1 to k; k when not given.
+
+    Returns
+    -------
+    indices : Tensor[B, k], int64
+        The chosen tokens, ascending. Entries from an image's count on are 0.
+    order : Tensor[B, k], int64
+        The same in the order in which they are chosen.
+    """
+    num_tokens = similarity.shape[1]
+    lowest = float("-inf")
+    similarity = similarity.masked_fill(similarity.isnan(), lowest)
+    others = similarity.masked_fill(torch.eye(num_tokens, dtype=torch.bool, device=similarity.device), lowest)
+    if allowed is not None:
+        others = others.masked_fill(~allowed.unsqueeze(2), lowest)
+    nearest, rest = others.amax(dim=1), torch.ones_like(others[:, 0], dtype=torch.bool)
+    order = []
+    for number in range(k):
+        order.append(_first_largest(-nearest, rest, allowed))
+        rest = rest.scatter(1, order[-1], False)
+        row = similarity.gather(1, order[-1].unsqueeze(2).expand(-1, 1, num_tokens)).squeeze(1)
+        nearest = torch.maximum(nearest, row) if number else row
+    return _sorted_choices(torch.cat(order, dim=1), num_tokens, counts)
+
+
+def received(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    skip: int = 0,
+    lse: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The attention that each token receives: the mean over the heads and over all queries.
+
+    HiPrune (arXiv 2508.00553)::
+
+        p[b, h, m, n]  = softmax_n(scale · query[b, h, m] · key[b, h, n])
+        received[b, n] = 1/H Σ_h 1/N Σ_m p[b, h, m, n + skip]
+
+    Parameters
+    ----------
+    query, key : Tensor[B, H, N, D], one floating-point dtype
+        Any strides.
+    scale : float, optional
+        ``D ** -0.5`` when not given.
+    skip : int
+        How many leading keys are left out of the result. They stay in the softmax's denominator, and their queries
+        count ([CLS]: 1).
+    lse : Tensor[B, H, N], float32, optional
+        The logarithm of each query's sum of exponentials, natural, as the forward pass of an attention has it. Computed
+        when not given.
+    cu_seqlens : Tensor[S + 1], int64 or int32, optional
+        For B = 1: where each of S segments begins, and N. A query attends to the keys of its own segment, and the mean
+        is over its segment's queries. `skip` has to be 0.
+
+    Returns
+    -------
+    Tensor[B, N - skip], float32
+        Computed in float32 whatever the inputs' dtype.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    num_tokens = query.shape[2]
+    share = torch.full((num_tokens,), 1 / num_tokens, device=query.device) if num_tokens else None
+    mask = None
+    if cu_seqlens is not None:
+        tokens = torch.arange(num_tokens, device=query.device)
+        segment = torch.searchsorted(cu_seqlens.to(query.device, torch.int64), tokens, right=True)
+        mask = segment.unsqueeze(1) == segment
+        share = 1 / mask.sum(dim=1)
+    total = torch.zeros((query.shape[0], num_tokens), dtype=torch.float32, device=query.device)
+    for head in range(query.shape[1]):  # never all heads' N x N matrices at once
+        logits = _products(query[:, head].float(), key[:, head].float().mT) * scale
+        if mask is not None:
+            logits = logits.masked_fill(~mask, float("-inf"))
+        shift = logits.logsumexp(dim=2) if lse is None else lse[:, head]
+        total += ((logits - shift.unsqueeze(2)).exp() * share.unsqueeze(1)).sum(dim=1)  # type: ignore[union-attr]
+    return (total / query.shape[1])[:, skip:].contiguous()
+
+
 def _is_target(targets: Tensor, num_tokens: int) -> Tensor:
     """Which token each target is: bool [B, K, N]."""
     return targets.unsqueeze(2) == torch.arange(num_tokens, device=targets.device)
@@ -343,3 +536,34 @@ def _similarity(key: Tensor, targets: Tensor) -> Tensor:
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """Matrix products [B, ..., ...], image by image: a batched one may round an image according to its batch mates."""
     return torch.stack([a @ b for a, b in zip(left, right, strict=True)]) if len(left) else left @ right
+
+
+def _sum_of_rows(terms: Tensor) -> Tensor:
+    """Sums over the rows of `[B, R, N]`, in the order that `coverage` specifies: [B, N]."""
+    total = torch.nn.functional.pad(terms[:, :1024], (0, 0, 0, 1024 - min(terms.shape[1], 1024)))
+    for start in range(1024, terms.shape[1], 1024):
+        block = terms[:, start : start + 1024]
+        total[:, : block.shape[1]] += block
+    while total.shape[1] > 1:
+        total = total[:, : total.shape[1] // 2] + total[:, total.shape[1] // 2 :]
+    return total[:, 0]
+
+
+def _first_largest(gain: Tensor, rest: Tensor, allowed: Tensor | None) -> Tensor:
+    """The lowest index of the largest gain among the `rest`, allowed ones first: [B, 1]."""
+    competes = rest
+    if allowed is not None:
+        first = rest & allowed
+        gain = torch.where(allowed, gain, 0.0)  # of those that are not allowed the lowest index is first
+        competes = torch.where(first.any(dim=1, keepdim=True), first, rest)
+    best = gain.masked_fill(~competes, float("-inf")).amax(dim=1, keepdim=True)
+    return (competes & (gain == best)).int().argmax(dim=1, keepdim=True)
+
+
+def _sorted_choices(order: Tensor, num_columns: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The first `counts` choices of each image, ascending, and in their order; 0 after them."""
+    if counts is None:
+        return order.sort(dim=1).values, order
+    left = torch.arange(order.shape[1], device=order.device) >= counts.unsqueeze(1)
+    indices = order.masked_fill(left, num_columns).sort(dim=1).values
+    return indices.masked_fill(indices == num_columns, 0), order.masked_fill(left, 0)

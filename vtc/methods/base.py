@@ -30,6 +30,12 @@ class Needs(NamedTuple):
         The pixel values.
     grid : bool
         Every visual token is a patch of the grid, so the tower may have no register tokens.
+    received : bool
+        The attention that each patch receives, in the layers that `Method.received_layers` names.
+    projected : bool
+        The patches after the projector.
+    question : bool
+        The prompt's text tokens, embedded by the language model.
     """
 
     cls_probs: bool = False
@@ -37,6 +43,25 @@ class Needs(NamedTuple):
     query: bool = False
     pixels: bool = False
     grid: bool = False
+    received: bool = False
+    projected: bool = False
+    question: bool = False
+
+
+class Question(NamedTuple):
+    """The text tokens of the prompts that B images are in, as the language model embeds them.
+
+    Attributes
+    ----------
+    embeddings : Tensor[B, T, E]
+    ids : Tensor[B, T], int64
+    is_text : Tensor[B, T], bool
+        False at what is no text: visual tokens and padding.
+    """
+
+    embeddings: Tensor
+    ids: Tensor
+    is_text: Tensor
 
 
 class VisionOutputs(NamedTuple):
@@ -58,6 +83,11 @@ class VisionOutputs(NamedTuple):
     pixel_values : Tensor[B, 3, height, width]
     cls : bool
         Whether `hidden` begins with a [CLS] token.
+    received : Tensor[L, B, N], float32
+        The attention that each patch receives from all tokens of the tower, per layer; see `vtc.ops.received`.
+    projected : Tensor[B, N, E]
+        The patches after the projector.
+    question : Question
     """
 
     hidden: Tensor
@@ -67,6 +97,9 @@ class VisionOutputs(NamedTuple):
     query: Tensor | None = None
     pixel_values: Tensor | None = None
     cls: bool = True
+    received: Tensor | None = None
+    projected: Tensor | None = None
+    question: Question | None = None
 
     @property
     def patches(self) -> Tensor:
@@ -257,6 +290,10 @@ class Method:
             If the options ask for layers that do not exist or may not be scored.
         """
         return range(end - 1, end) if self.needs.cls_probs or self.needs.keys == "feature" else range(0)
+
+    def received_layers(self, end: int, depth: int) -> tuple[int, ...]:
+        """The vision layers, counted from 0, of which `received` is needed; `end` and `depth` as in `scored_layers`."""
+        return (end - 1,) if self.needs.received else ()
 
     def num_outputs(self, num_tokens: int, keep: int) -> int:
         """R of `reduce` for an image of `num_tokens` patches; an upper bound of its count if the method is adaptive.

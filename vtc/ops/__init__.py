@@ -22,11 +22,15 @@ from vtc.ops.cls_attention import cls_attention, fused_is_faster
 from vtc.ops.cls_probs import cls_probs
 from vtc.ops.compact import compact
 from vtc.ops.compact_kv import compact_kv
+from vtc.ops.coverage import coverage
 from vtc.ops.dispatch import BACKENDS, OPS, backend_for
+from vtc.ops.maxmin import maxmin
 from vtc.ops.merge_nearest import merge_nearest
 from vtc.ops.merge_neighbors import merge_neighbors
+from vtc.ops.received import received
 from vtc.ops.row_scores import row_scores
 from vtc.ops.select import select
+from vtc.ops.similarity import similarity
 from vtc.ops.topk import ENSEMBLES, topk
 
 __all__ = [
@@ -38,10 +42,14 @@ __all__ = [
     "cls_probs",
     "compact",
     "compact_kv",
+    "coverage",
     "fused_is_faster",
+    "maxmin",
     "merge_nearest",
     "merge_neighbors",
+    "received",
     "row_scores",
     "select",
+    "similarity",
     "topk",
 ]

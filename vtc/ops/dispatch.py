@@ -16,6 +16,7 @@ from vtc import reference
 OPS = (
     *("cls_attention", "cls_probs", "row_scores", "topk", "compact", "select"),
     *("compact_kv", "merge_neighbors", "merge_nearest"),
+    *("similarity", "coverage", "maxmin", "received"),
 )
 BACKENDS = ("auto", "triton", "torch")
 

@@ -1,0 +1,2 @@
+def coverage(*args, **kwargs):
+    raise NotImplementedError

@@ -1,0 +1,2 @@
+def maxmin(*args, **kwargs):
+    raise NotImplementedError
