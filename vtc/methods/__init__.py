@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vtc.methods.base import Method, Needs, Ranking, Tokens, VisionOutputs, keep_patches
+from vtc.methods.base import Method, Needs, Question, Ranking, Tokens, VisionOutputs, keep_patches
 from vtc.methods.fastervlm import FasterVLM
 from vtc.methods.fastv import FastV
 from vtc.methods.none import Nothing
@@ -25,6 +25,7 @@ __all__ = [
     "METHODS",
     "Method",
     "Needs",
+    "Question",
     "Ranking",
     "Tokens",
     "VisionOutputs",
