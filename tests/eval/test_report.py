@@ -224,7 +224,7 @@ def test_two_harnesses_that_ran_visionzip_agree():
     ]
     common = tables[0].keys() & tables[1].keys()
     assert len(common) == 10
-    assert all(abs(tables[0][key] - tables[1][key]) < 0.15 for key in common)
+    assert all(abs(tables[0][key] - tables[1][key]) < 0.25 for key in common)
 
 
 def test_the_published_averages_are_the_means_of_the_published_rows():
