@@ -53,9 +53,9 @@ def run_tower(
 
     Returns the outputs that the method needs, and the operations that computed the scores.
     """
-    base, tower, needs = settings.base, settings.base.vision_tower, plan.method.needs
+    base, tower, needs = settings.base, settings.base.vision_tower, plan.method.required
     spec = tower_of(tower.config)
-    scores = _scores(spec.attentions_of(tower), plan)
+    scores = _scores(spec.attentions_of(tower), plan, spec.cls)
     states = _hidden_states(tower, views, plan, scores, tower_arguments)
     features = states[0] if len(states) == 1 else torch.cat(states, -1)
     has_cls = spec.cls
@@ -65,14 +65,20 @@ def run_tower(
         features = base.vision_resampler(features)  # expects square frames, too
     query = scores.query if needs.query else None
     pixels = views if needs.pixels else None
-    return VisionOutputs(features, plan.grid, scores.cls_probs, scores.keys, query, pixels, has_cls), scores.ops
+    outputs = VisionOutputs(
+        features, plan.grid, scores.cls_probs, scores.keys, query, pixels, has_cls, received=scores.received
+    )
+    if needs.projected:  # the kept tokens are projected once more, with the others that are kept
+        outputs = outputs._replace(projected=base.multi_modal_projector(outputs.patches))
+    return outputs, scores.ops
 
 
-def _scores(attentions: list[Any], plan: Plan) -> ClsScores:
+def _scores(attentions: list[Any], plan: Plan, cls: bool) -> ClsScores:
     """What the method needs of the tower's attention modules."""
-    scored = [attentions[number] for number in plan.scored]
-    compared = {"last": attentions[-1], "feature": scored[-1] if scored else None, None: None}[plan.method.needs.keys]
-    return ClsScores(plan.config, scored if plan.method.needs.cls_probs else [], compared)
+    scored, needs = [attentions[number] for number in plan.scored], plan.method.required
+    compared = {"last": attentions[-1], "feature": scored[-1] if scored else None, None: None}[needs.keys]
+    receiving = [attentions[number] for number in plan.received]
+    return ClsScores(plan.config, scored if needs.cls_probs else [], compared, receiving, cls)
 
 
 def _hidden_states(

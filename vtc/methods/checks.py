@@ -33,3 +33,19 @@ def check_bool(name: str, value: object) -> None:
     """Raise ValueError if `value` is neither True nor False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ValueError if `value` is not a finite number above 0."""
+    if not _is_number(value) or not 0 < value < float("inf"):  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise ValueError if `value` is not a number from 0 to 1."""
+    if not _is_number(value) or not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
