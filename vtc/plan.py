@@ -105,7 +105,8 @@ class Plan(NamedTuple):
         num_tokens = grid[0] * grid[1] + num_registers
         kept = 0 if shares_keep else kept_count(config, num_tokens)
         outputs = 0 if shares_keep else method.num_outputs(num_tokens, kept)
-        scored, received = (each(max(feature_layers), depth) for each in (method.scored_layers, method.received_layers))
+        scored = method.scored_layers(max(feature_layers), depth)
+        received = method.received_layers(max(feature_layers), depth)
         return cls(config, method, grid, num_tokens, kept, outputs, feature_layers, scored, pool, received)
 
 

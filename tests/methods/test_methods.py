@@ -29,7 +29,7 @@ class Images:
 
     def outputs(self, method, images=slice(None), mean=False, dtype=torch.float32):
         """What the method needs, as it gets it from a model, and nothing else."""
-        needs, scored = method.needs, method.scored_layers(LAYERS, LAYERS + 1)
+        needs, scored = method.required, method.scored_layers(LAYERS, LAYERS + 1)
         query, key = (
             x[:, images].to(DEVICE, dtype).unflatten(3, (self.num_heads, -1)).transpose(2, 3)
             for x in (self.query, self.key)
@@ -38,6 +38,7 @@ class Images:
         if mean:
             probs = [ops.row_scores(query[n][:, :, 0], key[n], skip=1).unsqueeze(1) for n in scored]
         compared = {"feature": LAYERS - 1, "last": LAYERS, None: None}[needs.keys]
+        received = [ops.received(query[n], key[n], skip=1) for n in method.received_layers(LAYERS, LAYERS + 1)]
         return VisionOutputs(
             hidden=self.hidden[images].to(DEVICE, dtype),
             grid=self.grid,
@@ -45,7 +46,15 @@ class Images:
             keys=None if compared is None else key[compared],
             query=query[compared][:, :, 0] if needs.query else None,
             pixel_values=self.pixel_values[images].to(DEVICE) if needs.pixels else None,
+            received=torch.stack(received) if needs.received else None,
+            projected=self.projected(images).to(DEVICE, dtype) if needs.projected else None,
         )
+
+    def projected(self, images):
+        """The patches after a projector that mixes the features."""
+        size = self.hidden.shape[2]
+        mixing = torch.randn(size, size, generator=torch.Generator().manual_seed(3))
+        return torch.stack([image @ mixing for image in self.hidden[images, 1:]])  # each alone has the same bits
 
     def attentions(self, image, layers=range(LAYERS)):
         """Full probabilities [H, 1 + N, 1 + N] of the layers, float64."""
@@ -85,7 +94,11 @@ def bundled_images():
 @pytest.fixture(scope="module")
 def images():
     made = {}
-    makers = {"small": lambda: random_images(4, (6, 6)), "576": lambda: random_images(2, (24, 24))}
+    makers = {
+        "small": lambda: random_images(4, (6, 6)),
+        "144": lambda: random_images(2, (12, 12)),
+        "576": lambda: random_images(2, (24, 24)),
+    }
     makers |= {"oblong": lambda: random_images(2, (3, 7)), "bundled": bundled_images}
     return lambda name: made.setdefault(name, None) or made.update({name: makers[name]()}) or made[name]
 
@@ -126,6 +139,32 @@ def visionzip(data, b, dominant, contextual):
     return golden.visionzip(hidden, data.attentions(b)[-1], key, data.num_heads, dominant, contextual)
 
 
+def of_image(transcription, *args, **options):
+    """A transcription of a greedy method, which returns the order of the choices, as the tests call it."""
+
+    def call(data, b):
+        chosen, features = transcription(data.hidden[b].double(), *(arg(data, b) for arg in args), **options)
+        return sorted(chosen), features
+
+    return call
+
+
+def projected(data, b):
+    return data.projected(slice(b, b + 1))[0].double()
+
+
+def width(data, b):
+    return data.grid[1]
+
+
+def layers(*numbers):
+    return lambda data, b: data.attentions(b, numbers)
+
+
+def layer(number):
+    return lambda data, b: data.attentions(b, [number])[0]
+
+
 # Data, method, keep, and its transcription for image b.
 CASES = [
     *(
@@ -159,6 +198,53 @@ CASES = [
     *(
         (name, METHODS["pool"](), keep, lambda d, b, k=keep: (None, golden.pool(d.hidden[b].double(), d.grid, k)))
         for name, keep in (("small", 9), ("small", 17), ("oblong", 4), ("bundled", 128))
+    ),
+    *(
+        (name, METHODS["coverage"](temperature=t), keep, of_image(golden.coverage, keep=keep, temperature=t))
+        for name, keep, t in (("small", 9, 0.2), ("small", 36, 0.2), ("small", 5, 1.5), ("bundled", 32, 0.2))
+    ),
+    *(
+        (name, METHODS["scope"](), keep, of_image(golden.scope, layers(2), keep=keep))
+        for name, keep in (("small", 9), ("oblong", 21), ("bundled", 32))
+    ),
+    ("small", METHODS["scope"](ensemble_layers=3), 9, of_image(golden.scope, layers(0, 1, 2), keep=9)),
+    *(
+        (
+            "small",
+            METHODS["scope"](saliency="received", ensemble_layers=n),
+            9,
+            of_image(golden.scope, layers(*range(3 - n, 3)), keep=9, received=True),
+        )
+        for n in (1, 2)
+    ),
+    *(
+        (name, METHODS["divprune"](), keep, of_image(golden.divprune, projected, keep=keep))
+        for name, keep in (("small", 1), ("small", 9), ("oblong", 21), ("bundled", 48))
+    ),
+    *(
+        (name, METHODS["received"](), keep, of_image(golden.received, layer(2), keep=keep))
+        for name, keep in (("small", 9), ("bundled", 64))
+    ),
+    *(
+        (
+            name,
+            METHODS["hiprune"](alpha=alpha),
+            keep,
+            of_image(golden.hiprune, layer(1), layer(2), width, keep=keep, alpha=alpha),
+        )
+        for name, keep, alpha in (("small", 9, 0.1), ("small", 18, 1.0), ("oblong", 10, 0.5), ("bundled", 64, 0.1))
+    ),
+    ("small", METHODS["hiprune"](object_layer=1), 30, of_image(golden.hiprune, layer(0), layer(2), width, keep=30)),
+    *(
+        (name, METHODS["vispruner"](important=r), keep, of_image(golden.vispruner, layer(2), keep=keep, important=r))
+        for name, keep, r in (
+            *(("small", 9, 0.5), ("small", 12, 0.0), ("small", 8, 1.0), ("oblong", 5, 0.5), ("small", 3, 0.75)),
+            (
+                "144",
+                16,
+                0.5,
+            ),  # of more patches, rounding decides which of two similar ones is first, and all that follows
+        )
     ),
     ("small", METHODS["none"](), 5, lambda d, b: (None, d.hidden[b, 1:].double())),
 ]
@@ -284,7 +370,7 @@ def test_features_have_the_dtype_of_the_hidden_states(name, dtype, images):
         assert tokens.scores.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["vtc-cls", "visionzip", "prumerge", "prumerge+"])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.operations and name != "fastv"])
 def test_kernels_choose_the_same(name, images):
     data = images("oblong")
     outputs = data.outputs(METHODS[name]())
@@ -311,6 +397,7 @@ def test_nothing_waits_for_the_device(name, images):
 @pytest.mark.filterwarnings("error:.*custom operator:UserWarning")  # outputs that alias
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "fastv"])
 def test_compilers_trace_through(name, images):
+    torch._dynamo.reset()  # else the methods before count as recompilations of one function
     outputs = images("oblong").outputs(METHODS[name]())
     compiled = torch.compile(METHODS[name]().reduce, fullgraph=True, backend="aot_eager")
     for one, other in zip(METHODS[name]().reduce(outputs, 5), compiled(outputs, 5), strict=True):
@@ -319,7 +406,7 @@ def test_compilers_trace_through(name, images):
 
 
 def test_gradients_reach_the_hidden_states(images):
-    for name in ("vtc-cls", "visionzip", "prumerge", "prumerge+", "pool", "random", "none"):
+    for name in (name for name in METHODS if "tower" in METHODS[name].prunes or name == "none"):
         outputs = images("oblong").outputs(METHODS[name]())
         hidden = outputs.hidden.clone().requires_grad_()
         METHODS[name]().reduce(outputs._replace(hidden=hidden), 5).features.sum().backward()
@@ -391,7 +478,7 @@ def test_every_method_is_registered_once_and_documented():
                 found[value.name] = value
                 assert value.__doc__
                 assert value.scores
-                assert value.paper or value.name in ("random", "pool", "none")
+                assert value.paper or value.name in ("random", "pool", "none", "received")
                 assert value.paper in value.__doc__
                 for field in dataclasses.fields(value):
                     assert field.name == "backend" or f"{field.name} :" in value.__doc__, f"{value.name}: {field.name}"
@@ -420,6 +507,13 @@ def test_build():
         ("vtc-cls", {"ensemble_layers": True}, "ensemble_layers.*integer.*got True"),
         ("vtc-cls", {"start_layer": -1}, "start_layer.*at least 0, got -1"),
         ("vtc-cls", {"start_layer": 2.0}, "start_layer.*integer.*got 2.0"),
+        ("coverage", {"temperature": 0}, "temperature must be a number above 0, got 0"),
+        ("coverage", {"temperature": True}, "temperature must be a number above 0, got True"),
+        ("scope", {"saliency": "text"}, "saliency must be one of 'cls', 'received', got 'text'"),
+        ("scope", {"ensemble_layers": 0}, "ensemble_layers.*at least 1, got 0"),
+        ("hiprune", {"alpha": 1.5}, "alpha must be a number from 0 to 1, got 1.5"),
+        ("hiprune", {"object_layer": 0}, "object_layer.*at least 1, got 0"),
+        ("vispruner", {"important": -0.1}, "important must be a number from 0 to 1, got -0.1"),
         ("random", {"seed": -1}, "seed.*at least 0, got -1"),
         ("visionzip", {"contextual": -1}, "contextual.*at least 0, got -1"),
         ("visionzip", {"contextual": 0.5}, "contextual.*integer.*got 0.5"),
@@ -470,15 +564,20 @@ def test_scored_layers():
 
 def test_what_a_method_needs():
     assert {name for name, method in METHODS.items() if method.needs_cls()} == {
-        *("vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+")
+        *("vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "vispruner")
     }
-    assert {name for name, method in METHODS.items() if "language" in method.prunes} == {"vtc-cls", "fastv"}
+    assert {name for name, method in METHODS.items() if "language" in method.prunes} == {
+        *("vtc-cls", "coverage", "scope", "fastv")
+    }
     assert [name for name, method in METHODS.items() if method.prunes_only_language()] == ["fastv"]
-    assert {name for name, method in METHODS.items() if method.keeps_patches()} == {"vtc-cls", "fastervlm", "random"}
+    assert {name for name, method in METHODS.items() if method.keeps_patches()} == {
+        *("vtc-cls", "fastervlm", "random"),
+        *("coverage", "scope", "divprune", "vispruner", "hiprune", "received"),
+    }
     assert {name for name, method in METHODS.items() if method.adaptive} == {"prumerge", "prumerge+"}
 
 
-@pytest.mark.parametrize("name", ["vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "random"])
+@pytest.mark.parametrize("name", [name for name, each in METHODS.items() if any(each().required._replace(grid=False))])
 def test_missing_outputs_are_explained(name, images):
     outputs = images("small").outputs(METHODS["none"]())
     with pytest.raises(ValueError, match=rf"{name.replace('+', '.')} needs \w+ of the vision tower, got None"):

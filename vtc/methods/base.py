@@ -124,15 +124,18 @@ class VisionOutputs(NamedTuple):
         It has neither [CLS] nor a grid, and no keys.
         """
 
-        def taken(x: Tensor | None, dim: int = 0) -> Tensor | None:
-            return x if x is None else x.flatten(dim, dim + 1).index_select(dim, tokens).unsqueeze(dim)
+        def taken(x: Tensor, dim: int = 0) -> Tensor:
+            return x.flatten(dim, dim + 1).index_select(dim, tokens).unsqueeze(dim)
 
-        probs = None if self.cls_probs is None else taken(self.cls_probs.mean(2), 1)
-        question = None if self.question is None else Question(*(x[:1] for x in self.question))
         return VisionOutputs(
-            taken(self.patches), (1, len(tokens)), None if probs is None else probs.unsqueeze(2), cls=False,
-            received=taken(self.received, 1), projected=taken(self.projected), question=question,
-        )  # fmt: skip
+            taken(self.patches),
+            (1, len(tokens)),
+            cls_probs=None if self.cls_probs is None else taken(self.cls_probs.mean(2), 1).unsqueeze(2),
+            cls=False,
+            received=None if self.received is None else taken(self.received, 1),
+            projected=None if self.projected is None else taken(self.projected),
+            question=None if self.question is None else Question(*(x[:1] for x in self.question)),
+        )
 
 
 class Tokens(NamedTuple):

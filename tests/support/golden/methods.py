@@ -118,6 +118,101 @@ def prumerge_plus(hidden, queries, keys, best=None, stride=None):
     return kept, merged(hidden, keys, scores, kept)
 
 
+def unit_rows(rows):
+    return [row / math.sqrt(torch.dot(row, row).item()) for row in rows]
+
+
+def greedy_coverage(cover, weights, keep):
+    """`cover` [R][N]: the columns in the order in which they are chosen. Every gain is computed at every step."""
+    columns = [torch.stack([row[n] for row in cover]) for n in range(len(cover[0]))]
+    covered, chosen = torch.zeros_like(columns[0]), []
+    for _ in range(keep):
+        best, gain = None, -1.0
+        for n, column in enumerate(columns):
+            own = weights[n] * sum(torch.clamp(column - covered, min=0).tolist())
+            if n not in chosen and own > gain:
+                best, gain = n, own
+        chosen.append(best)
+        covered = torch.maximum(covered, columns[best])
+    return chosen
+
+
+def coverage(hidden, keep, temperature=0.2):
+    unit = unit_rows(hidden[1:])
+    cover = []
+    for row in unit:
+        weights = [math.exp(torch.dot(row, other).item() / temperature) for other in unit]
+        cover.append(torch.tensor([weight / sum(weights) for weight in weights], dtype=torch.float64))
+    chosen = greedy_coverage(cover, [1.0] * len(unit), keep)
+    return chosen, torch.stack([hidden[1 + n] for n in sorted(chosen)])
+
+
+def scope(hidden, attentions, keep, received=False):
+    """`attentions`: of the layers whose saliencies are added."""
+    unit = torch.stack(unit_rows(hidden[1:]))
+    if received:
+        weights = [sum(values) for values in zip(*map(received_scores, attentions), strict=True)]
+    else:
+        weights = [sum(head[0, n].item() for layer in attentions for head in layer) for n in range(1, len(hidden))]
+    chosen = greedy_coverage([unit @ row for row in unit], weights, keep)
+    return chosen, torch.stack([hidden[1 + n] for n in sorted(chosen)])
+
+
+def divprune(hidden, projected, keep):
+    """`projected` [N, E]."""
+    unit = unit_rows(projected)
+    distance = [[1 - torch.dot(a, b).item() for b in unit] for a in unit]
+    nearest = [min(row[m] for m in range(len(unit)) if m != n) for n, row in enumerate(distance)]
+    chosen = [nearest.index(max(nearest))]
+    while len(chosen) < keep:
+        left = [n for n in range(len(unit)) if n not in chosen]
+        nearest = [min(distance[n][m] for m in chosen) for n in left]
+        chosen.append(left[nearest.index(max(nearest))])
+    return chosen, torch.stack([hidden[1 + n] for n in sorted(chosen)])
+
+
+def received_scores(attention):
+    """The mean over heads and queries, [CLS] among them, for each patch."""
+    heads, tokens = len(attention), len(attention[0])
+    return [sum(head[:, n].sum().item() for head in attention) / (heads * tokens) for n in range(1, tokens)]
+
+
+def received(hidden, attention, keep):
+    kept = sorted(by_score(received_scores(attention), keep))
+    return kept, torch.stack([hidden[1 + n] for n in kept])
+
+
+def hiprune(hidden, middle, deep, width, keep, alpha=0.1):
+    """`middle` and `deep`: the attention of the object layer and of the feature layer."""
+    last = len(hidden) - 2
+    anchors = by_score(received_scores(middle), round(keep * alpha / 5))
+    kept = set(anchors)
+    for anchor in anchors:
+        kept |= {max(min(anchor + step, last), 0) for step in (-1, 1, -width, width)}
+    scores = received_scores(deep)
+    others = [n for n in range(last + 1) if n not in kept]
+    places = by_score([scores[n] for n in others], keep - len(kept))
+    kept = sorted(kept | {others[place] for place in places})
+    return kept, torch.stack([hidden[1 + n] for n in kept])
+
+
+def vispruner(hidden, attention, keep, important=0.5):
+    unit = unit_rows(hidden[1:])
+    scores = [sum(head[0, n].item() for head in attention) / len(attention) for n in range(1, len(hidden))]
+    order = by_score(scores, len(scores))
+    first = int(keep * important)
+    rest = order[first:]
+    while len(rest) > keep - first:
+        a, b = rest[0::2], rest[1::2]
+        drop = min(8, len(rest) - (keep - first), len(a))
+        if b:
+            likeness = [max(torch.dot(unit[n], unit[m]).item() for m in b) for n in a]
+            a = [a[place] for place in by_score(likeness, len(a))]
+        rest = a[drop:] + b
+    kept = sorted(order[:first] + rest)
+    return kept, torch.stack([hidden[1 + n] for n in kept])
+
+
 def fastv(attention, is_image, keep):
     """`attention` [H, L, L] of language-model layer k - 1 without padding: the positions that stay before layer k."""
     length = len(is_image)
