@@ -162,6 +162,15 @@ def similarity_blocks(element_size: int) -> tuple[int, int, int, int]:
     return (32, 32, 16, 4) if element_size == 4 else (32, 64, 64, 8)
 
 
+def maxmin_blocks(num_tokens: int) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_N, and the number of warps for max-min distance: the whole row, and 8192 similarities at a time.
+
+    So many are in flight together, as one program reads all similarities of its image.
+    """
+    block_n = triton.next_power_of_2(num_tokens)
+    return max(1, min(16, 8192 // block_n)), block_n, 4 if block_n <= 512 else 8
+
+
 def nearest_blocks() -> tuple[int, int]:
     """BLOCK_K, BLOCK_N for each token's nearest target: few tokens a program, so that one image has several."""
     return 16, 64

@@ -158,6 +158,13 @@ def variants(target_name: str):
             "similarity._weighted_sum_kernel", name, FLOATS, pointers | counts, blocks | constant, num_stages=1
         )
 
+    pointers = {"similarity_ptr": "*fp32", "indices_ptr": "*i64", "order_ptr": "*i64"}
+    for num_tokens, extra in ((576, {}), (576, {"allowed_ptr": "*u8", "counts_ptr": "*i64"}), (4096, {})):
+        m, n, warps = tuning.maxmin_blocks(num_tokens)
+        blocks = {"BLOCK_M": m, "BLOCK_N": n} | dict.fromkeys({"allowed_ptr", "counts_ptr"} - set(extra))
+        name = f"N={num_tokens}{' allowed, counts' if extra else ''}"
+        yield Variant("maxmin._maxmin_kernel", name, ("fp32",), pointers | extra, blocks, warps)
+
 
 def compile_variant(variant: Variant, dtype: str, dense: bool, target_name: str):
     """Compile as for tensors whose last axis is contiguous and that are 16-byte aligned; or, not dense, for any."""
