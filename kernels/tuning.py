@@ -154,6 +154,23 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+def received_blocks(num_features: int, element_size: int, strided: bool = False) -> tuple[int, int, int, int, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_D, and the numbers of warps and of stages, for the sums of attention's columns.
+
+    In 16 bit with head dims up to 128, the block that a program owns stays in shared memory. fp32 stays off the tensor
+    cores and keeps operands in registers: smaller tiles. Strided inputs need an address for each element.
+    """
+    if element_size == 4:
+        return 32, 32, 16, 4, 1
+    block_d = min(128, max(16, triton.next_power_of_2(num_features)))  # 16 is the least that tensor cores take
+    return 64, 64, block_d, 8 if strided else 4, 2
+
+
+def mean_blocks(num_heads: int) -> tuple[int, int]:
+    """BLOCK_H, BLOCK_C for the mean over heads: few columns a program, so that one image has several."""
+    return min(32, triton.next_power_of_2(num_heads)), 64
+
+
 def similarity_blocks(element_size: int) -> tuple[int, int, int, int]:
     """BLOCK_K, BLOCK_N, BLOCK_C, and the number of warps, for similarities.
 
