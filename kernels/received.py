@@ -14,6 +14,8 @@ from torch import Tensor
 
 from . import tuning
 
+_LOG2_E = 1.4426950408889634
+
 
 def received(
     query: Tensor,
@@ -33,12 +35,16 @@ def received(
     block_m, block_n, block_d, num_warps, num_stages = tuning.received_blocks(
         num_features, query.element_size(), strided=not dense
     )
+    scale = num_features**-0.5 if scale is None else float(scale)
     arguments = (
         # strides
         *query.stride(),
         *key.stride(),
+        # scalars
+        num_heads,
+        num_tokens,
+        scale * _LOG2_E,
     )
-    scalars = num_heads, num_tokens, num_features**-0.5 if scale is None else float(scale)
     farthest = [(num_tokens - 1) * x.stride(2) + (num_features - 1) * x.stride(3) for x in (query, key)]
     constexprs = {
         "WIDEN": tuning.INTERPRETED and query.dtype == torch.bfloat16,
@@ -52,8 +58,10 @@ def received(
         "num_stages": num_stages,
     }
     heads = num_images * num_heads
+    lse_scale = _LOG2_E
     with torch.cuda.device_of(query):
         if lse is None:
+            lse_scale = 1.0  # two conversions fewer, and two roundings
             lse = torch.empty((num_images, num_heads, num_tokens), dtype=torch.float32, device=query.device)
             _lse_kernel[(heads * triton.cdiv(num_tokens, block_m),)](
                 query,
@@ -61,7 +69,6 @@ def received(
                 spans,
                 lse,
                 *arguments,
-                *scalars,
                 NUM_BLOCKS=0 if spans is not None else triton.cdiv(num_tokens, block_n),
                 **constexprs,
             )
@@ -71,9 +78,9 @@ def received(
             spans,
             lse,
             sums,
-            *arguments,
             *lse.stride(),
-            *scalars,
+            *arguments,
+            lse_scale,
             NUM_BLOCKS=0 if spans is not None else triton.cdiv(num_tokens, block_m),
             **constexprs,
         )
@@ -123,11 +130,11 @@ def _lse_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The logarithm of each query's sum of exponentials.
+    """The logarithm to base 2 of each query's sum of exponentials.
 
     ::
 
-        lse[b, h, m] = log Σ_n exp(scale · Σ_d query[b, h, m, d] · key[b, h, n, d])     n in the segment of m
+        lse[b, h, m] = log2 Σ_n exp2(scale · Σ_d query[b, h, m, d] · key[b, h, n, d])     n in the segment of m
 
     Parameters
     ----------
@@ -141,9 +148,9 @@ def _lse_kernel(
     lse_ptr : fp32 [B, H, N], contiguous
         Written. As in `torch.logsumexp`, -inf where all logits are -inf, inf where one is inf, NaN where one is NaN.
 
-    Program (b·H + h)·ceil(N / BLOCK_M) + i processes BLOCK_M queries of one head, and all keys, BLOCK_N at a time: those
-    of NUM_BLOCKS blocks, or of the segments that its queries belong to. All programs together read B·H·N·D queries
-    once, as many keys ceil(N / BLOCK_M) times, after the first time from L2, and write 4·B·H·N bytes.
+    Program (b·H + h)·ceil(N / BLOCK_M) + i processes BLOCK_M queries of one head, BLOCK_N keys at a time: those of
+    NUM_BLOCKS blocks, or of the segments that its queries belong to. All programs together read B·H·N·D queries once,
+    as many keys ceil(N / BLOCK_M) times, after the first time from L2, and write 4·B·H·N bytes.
     """
     # offsets
     query_blocks = tl.cdiv(num_tokens, BLOCK_M)
@@ -179,7 +186,7 @@ def _lse_kernel(
             start += BLOCK_N
 
     # store
-    lse = tl.where(tl.abs(row_max) == float("inf"), 0.0, row_max) + tl.log(row_sum)
+    lse = tl.where(tl.abs(row_max) == float("inf"), 0.0, row_max) + tl.log2(row_sum)
     tl.store(lse_ptr + m, lse, mask=m < num_tokens)
 
 
@@ -192,6 +199,9 @@ def _sums_kernel(
     lse_ptr,
     sums_ptr,
     # strides
+    lse_stride_b,
+    lse_stride_h,
+    lse_stride_n,
     query_stride_b,
     query_stride_h,
     query_stride_n: tl.constexpr,
@@ -200,13 +210,11 @@ def _sums_kernel(
     key_stride_h,
     key_stride_n: tl.constexpr,
     key_stride_d,
-    lse_stride_b,
-    lse_stride_h,
-    lse_stride_n,
     # scalars
     num_heads,
     num_tokens,
     scale,
+    lse_scale,
     # constexprs
     WIDEN: tl.constexpr,
     DENSE: tl.constexpr,
@@ -221,19 +229,22 @@ def _sums_kernel(
 
     ::
 
-        sums[b, h, n] = Σ_m exp(scale · Σ_d query[b, h, m, d] · key[b, h, n, d] - lse[b, h, m])    m in n's segment
+        sums[b, h, n] = Σ_m exp2(scale · Σ_d query[b, h, m, d] · key[b, h, n, d] - lse_scale · lse[b, h, m])
+
+    over the queries m in the segment of n.
 
     Parameters
     ----------
     query_ptr, key_ptr, spans_ptr
         As in `_lse_kernel`.
     lse_ptr : fp32 [B, H, N]
-        Strides between images, heads and tokens. The natural logarithm of each query's sum of exponentials.
+        Strides between images, heads and tokens. The logarithm of each query's sum of exponentials; `lse_scale`
+        turns it into one to base 2.
     sums_ptr : fp32 [B, H, N], contiguous
         Written. NaN or inf in a key or query has the consequences that the formula gives it.
 
-    Program (b·H + h)·ceil(N / BLOCK_N) + j processes BLOCK_N keys of one head, and all queries, BLOCK_M at a time: those
-    of NUM_BLOCKS blocks, or of the segments that its keys belong to. Each place in a block has a sum of its own until
+    Program (b·H + h)·ceil(N / BLOCK_N) + j processes BLOCK_N keys of one head, BLOCK_M queries at a time: those of
+    NUM_BLOCKS blocks, or of the segments that its keys belong to. Each place in a block has a sum of its own until
     the end, so that no thread waits for another. All programs together read B·H·N·D keys once, as many queries and
     B·H·N logarithms ceil(N / BLOCK_N) times, after the first time from L2, and write 4·B·H·N bytes.
     """
@@ -258,7 +269,7 @@ def _sums_kernel(
             )  # fmt: skip
             in_rows = m < num_tokens
             lse = tl.load(lse_ptr + m.to(tl.int64) * lse_stride_n, mask=in_rows, other=0.0)
-            summed += tl.where(in_rows[:, None], tl.exp(logits - lse[:, None]), 0.0)
+            summed += tl.where(in_rows[:, None], tl.exp2(logits - (lse * lse_scale)[:, None]), 0.0)
     else:
         start = tl.min(tl.where(n < num_tokens, begin, num_tokens), axis=0)
         last = tl.max(end, axis=0)
@@ -270,7 +281,7 @@ def _sums_kernel(
             )  # fmt: skip
             seen = (m[:, None] >= begin[None, :]) & (m[:, None] < end[None, :])
             lse = tl.load(lse_ptr + m.to(tl.int64) * lse_stride_n, mask=m < num_tokens, other=0.0)
-            summed += tl.where(seen, tl.exp(logits - lse[:, None]), 0.0)
+            summed += tl.where(seen, tl.exp2(logits - (lse * lse_scale)[:, None]), 0.0)
             start += BLOCK_M
 
     # store
@@ -399,5 +410,5 @@ def _add_exponentials(logits, seen, row_max, row_sum):
     logits = tl.where(seen, logits, float("-inf"))
     highest = tl.maximum(row_max, tl.max(logits, axis=1))
     shift = tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
-    row_sum = row_sum * tl.exp(row_max - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
+    row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
     return highest, row_sum

@@ -157,13 +157,16 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 def received_blocks(num_features: int, element_size: int, strided: bool = False) -> tuple[int, int, int, int, int]:
     """BLOCK_M, BLOCK_N, BLOCK_D, and the numbers of warps and of stages, for the sums of attention's columns.
 
-    In 16 bit with head dims up to 128, the block that a program owns stays in shared memory. fp32 stays off the tensor
-    cores and keeps operands in registers: smaller tiles. Strided inputs need an address for each element.
+    Four programs share a Hopper SM: on it the exponentials take longer than everything else. With head dims above 64,
+    loads ahead of their use would need more shared memory than a gfx942 has. fp32 stays off the tensor cores and keeps
+    operands in registers: smaller tiles. Strided inputs need an address for each element.
     """
     if element_size == 4:
-        return 32, 32, 16, 4, 1
+        return 32, 32, 16, 8, 1
     block_d = min(128, max(16, triton.next_power_of_2(num_features)))  # 16 is the least that tensor cores take
-    return 64, 64, block_d, 8 if strided else 4, 2
+    if strided:
+        return 32, 32, block_d, 4, 2
+    return 64, 64, block_d, 4, 2 if block_d <= 64 else 1
 
 
 def mean_blocks(num_heads: int) -> tuple[int, int]:
