@@ -94,7 +94,7 @@ def received(
 def _spans(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """Where each token's segment begins and ends: int32 [2, N]. Nothing is read by the host."""
     tokens = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    segment = torch.searchsorted(cu_seqlens, tokens, right=True)
+    segment = torch.searchsorted(cu_seqlens.contiguous(), tokens, right=True)
     bounds = torch.nn.functional.pad(cu_seqlens, (1, 0), value=0)  # for the tokens before the first one
     bounds = torch.nn.functional.pad(bounds, (0, 1), value=num_tokens)  # and after the last one
     return torch.stack([bounds[segment], bounds[segment + 1]]).int()

@@ -209,7 +209,7 @@ def test_features_of_the_bundled_model():
     assert expected[1][0, :6].tolist() == slow_greedy(similarity[0], 6)
 
 
-@pytest.mark.parametrize("num_tokens", [576, 2500, 4096])
+@pytest.mark.parametrize("num_tokens", [1025, 4096])
 def test_long_rows(num_tokens):
     similarity = cosines(1, num_tokens)
     allowed = (torch.rand(1, num_tokens, generator=torch.Generator().manual_seed(8)) > 0.1).to(DEVICE)
