@@ -517,7 +517,10 @@ def received(
         if mask is not None:
             logits = logits.masked_fill(~mask, float("-inf"))
         shift = logits.logsumexp(dim=2) if lse is None else lse[:, head]
-        total += ((logits - shift.unsqueeze(2)).exp() * share.unsqueeze(1)).sum(dim=1)  # type: ignore[union-attr]
+        probs = (logits - shift.unsqueeze(2)).exp() * share.unsqueeze(1)  # type: ignore[union-attr]
+        if mask is not None:  # again: the NaN of one segment must not reach another
+            probs = probs.masked_fill(~mask, 0.0)
+        total += probs.sum(dim=1)
     return (total / query.shape[1])[:, skip:].contiguous()
 
 

@@ -5,8 +5,10 @@ from bench.workloads.cls_attention import ClsAttention
 from bench.workloads.cls_probs import ClsProbs
 from bench.workloads.compact import Compact
 from bench.workloads.compact_kv import CompactKV
+from bench.workloads.maxmin import MaxMin
 from bench.workloads.merge_nearest import MergeNearest
 from bench.workloads.merge_neighbors import MergeNeighbors
+from bench.workloads.received import Received
 from bench.workloads.row_scores import RowScores
 from bench.workloads.scored_layers import ScoredLayers
 from bench.workloads.select import Select
@@ -24,4 +26,6 @@ WORKLOADS: dict[str, Workload] = {
     "compact_kv": CompactKV(),
     "merge_neighbors": MergeNeighbors(),
     "merge_nearest": MergeNearest(),
+    "maxmin": MaxMin(),
+    "received": Received(),
 }

@@ -158,6 +158,34 @@ def variants(target_name: str):
             "similarity._weighted_sum_kernel", name, FLOATS, pointers | counts, blocks | constant, num_stages=1
         )
 
+    pointers = {"similarity_ptr": "*fp32", "indices_ptr": "*i64", "order_ptr": "*i64"}
+    for num_tokens, extra in ((576, {}), (576, {"allowed_ptr": "*u8", "counts_ptr": "*i64"}), (4096, {})):
+        m, n, warps = tuning.maxmin_blocks(num_tokens)
+        blocks = {"BLOCK_M": m, "BLOCK_N": n} | dict.fromkeys({"allowed_ptr", "counts_ptr"} - set(extra))
+        name = f"N={num_tokens}{' allowed, counts' if extra else ''}"
+        yield Variant("maxmin._maxmin_kernel", name, ("fp32",), pointers | extra, blocks, warps)
+
+    row = {"query_ptr": "*P", "key_ptr": "*P", "lse_ptr": "*fp32"}
+    for num_features, packed in ((64, False), (80, False), (128, False), (80, True)):
+        for size, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
+            for dense in (True, False):
+                m, n, d, warps, stages = tuning.received_blocks(num_features, size, not dense)
+                blocks = {"WIDEN": False, "DENSE": dense, "FAR": False, "NUM_FEATURES": num_features}
+                blocks |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d, **({} if packed else {"spans_ptr": None})}
+                step = 16 * num_features if dense else 2 * 16 * num_features + 1
+                blocks |= {"query_stride_n": step, "key_stride_n": step}
+                name = f"D={num_features} {8 * size} bit{' packed' if packed else ''}{'' if dense else ' strided'}"
+                spans = {"spans_ptr": "*i32"} if packed else {}
+                for kernel, out, block in (("_lse_kernel", {}, n), ("_sums_kernel", {"sums_ptr": "*fp32"}, m)):
+                    blocks |= {"NUM_BLOCKS": 0 if packed else -(-577 // block)}
+                    pointers = row | out | spans
+                    yield Variant(f"received.{kernel}", name, dtypes, pointers, dict(blocks), warps, stages, (dense,))
+    h, c = tuning.mean_blocks(16)
+    pointers = {"sums_ptr": "*fp32", "result_ptr": "*fp32"}
+    for name, spans, constant in (("packed", {"spans_ptr": "*i32"}, {}), ("H=16", {}, {"spans_ptr": None})):
+        blocks = {"BLOCK_H": h, "BLOCK_C": c} | constant
+        yield Variant("received._mean_kernel", name, ("fp32",), pointers | spans, blocks)
+
 
 def compile_variant(variant: Variant, dtype: str, dense: bool, target_name: str):
     """Compile as for tensors whose last axis is contiguous and that are 16-byte aligned; or, not dense, for any."""
@@ -169,7 +197,7 @@ def compile_variant(variant: Variant, dtype: str, dense: bool, target_name: str)
     kernel = getattr(importlib.import_module(f"vtc_kernels.{module}"), function)
     types = variant.types
     signature = {a: "i64" if "stride" in a else "i32" for a in kernel.arg_names}
-    signature |= {"scale": "fp32"} if "scale" in signature else {}
+    signature |= dict.fromkeys({"scale", "lse_scale"} & {*signature}, "fp32")
     signature |= {argument: concrete(kind, dtype) for argument, kind in types.items()}
     constants, attributes = dict(variant.constexprs), {}
     if dense:
