@@ -31,11 +31,8 @@ def coverage(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel. Takes at most 4096 columns."""
     num_images, num_rows, num_columns = cover.shape
-    block_c, lanes, block_m, block_g, block_w, num_warps = tuning.coverage_blocks(num_rows, num_columns)
-    num_blocks = triton.cdiv(num_rows, block_c * lanes)
-    covered = None
-    if num_blocks > 1:
-        covered = torch.empty((num_images, num_rows), dtype=torch.float32, device=cover.device)
+    block_r, block_l, block_m, block_g, block_w = tuning.coverage_blocks(num_rows, num_columns)
+    covered = torch.empty((num_images, num_rows), dtype=torch.float32, device=cover.device)
     indices = torch.empty((num_images, k), dtype=torch.int64, device=cover.device)
     order = torch.empty((num_images, k), dtype=torch.int64, device=cover.device)
     with torch.cuda.device_of(cover):
@@ -58,13 +55,13 @@ def coverage(
             num_columns,
             k,
             # constexprs
-            NUM_BLOCKS=num_blocks,
-            BLOCK_C=block_c,
-            LANES=lanes,
+            NUM_BLOCKS=triton.cdiv(num_rows, block_r),
+            BLOCK_R=block_r,
+            BLOCK_L=block_l,
             BLOCK_M=block_m,
             BLOCK_G=block_g,
             BLOCK_W=block_w,
-            num_warps=num_warps,
+            num_warps=8,
         )
     return indices, order
 
@@ -84,21 +81,42 @@ def _decode(key):
 
 
 @triton.jit
-def _sum_of_rows(total):
-    """The sums of `[C, G, L]` over C·L: the upper half is added to the lower until one is left. They are [G].
+def _lane_sums(
+    cover_ptrs,
+    stale,
+    covered_ptr,
+    cover_stride_r,
+    num_rows,
+    num_covered,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """The sums [G, BLOCK_L] of the rows FIRST, FIRST + STEP, ... and the BLOCK_L - 1 after each, the upper half last.
 
-    A sum of two numbers is the same in either order, so this order is the same on every GPU.
+    They call themselves for either half, because a tile of all rows would not fit the registers.
     """
-    G: tl.constexpr = total.shape[1]
-    L: tl.constexpr = total.shape[2]
-    for _ in tl.static_range(10):
-        if total.shape[0] > 1:
-            total = tl.sum(tl.reshape(total, [2, total.shape[0] // 2, G, L]), axis=0)
-    total = tl.reshape(total, [G, L])
-    for _ in tl.static_range(10):
-        if total.shape[1] > 1:
-            total = tl.sum(tl.reshape(total, [G, 2, total.shape[1] // 2]), axis=1)
-    return tl.reshape(total, [G])
+    if STEP < BLOCK_R:
+        lower = _lane_sums(
+            cover_ptrs, stale, covered_ptr, cover_stride_r, num_rows, num_covered, FIRST, 2 * STEP, NUM_BLOCKS, BLOCK_R,
+            BLOCK_L,
+        )  # fmt: skip
+        upper = _lane_sums(
+            cover_ptrs, stale, covered_ptr, cover_stride_r, num_rows, num_covered, FIRST + STEP, 2 * STEP, NUM_BLOCKS,
+            BLOCK_R, BLOCK_L,
+        )  # fmt: skip
+        total = lower + upper
+    else:
+        total = tl.zeros([stale.shape[0], BLOCK_L], tl.float32)
+        for block in range(NUM_BLOCKS):
+            r = block * BLOCK_R + FIRST + tl.arange(0, BLOCK_L)[None, :]
+            mask = (r < num_rows) & stale
+            cover = tl.load(cover_ptrs + r.to(tl.int64) * cover_stride_r, mask=mask, other=0.0)
+            covered = tl.load(covered_ptr + r, mask=r < num_covered, other=0.0)
+            total += tl.where(cover > covered, cover - covered, 0.0)
+    return total
 
 
 @triton.jit
@@ -126,8 +144,8 @@ def _coverage_kernel(
     k,
     # constexprs
     NUM_BLOCKS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    LANES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -152,76 +170,73 @@ def _coverage_kernel(
         Strides between images and columns. Columns where it is 0 are chosen when no other is left, the lowest first.
     counts_ptr : int64 [B], or None
         Stride between images; count = counts[b], at most k. None: k.
-    covered_ptr : fp32 [B, R], contiguous, or None
-        Scratch, overwritten. None only where NUM_BLOCKS = 1: then `covered` stays in registers.
+    covered_ptr : fp32 [B, R], contiguous
+        Scratch, overwritten.
     indices_ptr, order_ptr : int64 [B, k], contiguous
         Written: the chosen columns, ascending, and as they are chosen; from count on 0.
 
-    Program b processes one image, NUM_BLOCKS blocks of BLOCK_C·LANES rows. Its N columns lie in BLOCK_G strata of
-    BLOCK_M·BLOCK_W columns, column n in stratum n % BLOCK_G. A round finds the best bound of each stratum, chooses the
-    best of all if it is a gain as of now, and evaluates those that are not. It reads up to 4·BLOCK_G·R bytes, columns
-    that were read before from L1 or L2; the bounds stay in registers.
+    Program b processes one image, all N columns and NUM_BLOCKS blocks of BLOCK_R rows. The columns lie in BLOCK_G
+    strata of BLOCK_M·BLOCK_W; column n is in stratum n % BLOCK_G. A round finds the best bound of each stratum, chooses
+    the best of all if it is a gain as of now, and evaluates those that are not. It reads up to 4·BLOCK_G·R bytes of
+    columns, most of them again from L1 or L2. The bounds stay in registers.
     """
     # offsets
     b = tl.program_id(0).to(tl.int64)
     m = tl.arange(0, BLOCK_M)[:, None, None]
     g = tl.arange(0, BLOCK_G)[None, :, None]
     n = (m * BLOCK_W + tl.arange(0, BLOCK_W)[None, None, :]) * BLOCK_G + g
-    row = tl.arange(0, BLOCK_C)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     cover_ptr += b * cover_stride_b
-    weight_ptr = weight_ptr if weight_ptr is None else weight_ptr + b * weight_stride_b
-    covered_ptr = covered_ptr if covered_ptr is None else covered_ptr + b * num_rows
+    if weight_ptr is not None:
+        weight_ptr += b * weight_stride_b
+    if allowed_ptr is not None:
+        allowed_ptr += b * allowed_stride_b
+    covered_ptr += b * num_rows
     indices_ptr += b * k
     order_ptr += b * k
     count = load_count(counts_ptr, counts_stride_b, b, k)
 
-    # masks
-    bound = tl.where(n < num_columns, _UNKNOWN, _PADDING)
-    if allowed_ptr is not None:
-        allowed_ptrs = allowed_ptr + b * allowed_stride_b + n.to(tl.int64) * allowed_stride_n
-        allowed = tl.load(allowed_ptrs, mask=n < num_columns, other=1) != 0
-        bound = tl.where(allowed, bound, _NOT_ALLOWED)
-
     # loads, compute and store, one round after the other
-    key = _encode(bound, n, 0)
-    covered = tl.zeros([BLOCK_C, LANES], tl.float32)
+    key = _encode(tl.where(n < num_columns, _UNKNOWN, _PADDING), n, 0)
     step = 0
     while step < count:
         top = tl.max(tl.max(key, axis=0), axis=1)  # [BLOCK_G]
-        top_bound, top_n, top_fresh = _decode(top)
+        top_bound, top_n, top_final = _decode(top)
         _, best_n, final = _decode(tl.max(top, axis=0))
-        chosen = tl.where(final, best_n, -1)
-        tl.store(order_ptr + step, best_n.to(tl.int64), mask=final)
-
-        # After a choice every gain is only a bound.
-        key = tl.where(final, key & -2, key)
-        key = tl.where(n == chosen, _encode(tl.full(n.shape, _CHOSEN, tl.int32), n, 0), key)
-        stale = tl.where(final, (top_bound > 0) & (top_n != chosen), ~top_fresh)
-
-        total = tl.zeros([BLOCK_C, BLOCK_G, LANES], tl.float32)
-        for block in range(NUM_BLOCKS):
-            r = block * BLOCK_C * LANES + row
-            row_ptrs = cover_ptr + r.to(tl.int64) * cover_stride_r
-            read = r < tl.where(final, num_rows, 0)
-            best = tl.load(row_ptrs + best_n.to(tl.int64) * cover_stride_n, mask=read, other=0.0)
-            if NUM_BLOCKS > 1:
+        if final:  # choose it; every other gain becomes a bound
+            tl.store(order_ptr + step, best_n.to(tl.int64))
+            tl.debug_barrier()  # other threads of this program have read what is covered (see `tuning`)
+            for block in range(NUM_BLOCKS):
+                r = block * BLOCK_R + tl.arange(0, BLOCK_R)
                 covered = tl.load(covered_ptr + r, mask=r < tl.where(step > 0, num_rows, 0), other=0.0)
-            covered = tl.where(best > covered, best, covered)
-            if NUM_BLOCKS > 1:
-                tl.store(covered_ptr + r, covered, mask=read)
-            top_offsets = top_n.to(tl.int64)[None, :, None] * cover_stride_n
-            mask = (r < num_rows)[:, None, :] & stale[None, :, None]
-            cover = tl.load(row_ptrs[:, None, :] + top_offsets, mask=mask, other=0.0)
-            total += tl.where(cover > covered[:, None, :], cover - covered[:, None, :], 0.0)
-        gain = _sum_of_rows(total)
+                offsets = best_n.to(tl.int64) * cover_stride_n + r.to(tl.int64) * cover_stride_r
+                best = tl.load(cover_ptr + offsets, mask=r < num_rows, other=0.0)
+                tl.store(covered_ptr + r, tl.where(best > covered, best, covered), mask=r < num_rows)
+            tl.debug_barrier()
+            key = tl.where(n == best_n, _encode(tl.full(n.shape, _CHOSEN, tl.int32), n, 0), key & -2)
+            stale = (top_bound > 0) & (top_n != best_n)
+            step += 1
+        else:
+            stale = ~top_final
+
+        cover_ptrs = (cover_ptr + top_n.to(tl.int64) * cover_stride_n)[:, None]
+        num_covered = tl.where(step > 0, num_rows, 0)
+        total = _lane_sums(
+            cover_ptrs, stale[:, None], covered_ptr, cover_stride_r, num_rows, num_covered, 0, BLOCK_L, NUM_BLOCKS,
+            BLOCK_R, BLOCK_L,
+        )  # fmt: skip
+        for _ in tl.static_range(10):
+            if total.shape[1] > 1:  # a sum of two is the same in either order
+                total = tl.sum(tl.reshape(total, [BLOCK_G, 2, total.shape[1] // 2]), axis=1)
+        gain = tl.reshape(total, [BLOCK_G])
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + top_n.to(tl.int64) * weight_stride_n, mask=stale, other=0.0)
             gain = tl.where((weight > 0) & (gain > 0), weight * gain, 0.0)
-        evaluated = _encode(gain.to(tl.int32, bitcast=True), top_n, 1)
+        bound = gain.to(tl.int32, bitcast=True)
+        if allowed_ptr is not None:
+            allowed = tl.load(allowed_ptr + top_n.to(tl.int64) * allowed_stride_n, mask=stale, other=0)
+            bound = tl.where(allowed != 0, bound, _NOT_ALLOWED)
+        evaluated = _encode(bound, top_n, 1)
         key = tl.where((n == top_n[None, :, None]) & stale[None, :, None], evaluated[None, :, None], key)
-        step += final.to(tl.int32)
-        if NUM_BLOCKS > 1:
-            tl.debug_barrier()  # other threads of this program read what is covered (see `tuning`)
 
     # store: the columns in their order, and zeros after them
     flag = (key >> 32 == _CHOSEN).to(tl.int32)

@@ -178,17 +178,16 @@ def weighted_sum_blocks() -> tuple[int, int, int]:
     return 32, 16, 32
 
 
-def coverage_blocks(num_rows: int, num_columns: int) -> tuple[int, int, int, int, int, int]:
-    """BLOCK_C, LANES, BLOCK_M, BLOCK_G, BLOCK_W, and the number of warps, for greedy coverage.
+def coverage_blocks(num_rows: int, num_columns: int) -> tuple[int, int, int, int, int]:
+    """BLOCK_R, BLOCK_L, BLOCK_M, BLOCK_G, BLOCK_W for greedy coverage.
 
-    The rows of one block are BLOCK_C·LANES, 1024 as the order of the sums has it, or fewer where the others are 0. A
-    warp has all of them, so that it adds them up alone; so has it all BLOCK_M·BLOCK_W columns of a stratum.
+    BLOCK_R is 1024, as the order of the sums has it, or fewer where the other rows are 0. A warp has whole tiles of
+    BLOCK_L rows and whole strata of BLOCK_M·BLOCK_W columns, so that sums and maxima need no other warp.
 
     More strata take fewer rounds, but evaluate more columns. For 64 of 576 columns of the bundled model's features
     (softmax): 8 take 395 rounds and 2,636 evaluations, 16 take 232 and 3,083, 32 take 152 and 4,010.
     """
-    block_r = min(1024, triton.next_power_of_2(num_rows))
-    block_n = triton.next_power_of_2(num_columns)
-    lanes, block_g = min(64, block_r), min(16, block_n)
+    block_r, block_n = min(1024, triton.next_power_of_2(num_rows)), triton.next_power_of_2(num_columns)
+    block_g = min(16, block_n)
     block_w = min(32, block_n // block_g)
-    return block_r // lanes, lanes, block_n // (block_g * block_w), block_g, block_w, 8
+    return block_r, min(128, block_r), block_n // (block_g * block_w), block_g, block_w

@@ -158,6 +158,16 @@ def variants(target_name: str):
             "similarity._weighted_sum_kernel", name, FLOATS, pointers | counts, blocks | constant, num_stages=1
         )
 
+    # MMTok has neither weights nor counts. Beyond 1024 rows the terms of a lane are added one after the other.
+    pointers = {"cover_ptr": "*fp32", "covered_ptr": "*fp32", "indices_ptr": "*i64", "order_ptr": "*i64"}
+    given = {"weight_ptr": "*fp32", "allowed_ptr": "*u8", "counts_ptr": "*i64"}
+    for num_rows, num_columns, extra in ((576, 576, {}), (576, 576, given), (1024, 4096, given), (4096, 4096, given)):
+        r, lanes, m, g, w = tuning.coverage_blocks(num_rows, num_columns)
+        blocks = {"BLOCK_R": r, "BLOCK_L": lanes, "BLOCK_M": m, "BLOCK_G": g, "BLOCK_W": w}
+        blocks |= {"NUM_BLOCKS": -(-num_rows // r)} | dict.fromkeys(set(given) - set(extra))
+        name = f"R={num_rows} N={num_columns}{' weight allowed counts' if extra else ''}"
+        yield Variant("coverage._coverage_kernel", name, ("fp32",), pointers | extra, blocks, 8)
+
 
 def compile_variant(variant: Variant, dtype: str, dense: bool, target_name: str):
     """Compile as for tensors whose last axis is contiguous and that are 16-byte aligned; or, not dense, for any."""
