@@ -29,7 +29,8 @@ def coverage(
     allowed: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel. Takes at most 4096 columns."""
+    """Launch the kernel. Takes at most 4096 columns. Columns that are not contiguous are copied first."""
+    columns = cover.mT if cover.stride(1) == 1 else cover.mT.contiguous()
     num_images, num_rows, num_columns = cover.shape
     block_r, block_l, block_m, block_g, block_w = tuning.coverage_blocks(num_rows, num_columns)
     covered = torch.empty((num_images, num_rows), dtype=torch.float32, device=cover.device)
@@ -38,7 +39,7 @@ def coverage(
     with torch.cuda.device_of(cover):
         _coverage_kernel[(num_images,)](
             # tensors
-            cover,
+            columns,
             weight,
             None if allowed is None else allowed.view(torch.uint8),
             counts,
@@ -46,7 +47,7 @@ def coverage(
             indices,
             order,
             # strides
-            *cover.mT.stride(),
+            *columns.stride()[:2],
             *((0, 0) if weight is None else weight.stride()),
             *((0, 0) if allowed is None else allowed.stride()),
             0 if counts is None else counts.stride(0),
@@ -81,11 +82,18 @@ def _decode(key):
 
 
 @triton.jit
+def _terms(cover_ptrs, stale, covered_ptr, r, num_rows, num_covered):
+    """What the rows r of the stale columns add to what is covered; rows from `num_covered` on cover 0."""
+    cover = tl.load(cover_ptrs + r, mask=(r < num_rows) & stale, other=0.0)
+    covered = tl.load(covered_ptr + r, mask=r < num_covered, other=0.0)
+    return tl.where(cover > covered, cover - covered, 0.0)
+
+
+@triton.jit
 def _lane_sums(
     cover_ptrs,
     stale,
     covered_ptr,
-    cover_stride_r,
     num_rows,
     num_covered,
     FIRST: tl.constexpr,
@@ -94,28 +102,28 @@ def _lane_sums(
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """The sums [G, BLOCK_L] of the rows FIRST, FIRST + STEP, ... and the BLOCK_L - 1 after each, the upper half last.
+    """The sums [BLOCK_L, G] of the rows FIRST, FIRST + STEP, ... and the BLOCK_L - 1 after each, the upper half last.
 
-    They call themselves for either half, because a tile of all rows would not fit the registers.
+    The function calls itself for either half: the registers would not hold a tile of all rows.
     """
     if STEP < BLOCK_R:
         lower = _lane_sums(
-            cover_ptrs, stale, covered_ptr, cover_stride_r, num_rows, num_covered, FIRST, 2 * STEP, NUM_BLOCKS, BLOCK_R,
+            cover_ptrs, stale, covered_ptr, num_rows, num_covered, FIRST, 2 * STEP, NUM_BLOCKS, BLOCK_R,
             BLOCK_L,
         )  # fmt: skip
         upper = _lane_sums(
-            cover_ptrs, stale, covered_ptr, cover_stride_r, num_rows, num_covered, FIRST + STEP, 2 * STEP, NUM_BLOCKS,
+            cover_ptrs, stale, covered_ptr, num_rows, num_covered, FIRST + STEP, 2 * STEP, NUM_BLOCKS,
             BLOCK_R, BLOCK_L,
         )  # fmt: skip
         total = lower + upper
     else:
-        total = tl.zeros([stale.shape[0], BLOCK_L], tl.float32)
-        for block in range(NUM_BLOCKS):
-            r = block * BLOCK_R + FIRST + tl.arange(0, BLOCK_L)[None, :]
-            mask = (r < num_rows) & stale
-            cover = tl.load(cover_ptrs + r.to(tl.int64) * cover_stride_r, mask=mask, other=0.0)
-            covered = tl.load(covered_ptr + r, mask=r < num_covered, other=0.0)
-            total += tl.where(cover > covered, cover - covered, 0.0)
+        r = FIRST + tl.arange(0, BLOCK_L)[:, None]
+        total = _terms(cover_ptrs, stale, covered_ptr, r, num_rows, num_covered)
+        if NUM_BLOCKS > 1:
+            start = BLOCK_R
+            while start < num_rows:
+                total += _terms(cover_ptrs, stale, covered_ptr, start + r, num_rows, num_covered)
+                start += BLOCK_R
     return total
 
 
@@ -132,7 +140,6 @@ def _coverage_kernel(
     # strides
     cover_stride_b,
     cover_stride_n,
-    cover_stride_r,
     weight_stride_b,
     weight_stride_n,
     allowed_stride_b,
@@ -162,7 +169,7 @@ def _coverage_kernel(
     Parameters
     ----------
     cover_ptr : fp32 [B, R, N]
-        Strides between images, columns and rows. A term whose entry is NaN is 0. The terms r, r + 1024, ... are added
+        Strides between images and columns; the rows of a column are contiguous. A term whose entry is NaN is 0. The terms r, r + 1024, ... are added
         one after the other, then the upper half of these sums to the lower half, until one is left.
     weight_ptr : fp32 [B, N], or None
         Strides between images and columns. One that is NaN or not above 0 makes the gain 0. None: 1.
@@ -208,7 +215,7 @@ def _coverage_kernel(
             for block in range(NUM_BLOCKS):
                 r = block * BLOCK_R + tl.arange(0, BLOCK_R)
                 covered = tl.load(covered_ptr + r, mask=r < tl.where(step > 0, num_rows, 0), other=0.0)
-                offsets = best_n.to(tl.int64) * cover_stride_n + r.to(tl.int64) * cover_stride_r
+                offsets = best_n.to(tl.int64) * cover_stride_n + r
                 best = tl.load(cover_ptr + offsets, mask=r < num_rows, other=0.0)
                 tl.store(covered_ptr + r, tl.where(best > covered, best, covered), mask=r < num_rows)
             tl.debug_barrier()
@@ -218,15 +225,15 @@ def _coverage_kernel(
         else:
             stale = ~top_final
 
-        cover_ptrs = (cover_ptr + top_n.to(tl.int64) * cover_stride_n)[:, None]
+        cover_ptrs = (cover_ptr + top_n.to(tl.int64) * cover_stride_n)[None, :]
         num_covered = tl.where(step > 0, num_rows, 0)
         total = _lane_sums(
-            cover_ptrs, stale[:, None], covered_ptr, cover_stride_r, num_rows, num_covered, 0, BLOCK_L, NUM_BLOCKS,
+            cover_ptrs, stale[None, :], covered_ptr, num_rows, num_covered, 0, BLOCK_L, NUM_BLOCKS,
             BLOCK_R, BLOCK_L,
         )  # fmt: skip
         for _ in tl.static_range(10):
-            if total.shape[1] > 1:  # a sum of two is the same in either order
-                total = tl.sum(tl.reshape(total, [BLOCK_G, 2, total.shape[1] // 2]), axis=1)
+            if total.shape[0] > 1:  # a sum of two is the same in either order
+                total = tl.sum(tl.reshape(total, [2, total.shape[0] // 2, BLOCK_G]), axis=0)
         gain = tl.reshape(total, [BLOCK_G])
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + top_n.to(tl.int64) * weight_stride_n, mask=stale, other=0.0)

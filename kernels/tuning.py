@@ -162,6 +162,11 @@ def similarity_blocks(element_size: int) -> tuple[int, int, int, int]:
     return (32, 32, 16, 4) if element_size == 4 else (32, 64, 64, 8)
 
 
+def softmax_blocks() -> tuple[int, int]:
+    """BLOCK_N, BLOCK_R for the softmax of similarities: few rows a program, so that one image has several."""
+    return 64, 32
+
+
 def nearest_blocks() -> tuple[int, int]:
     """BLOCK_K, BLOCK_N for each token's nearest target: few tokens a program, so that one image has several."""
     return 16, 64

@@ -28,7 +28,8 @@ def coverage(
     Parameters
     ----------
     cover : Tensor[B, R, N], float32
-        How much column n covers of row r, as `similarity` returns it. Any strides, nothing is copied. N <= 4096.
+        How much column n covers of row r. N <= 4096. Any strides; the kernel copies it unless its columns are
+        contiguous, as `similarity` returns them.
     k : int
         1 <= k <= N.
     weight : Tensor[B, N], float32, optional
