@@ -168,6 +168,8 @@ def calls(num_images=2):
             x,
         ),
         "merge_nearest": (lambda x, backend: ops.merge_nearest(x, *merged, backend=backend)[0], x),
+        "similarity": (lambda x, backend: ops.similarity(x, x[:, 2:], temperature=0.2, backend=backend), randn(9, 12)),
+        "coverage": (lambda x, backend: ops.coverage(x, 3, backend=backend)[1], randn(9, 12)),
     }
 
 

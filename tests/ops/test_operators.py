@@ -25,6 +25,8 @@ def samples():
         "compact_kv": ([key, key + 1], indices),
         "merge_neighbors": (tokens.clone().requires_grad_(), tokens.half(), indices, scores, 3, indices[:, 0] % 3),
         "merge_nearest": (tokens.clone().requires_grad_(), tokens.half(), indices, scores),
+        "similarity": (tokens, tokens[:, 2:], 0.2),
+        "coverage": (key[:, 0].mT, 3, scores, mask, indices[:, 0] % 3 + 1),
     }
 
 
