@@ -410,7 +410,7 @@ def coverage(
     for _ in range(k):
         gain = _sum_of_rows(torch.where(cover > covered, cover - covered, 0.0))
         if weight is not None:
-            gain = torch.where(weight > 0, weight * gain, 0.0)
+            gain = torch.where((weight > 0) & (gain > 0), weight * gain, 0.0)  # inf times 0 is NaN
         order.append(_first_largest(gain, rest, allowed))
         rest = rest.scatter(1, order[-1], False)
         chosen = cover.gather(2, order[-1].unsqueeze(1).expand(-1, num_rows, 1))

@@ -68,6 +68,8 @@ WRONG = {
         ((1,), lambda x: x * (torch.arange(x.shape[2]) > 3)),
         ((1,), lambda x: x.roll(1, dims=2)),
     ],
+    "similarity": [((), lambda x: x * 1.001), ((), first_row(float("nan"))), ((), lambda x: x.flip(2))],
+    "coverage": [((0,), lambda x: x.flip(1)), ((1,), lambda x: x.flip(1)), ((0,), lambda x: x.int())],
     "select": [
         ((0,), first_row(0)),
         ((0,), lambda x: x.flip(1)),

@@ -137,8 +137,20 @@ def variants(target_name: str):
     for size, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
         k, n, c, warps = tuning.similarity_blocks(size)
         blocks = {"WIDEN": False, "BLOCK_K": k, "BLOCK_N": n, "BLOCK_C": c, "NUM_FEATURES": 1024}
-        pointers = counted | {"key_ptr": "*P", "similarity_ptr": "*fp32"}
-        yield Variant("similarity._similarity_kernel", f"{8 * size} bit", dtypes, pointers, blocks, warps, num_stages=2)
+        pointers = {"left_ptr": "*P", "right_ptr": "*P", "similarity_ptr": "*fp32"}
+        for name, extra, constant in (("", counted, {}), (" all", {}, dict.fromkeys(counted))):
+            yield Variant(
+                "similarity._similarity_kernel",
+                f"{8 * size} bit{name}",
+                dtypes,
+                pointers | extra,
+                blocks | constant,
+                warps,
+                num_stages=2,
+            )
+    n, r = tuning.softmax_blocks()
+    pointers = {"similarity_ptr": "*fp32"}
+    yield Variant("similarity._softmax_kernel", "", ("fp32",), pointers, {"BLOCK_N": n, "BLOCK_R": r})
     row = {"targets_ptr": "*i64", "weight_ptr": "*fp32"}
     for num_tokens in (576, 16384):
         n, warps = tuning.mix_block(num_tokens)
@@ -186,6 +198,22 @@ def variants(target_name: str):
         blocks = {"BLOCK_H": h, "BLOCK_C": c} | constant
         yield Variant("received._mean_kernel", name, ("fp32",), pointers | spans, blocks)
 
+    # MMTok has neither weights nor counts. Beyond 1024 rows the terms of a lane are added one after the other.
+    pointers = {
+        "cover_ptr": "*fp32",
+        "cover_stride_n": "i64",
+        "covered_ptr": "*fp32",
+        "indices_ptr": "*i64",
+        "order_ptr": "*i64",
+    }
+    given = {"weight_ptr": "*fp32", "allowed_ptr": "*u8", "counts_ptr": "*i64"}
+    for num_rows, num_columns, extra in ((576, 576, {}), (576, 576, given), (1024, 4096, given), (4096, 4096, given)):
+        r, lanes, m, g, w = tuning.coverage_blocks(num_rows, num_columns)
+        blocks = {"BLOCK_R": r, "BLOCK_L": lanes, "BLOCK_M": m, "BLOCK_G": g, "BLOCK_W": w}
+        blocks |= {"NUM_BLOCKS": -(-num_rows // r)} | dict.fromkeys(set(given) - set(extra))
+        name = f"R={num_rows} N={num_columns}{' weight allowed counts' if extra else ''}"
+        yield Variant("coverage._coverage_kernel", name, ("fp32",), pointers | extra, blocks, 8)
+
 
 def compile_variant(variant: Variant, dtype: str, dense: bool, target_name: str):
     """Compile as for tensors whose last axis is contiguous and that are 16-byte aligned; or, not dense, for any."""
@@ -204,6 +232,7 @@ def compile_variant(variant: Variant, dtype: str, dense: bool, target_name: str)
         strides = [a for a in kernel.arg_names if "_stride_" in a]
         following = [*strides, ""][1:]
         ends = [a for a, b in zip(strides, following, strict=True) if a.split("_")[0] != b.split("_")[0]]
+        ends = [end for end in ends if end not in types]
         constants |= dict.fromkeys(ends, 1)
         aligned = [*types, *(set(strides) - set(ends))]
         for argument in set(aligned) - set(constants) - {"x_strides", "num_features"}:

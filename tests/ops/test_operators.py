@@ -27,6 +27,8 @@ def samples():
         "merge_nearest": (tokens.clone().requires_grad_(), tokens.half(), indices, scores),
         "maxmin": (tokens @ tokens.mT, 4, mask, indices[:, 0] + 1),
         "received": (*attention[:2], None, 1, attention[2].logsumexp(dim=3), None),
+        "similarity": (tokens, tokens[:, 2:], 0.2),
+        "coverage": (key[:, 0].mT, 3, scores, mask, indices[:, 0] % 3 + 1),
     }
 
 
