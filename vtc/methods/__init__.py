@@ -12,8 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vtc.methods.base import Method, Needs, Question, Ranking, Tokens, VisionOutputs, keep_patches
+from vtc.methods.cdpruner import CDPruner
+from vtc.methods.downsample import Downsample
 from vtc.methods.fastervlm import FasterVLM
 from vtc.methods.fastv import FastV
+from vtc.methods.mmtok import MMTok
 from vtc.methods.none import Nothing
 from vtc.methods.pool import Pool
 from vtc.methods.prumerge import PruMerge, PruMergePlus
@@ -42,9 +45,12 @@ METHODS: dict[str, type[Method]] = {
     VisionZip.name: VisionZip,
     PruMerge.name: PruMerge,
     PruMergePlus.name: PruMergePlus,
+    MMTok.name: MMTok,
+    CDPruner.name: CDPruner,
     FastV.name: FastV,
     Random.name: Random,
     Pool.name: Pool,
+    Downsample.name: Downsample,
     Nothing.name: Nothing,
 }
 

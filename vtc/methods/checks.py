@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,13 @@ def check_integer(name: str, value: object, least: int, most: float = float("inf
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         limit = "" if most == float("inf") else f" (and at most {most})"
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}{limit}")
+
+
+def check_positive(name: str, value: object, or_zero: bool = False) -> None:
+    """Raise ValueError if `value` is not a finite number above 0, or 0 with `or_zero`."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not (value > 0 or (or_zero and value == 0)):  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number {'of at least' if or_zero else 'above'} 0, got {value!r}")
 
 
 def check_bool(name: str, value: object) -> None:
