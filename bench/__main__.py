@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--keep", type=_positive, nargs="+", metavar="K", help="default: 288 to 16")
     add.add_argument("--split", choices=("val", "test"), default="test")
     add.add_argument("--sweep", action="store_true", help="also every number of layers and every ensemble of vtc-cls")
+    add.add_argument("--processes", type=_positive, default=1, help="that answer side by side")
     add.add_argument("--out", type=Path, help="folder for the records, JSON lines, and the plot")
     add.add_argument("--no-plot", action="store_true")
     add = commands.add_parser("cpu", help="generate() with fewer visual tokens against stock, on a CPU")
@@ -121,6 +122,7 @@ def _micro_options(add: argparse.ArgumentParser) -> None:
 
 def _output_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--rep-ms", type=float, default=100.0, help="milliseconds of repetitions a number (100)")
+    add.add_argument("--processes", type=_positive, default=1, help="that answer side by side")
     add.add_argument("--out", type=Path, help="folder for the records, JSON lines, and the plot")
     add.add_argument("--no-plot", action="store_true")
     default = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # no text, which would go through `type`
@@ -236,6 +238,7 @@ def _quality(chosen: Any, rest: list[str]) -> int:
         chosen.out and chosen.out / "quality.jsonl",
         sweep=chosen.sweep,
         split=chosen.split,
+        processes=chosen.processes,
     )
     print("\n" + quality_tables.tables(records))
     if chosen.out and not chosen.no_plot:

@@ -12,6 +12,7 @@ from vtc.files import replacing
 if TYPE_CHECKING:
     from bench.quality import Quality
 
+PANELS_ACROSS = 3
 THEMES = {"light": "default", "dark": "dark_background"}
 
 
@@ -45,9 +46,10 @@ def draw(records: list[Record], stem: Path) -> list[Path]:
 
 
 def draw_quality(records: list[Quality], stem: Path) -> list[Path]:
-    """Write `<stem>-light.svg` and `<stem>-dark.svg`: accuracy over the tokens left, a line per method, 95 % intervals.
+    """Write `<stem>-light.svg` and `<stem>-dark.svg`: accuracy over token·layers, a panel per group of methods.
 
-    The first record is that of all tokens, drawn as a horizontal line.
+    A panel has its group's methods in colours, named at their ends, with 95 % intervals, and all other methods in gray.
+    The first record is that of all tokens, drawn as a dashed line.
 
     Raises
     ------
@@ -55,31 +57,71 @@ def draw_quality(records: list[Quality], stem: Path) -> list[Path]:
         If matplotlib is missing.
     """
     full, compared = records[0], [r for r in records[1:] if not r.swept]
-    keeps = sorted({r.keep for r in compared})
+    groups: dict[str, list[str]] = {}
+    for r in compared:
+        names = groups.setdefault(r.group, [])
+        if r.name not in names:
+            names.append(r.name)
+    lines = {
+        name: sorted((r for r in compared if r.name == name), key=lambda r: r.token_layers)
+        for names in groups.values()
+        for name in names
+    }
 
     def paint(pyplot: Any) -> None:
-        figure, panel = pyplot.subplots(figsize=(8.0, 4.2))
-        panel.axhline(100 * full.accuracy[0], color="gray", linestyle="--", linewidth=1, label=full.name)
-        for number, name in enumerate(dict.fromkeys(r.name for r in compared)):
-            mine = sorted((r for r in compared if r.name == name), key=lambda r: r.tokens)
-            shares, lows, highs = zip(*(r.accuracy for r in mine), strict=True)
-            errors = [
-                [100 * (s - low) for s, low in zip(shares, lows, strict=True)],
-                [100 * (high - s) for s, high in zip(shares, highs, strict=True)],
-            ]
-            x = [r.tokens for r in mine]
-            panel.errorbar(
-                x, [100 * s for s in shares], yerr=errors, marker="o", markersize=4, capsize=2, color=f"C{number}",
-                label=name,
-            )  # fmt: skip
-        panel.set(xlabel="visual tokens", ylabel="right answers, %", xscale="log", xticks=keeps, xticklabels=keeps)
-        panel.set_title(f"Bundled model, {full.questions} held-out questions")
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-        panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        down = -(-len(groups) // PANELS_ACROSS)
+        figure, panels = pyplot.subplots(
+            down, PANELS_ACROSS, figsize=(11.0, 3.3 * down), squeeze=False, sharex=True, sharey=True
+        )
+        for panel, (group, names) in zip(panels.flat, groups.items(), strict=False):
+            panel.axhline(100 * full.accuracy[0], color="gray", linestyle="--", linewidth=1)
+            for name in lines.keys() - set(names):
+                panel.plot(*_accuracies(lines[name]), color="gray", alpha=0.25, linewidth=0.8)
+            for number, name in enumerate(names):
+                _quality_line(panel, lines[name], f"C{number}")
+            _name_lines(panel, [(name, lines[name][0]) for name in names])
+            panel.set_title(group)
+            panel.grid(alpha=0.3)
+        for panel in panels.flat[len(groups) :]:
+            panel.remove()
+        ticks = sorted({r.keep for r in compared if r.token_layers == r.keep} | {round(full.token_layers)})
+        for panel in panels.flat[: len(groups)]:
+            panel.set(xscale="log", xticks=ticks, xticklabels=ticks, xlim=(ticks[0] / 4, ticks[-1] * 1.15))
+            panel.tick_params(labelbottom=True)
+            panel.minorticks_off()
+        figure.supxlabel("visual tokens, mean over the layers of the language model")
+        figure.supylabel("right answers, %")
+        figure.suptitle(f"Bundled model, {full.questions} held-out questions; dashed: all tokens; gray: other panels")
         figure.tight_layout()
 
     return _save(stem, paint)
+
+
+def _accuracies(records: list[Quality]) -> tuple[list[float], list[float]]:
+    return [r.token_layers for r in records], [100 * r.accuracy[0] for r in records]
+
+
+def _quality_line(panel: Any, records: list[Quality], color: str) -> None:
+    """One method: its accuracies with 95 % intervals."""
+    x, shares = _accuracies(records)
+    lows, highs = ([100 * abs(r.accuracy[end] - r.accuracy[0]) for r in records] for end in (1, 2))
+    name = records[0].name
+    panel.errorbar(
+        x, shares, yerr=[lows, highs], marker="o", markersize=3, capsize=2, linewidth=1.2, color=color, label=name
+    )
+
+
+def _name_lines(panel: Any, ends: list[tuple[str, Quality]]) -> None:
+    """Write each name at the left end of its line, one below the other where they would touch."""
+    gap, above = 5.5, float("inf")
+    for number in sorted(range(len(ends)), key=lambda i: -ends[i][1].accuracy[0]):
+        name, first = ends[number]
+        height = min(100 * first.accuracy[0], above - gap)
+        above = height
+        panel.annotate(
+            name, (first.token_layers, height), xytext=(-6, 0), textcoords="offset points", fontsize=7,
+            ha="right", va="center", color=f"C{number}", annotation_clip=False,
+        )  # fmt: skip
 
 
 def _save(stem: Path, paint: Callable[[Any], None]) -> list[Path]:

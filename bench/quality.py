@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import record
+from bench.quality_answers import answer_all
 from bench.record import Provenance
 from vtc import tiny
 from vtc.config import DEFAULT_PRUNE_LAYER
-from vtc.eval.engine import answer_all
-from vtc.eval.intervals import Share, paired, percent, wilson
-from vtc.eval.local import LocalEngine
+from vtc.eval.intervals import Share, paired, wilson
 from vtc.eval.model import ModelSpec
 from vtc.eval.progress import Progress
 from vtc.eval.question import Answer
@@ -29,7 +28,30 @@ KEEPS = (288, 192, 128, 64, 32, 16)
 BASELINE = "vtc-cls"  # every other method is compared with it, on the same questions
 IN_LANGUAGE_MODEL = {"prune_layer": DEFAULT_PRUNE_LAYER}  # the baseline also runs inside the language model
 SWEEP_KEEP = 64
+SWEPT = ("ensemble", "ensemble_layers")
 BATCH = 16
+# Methods by what they select by: a panel each in the plot.
+GROUPS = {
+    "attention of [CLS]": ("vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "vispruner"),
+    "coverage and distance": ("coverage", "scope", "mmtok", "divprune", "cdpruner"),
+    "attention of all queries": ("received", "hiprune"),
+    "inside the language model": ("fastv", "dart"),
+    "controls": ("random", "pool", "downsample"),
+}
+INSIDE = "inside the language model"
+
+
+def variants(keeps: Sequence[int]) -> list[tuple[str, dict[str, Any], Sequence[int]]]:
+    """Methods with options that belong to the comparison, and their numbers of tokens."""
+    # After layer 1 of 4, the mean over the layers is (576 + 3 K) / 4: 192 and 288 tokens.
+    early: dict[str, Any] = {"prune_layer": 1}
+    return [
+        *((method, {"positions": "original"}, keeps) for method in (BASELINE, "coverage")),
+        ("scope", {"ensemble_layers": 3}, keeps),
+        ("scope", {"saliency": "received"}, keeps),
+        (BASELINE, IN_LANGUAGE_MODEL, keeps),
+        *((method, early, [keep for keep in (192, 64) if keep in keeps]) for method in (BASELINE, "fastv", "dart")),
+    ]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -60,7 +82,14 @@ class Quality(Provenance):
     @property
     def swept(self) -> bool:
         """Whether it belongs to the sweep of the baseline's settings, and not to the comparison of methods."""
-        return bool(self.options) and self.options != IN_LANGUAGE_MODEL
+        return self.method == BASELINE and not self.options.keys().isdisjoint(SWEPT)
+
+    @property
+    def group(self) -> str:
+        """The key of `GROUPS` that it is shown with."""
+        if "prune_layer" in self.options or "schedule" in self.options:
+            return INSIDE
+        return next(group for group, methods in GROUPS.items() if self.method in methods)
 
 
 def run(
@@ -71,7 +100,7 @@ def run(
     *,
     sweep: bool = False,
     split: str = "test",
-    say: Callable[[str], None] = print,
+    processes: int = 1,
 ) -> list[Quality]:
     """Ask `count` held-out questions with every method at every number of tokens.
 
@@ -88,6 +117,8 @@ def run(
         The records go there, JSON lines; a file of that name is overwritten.
     sweep : bool
         Also the baseline's `ensemble_layers` and `ensemble`, at `SWEEP_KEEP` tokens.
+    processes : int
+        That answer side by side.
 
     Raises
     ------
@@ -96,37 +127,33 @@ def run(
     """
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    task, engine, spec = Scenes(count=count, split=split), LocalEngine(), ModelSpec()
-    config = spec.config()
+    task, config = Scenes(count=count, split=split), ModelSpec().config()
     common = dict(questions=count, split=split, checkpoint=checkpoint())
-    records: list[Quality] = []
-
-    def ask(setting: Setting) -> list[Answer]:
-        with Progress(setting.label, count) as progress:
-            return answer_all(engine, spec, task, setting, BATCH, advance=progress.advance)
-
-    def keep_record(
-        answers: list[Answer], full: list[Answer] | None, against: list[Answer] | None, **rest: Any
-    ) -> None:
-        measured = figures(task, answers, full, against)
-        records.append(Quality(**measured, **rest, **common, **record.provenance(torch.device("cpu"))))
-        say(f"{records[-1].name} {records[-1].keep}: {percent(records[-1].accuracy)}")
-        if out:  # one by one, so that an interrupted run keeps its records
-            record.append(out, records[-1:])
-
-    if out:
-        out.unlink(missing_ok=True)
-    full = ask(Setting())
-    keep_record(full, None, None, method="all tokens", options={}, keep=config.image_seq_length)
+    chosen = [Setting(), *settings(keeps, methods, sweep, config.vision_config.num_hidden_layers)]
+    with Progress(f"{len(chosen)} settings", count) as progress:
+        full, *rest = answer_all(task, chosen, BATCH, processes, advance=progress.advance)
+    where = record.provenance(torch.device("cpu"))
+    everything: dict[str, Any] = {"method": "all tokens", "options": {}, "keep": config.image_seq_length}
+    records = [Quality(**figures(task, full, None, None), **everything, **common, **where)]
     baseline: dict[int, list[Answer]] = {}
-    for setting in settings(keeps, methods, sweep, config.vision_config.num_hidden_layers):
+    for setting, answers in zip(chosen[1:], rest, strict=True):
         options = dict(setting.options)
-        keep = options.pop("keep")
-        answers = ask(setting)
-        keep_record(answers, full, baseline.get(keep), method=setting.name, options=options, keep=keep)
+        keep = nominal(options)
         if setting.name == BASELINE and not options:
             baseline[keep] = answers
+        against = None if baseline.get(keep) is answers else baseline.get(keep)
+        measured = figures(task, answers, full, against)
+        records.append(Quality(**measured, method=setting.name, options=options, keep=keep, **common, **where))
+    if out:
+        out.unlink(missing_ok=True)
+        record.append(out, records)
     return records
+
+
+def nominal(options: dict[str, Any]) -> int:
+    """The number of tokens that a setting is compared at; it is removed from its `options`."""
+    keep: int = options.pop("keep")
+    return keep
 
 
 def settings(keeps: Sequence[int], methods: Sequence[str], sweep: bool, depth: int) -> list[Setting]:
@@ -136,8 +163,7 @@ def settings(keeps: Sequence[int], methods: Sequence[str], sweep: bool, depth: i
     budgets |= dict.fromkeys(fixed, [SWEEP_KEEP] if SWEEP_KEEP in keeps else keeps[:1])
     names = [BASELINE, *(name for name in methods if name not in (BASELINE, NONE))]
     chosen: list[tuple[str, dict[str, Any], Sequence[int]]] = [(name, {}, budgets.get(name, keeps)) for name in names]
-    if BASELINE in methods:
-        chosen.append((BASELINE, IN_LANGUAGE_MODEL, keeps))
+    chosen += [variant for variant in variants(keeps) if variant[0] in methods]
     if sweep:
         layers: list[dict[str, Any]] = [{"ensemble_layers": n} for n in range(1, depth) if n != 3]
         ensembles: list[dict[str, Any]] = [{"ensemble": name} for name in ("mean", "max", "min")]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from bench import table
-from bench.quality import BASELINE, SWEEP_KEEP, Quality
+from bench.quality import BASELINE, INSIDE, SWEEP_KEEP, Quality
 from vtc.eval.intervals import percent
 from vtc.tiny.scenes import FAMILIES
+
+BESIDE = (BASELINE, "coverage", "scope", "random")  # in the table of equal token·layers
 
 
 def tables(records: list[Quality]) -> str:
@@ -18,6 +20,9 @@ def tables(records: list[Quality]) -> str:
     rows = [[full.name, *[percent(full.accuracy)] * len(keeps)]]
     rows += [[name, *(cells.get((name, keep), "") for keep in keeps)] for name in names]
     parts = [table.markdown(["method", *(f"{keep} tokens" for keep in keeps)], rows)]
+    if budgets := equal_budgets(compared):
+        parts += ["At equal token·layers, the mean of visual tokens over the language model's layers:"]
+        parts += [_equal(compared, budgets)]
     close = [full, *(r for r in compared if r.keep == SWEEP_KEEP)]
     if len(close) > 1:
         parts += [f"At {SWEEP_KEEP} tokens:", _families(close), verdict(close)]
@@ -25,6 +30,26 @@ def tables(records: list[Quality]) -> str:
         ours = [r for r in compared if r.name == BASELINE and r.keep == SWEEP_KEEP]
         parts += [f"Settings of {BASELINE}, at {SWEEP_KEEP} tokens:", _families(ours + swept), verdict(swept)]
     return "\n\n".join(parts)
+
+
+def equal_budgets(records: list[Quality]) -> list[float]:
+    """The token·layers that records inside the language model and others have in common, the largest first."""
+    inside, before = ({r.token_layers for r in records if (r.group == INSIDE) == own} for own in (True, False))
+    return sorted(inside & before, reverse=True)
+
+
+def _equal(records: list[Quality], budgets: list[float]) -> str:
+    """Accuracy inside the language model beside that of a few methods before it."""
+    shown = [r for r in records if r.group == INSIDE or (r.method in BESIDE and not r.options)]
+    cells = {(r.name, r.token_layers): f"{percent(r.accuracy)}{_nominal(r)}" for r in shown}
+    names = [name for name in dict.fromkeys(r.name for r in shown) if any((name, b) in cells for b in budgets)]
+    rows = [[name, *(cells.get((name, budget), "") for budget in budgets)] for name in names]
+    return table.markdown(["method", *(f"{budget:.0f} token·layers" for budget in budgets)], rows)
+
+
+def _nominal(r: Quality) -> str:
+    """What a setting inside the language model keeps."""
+    return f" (keep={r.keep})" if "prune_layer" in r.options else ""
 
 
 def _tokens(r: Quality) -> str:

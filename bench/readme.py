@@ -208,11 +208,12 @@ def tasks(page: Path) -> str:
 
 def towers(page: Path) -> str:
     """The vision towers, and which methods work with each."""
-    rows = [
-        [tower.name, *("yes" if method in compatibility.methods_of(tower=tower) else "no" for method in METHODS)]
-        for tower in TOWERS.values()
-    ]
-    return plain(["vision tower", *(f"`{method}`" for method in METHODS)], rows)
+    rows = []
+    for tower in TOWERS.values():
+        able = compatibility.methods_of(tower=tower)
+        refused = [f"`{method}`" for method in METHODS if method not in able]
+        rows.append([tower.name, f"all but {', '.join(refused)}" if refused else "all"])
+    return plain(["vision tower", "methods"], rows)
 
 
 def files(page: Path) -> str:

@@ -36,6 +36,8 @@ class Plan(NamedTuple):
         The vision layers whose [CLS] probabilities are scored, counted from 0.
     pool : int
         pool x pool patches become one before the selection.
+    received : tuple of int
+        The vision layers in which patches are ranked by the attention that they receive, counted from 0.
     """
 
     config: VTCConfig
@@ -47,6 +49,7 @@ class Plan(NamedTuple):
     feature_layers: tuple[int, ...]
     scored: range
     pool: int
+    received: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -89,7 +92,7 @@ class Plan(NamedTuple):
         """
         vision = model_config.vision_config if vision is None else vision
         depth = vision.num_hidden_layers
-        method = config.build_method()
+        method = config.build_method().for_tower(has_cls)
         feature_layers = _feature_layers(model_config, depth, feature_layer)
         _require_strategy(strategy or getattr(model_config, "vision_feature_select_strategy", None), has_cls)
         rows, columns = patch_grid(vision, size)
@@ -102,8 +105,8 @@ class Plan(NamedTuple):
         num_tokens = grid[0] * grid[1] + num_registers
         kept = 0 if shares_keep else kept_count(config, num_tokens)
         outputs = 0 if shares_keep else method.num_outputs(num_tokens, kept)
-        scored = method.scored_layers(max(feature_layers), depth)
-        return cls(config, method, grid, num_tokens, kept, outputs, feature_layers, scored, pool)
+        scored, received = (each(max(feature_layers), depth) for each in (method.scored_layers, method.received_layers))
+        return cls(config, method, grid, num_tokens, kept, outputs, feature_layers, scored, pool, received)
 
 
 def share_out(scores: Tensor, layout: Tensor, how: str) -> Tensor:

@@ -3,12 +3,20 @@
 import re
 
 import pytest
+import torch
 
 from bench import __main__ as command
-from bench import plots, quality, quality_tables
+from bench import plots, quality, quality_answers, quality_tables
 from vtc import compress, tiny
+from vtc.eval.engine import answer_all
 from vtc.eval.intervals import paired, wilson
+from vtc.eval.local import LocalEngine
+from vtc.eval.model import ModelSpec
 from vtc.eval.question import Answer
+from vtc.eval.setting import Setting
+from vtc.eval.tasks.scenes import Scenes
+from vtc.hf.towers import tower_of
+from vtc.methods import METHODS
 from vtc.tiny.scenes import balanced_questions
 
 
@@ -25,17 +33,19 @@ def test_intervals_are_those_of_the_textbook():
 def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     """The model's part is played: it is right wherever enough tokens are kept, and random does worse."""
 
-    def play(engine, spec, task, setting, batch_size, advance):
-        assert (task.count, task.split) == (50, "val")
+    def play(task, settings, batch_size, processes, advance):
+        assert (task.count, task.split, processes) == (50, "val", 2)
+        advance(50)
+        return [play_one(task, setting) for setting in settings]
+
+    def play_one(task, setting):
         share = {"vtc-cls": 0.8, "random": 0.2, "prumerge": 0.6, "none": 1.0}[setting.method]
         known = round(share * 50 * (0.5 if setting.options.get("ensemble") == "min" else 1))
         kept = {"none": 576.0, "prumerge": 29.3}.get(setting.method, setting.keep)
         texts = [question.answer if i < known else "?" for i, (_, question) in enumerate(task.asked)]
-        advance(len(texts))
         return [Answer(line, text, kept) for line, text in enumerate(texts)]
 
     monkeypatch.setattr(quality, "answer_all", play)
-    lines = []
     records = quality.run(
         50,
         (64, 16),
@@ -43,7 +53,7 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
         tmp_path / "quality.jsonl",
         sweep=True,
         split="val",
-        say=lines.append,
+        processes=2,
     )
     assert [(r.name, r.keep, r.tokens) for r in records[:8]] == [
         *(("all tokens", 576, 576), ("vtc-cls", 64, 64), ("vtc-cls", 16, 16), ("prumerge", 64, 29.3)),
@@ -76,7 +86,7 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
 def test_quality_is_what_the_model_answers_one_by_one(method):
     """Asked here with stock transformers in a block of `vtc.compress`."""
     asked = balanced_questions("val", 5)
-    record = next(r for r in quality.run(5, (16,), (method,), None, split="val", say=str) if r.method == method)
+    record = next(r for r in quality.run(5, (16,), (method,), None, split="val") if r.method == method)
     model, processor = tiny.load()
     right, kept = [], []
     for scene, question in asked:
@@ -91,6 +101,45 @@ def test_quality_is_what_the_model_answers_one_by_one(method):
         question.family: float(ok) for (_, question), ok in zip(asked, right, strict=True)
     }
     assert record.tokens == pytest.approx(sum(kept) / 5, abs=0.5)
+
+
+def test_many_settings_are_answered_as_each_alone():
+    """Also in two processes, and with batches of unequal size."""
+    task = Scenes(count=7, split="val")
+    settings = [Setting(), *(Setting(method, {"keep": 16}) for method in ("vtc-cls", "prumerge", "fastv", "pool"))]
+    alone = [answer_all(LocalEngine(), ModelSpec(), task, setting, 4) for setting in settings]
+    for processes in (1, 2):
+        together = quality_answers.answer_all(task, settings, 4, processes)
+        assert [[(each.line, each.text, each.visual_tokens) for each in own] for own in together] == [
+            [(each.line, each.text, each.visual_tokens) for each in own] for own in alone
+        ]
+
+
+def test_the_tower_runs_once_for_the_same_pixels():
+    """What later calls get is what the tower computes, and the hooks on projections see the same values."""
+    model, _ = tiny.load()
+    tower = model.base_model.vision_tower
+    size = tower.config.image_size
+    first, second = torch.rand(2, 1, 3, size, size)
+    projection = tower_of(tower.config).attentions_of(tower)[2].k_proj
+    passes, keys = [], []
+    tower.embeddings.register_forward_hook(lambda *_: passes.append(1))
+    projection.register_forward_hook(lambda _module, _args, output: keys.append(output))
+    with torch.no_grad(), quality_answers.one_pass(tower):
+        found = [tower(pixels, output_hidden_states=True).hidden_states for pixels in (first, second, first.clone())]
+    assert len(passes) == 2
+    assert len(keys) == 3
+    assert torch.equal(keys[0], keys[2])
+    assert not torch.equal(keys[0], keys[1])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
+    with torch.no_grad():
+        again = tower(first, output_hidden_states=True).hidden_states
+    assert len(passes) == 3  # the block has ended
+    assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+
+
+def test_every_method_has_a_group():
+    assert sorted(name for group in quality.GROUPS.values() for name in group) == sorted(set(METHODS) - {"none"})
 
 
 def test_quality_measures_the_bundled_model(tmp_path, capsys):

@@ -198,6 +198,9 @@ def test_published_figures_are_found_by_task_method_tokens_and_size():
     assert look_up("pope", "fastv", 64, "7b") == [("VTC-CLS", 35.6, True)]
     assert look_up("mmvet", "prumerge+", 256, "7b") == [("VTC-CLS", 31.8, True)]
     assert look_up("sqa", "none", None, "13b") == [("LLaVA", 71.6, False), ("FasterVLM", 72.78, False)]
+    assert look_up("gqa", "scope", 32, "7b") == [("TOPS", 56.2, True)]
+    assert look_up("seed", "mmtok", 64, "7b") == [("MMTok", 57.15, False)]
+    assert look_up("sqa", "divprune", 128, "7b") == [("TOPS", 68.6, False), ("MMTok", 68.66, False)]
     assert look_up("sqa", "floor", None, "7b") == [("FasterVLM", 63.06, False)]
     assert look_up("mmbench", "none", None, "7b") == [
         ("VTC-CLS", 64.7, True), ("LLaVA", 64.3, True), ("FasterVLM", 64.69, True)
@@ -211,6 +214,17 @@ def test_published_figures_are_found_by_task_method_tokens_and_size():
         ("scenes", "none", None, "7b"),
     ):
         assert look_up(*key) == []
+
+
+def test_two_harnesses_that_ran_visionzip_agree():
+    """Both papers print VisionZip's own figures, so a slip in one of the tables shows."""
+    tables = [
+        {(p.task, p.keep): p.value for p in published.PUBLISHED if (p.method, p.source) == ("visionzip", source)}
+        for source in (published.TOPS, published.MMTOK)
+    ]
+    common = tables[0].keys() & tables[1].keys()
+    assert len(common) == 10
+    assert all(abs(tables[0][key] - tables[1][key]) < 0.25 for key in common)
 
 
 def test_the_published_averages_are_the_means_of_the_published_rows():

@@ -7,7 +7,7 @@ flash-attn where it can run, else SDPA. Where a tower has another attention impl
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ class ClsScores:
         The attention modules of the scored layers.
     compared : Module or None
         The attention module whose keys, and whose query of the first token, the method compares.
+    receiving : list of Module
+        The attention modules of the layers in which patches are ranked by the attention that they receive.
+    cls : bool
+        Whether the first token is [CLS], which is no patch.
 
     Attributes
     ----------
@@ -47,40 +51,60 @@ class ClsScores:
         Of `compared`.
     query : Tensor [B, H, D] or None
         Of `compared`.
+    received : Tensor [L, B, N], float32, or None
+        The attention that each patch receives, of all layers that are `receiving`. None before the last one has run.
     ops : list of str
-        The operations that computed `cls_probs`.
+        The operations that computed `cls_probs` and `received`.
     """
 
     def __init__(
-        self, config: VTCConfig, scored: list[torch.nn.Module], compared: torch.nn.Module | None = None
+        self,
+        config: VTCConfig,
+        scored: list[torch.nn.Module],
+        compared: torch.nn.Module | None = None,
+        receiving: Sequence[torch.nn.Module] = (),
+        cls: bool = True,
     ) -> None:
         self.config, self.scored, self.compared = config, scored, compared
+        self.receiving, self.cls = list(receiving), cls
+        self._received: list[torch.Tensor] = []
         # Of the scored layers that have run: the probabilities, or the first query, the key and the scale.
         self._layers: list[torch.Tensor | tuple[torch.Tensor, torch.Tensor, float | None]] = []
         self.cls_probs: torch.Tensor | None = None
         self.keys: torch.Tensor | None = None
         self.query: torch.Tensor | None = None
+        self.received: torch.Tensor | None = None
         self.ops: list[str] = []
 
     @property
     def modules(self) -> list[torch.nn.Module]:
         """The attention modules whose query and key are needed."""
-        others = [] if self.compared is None or self.is_scored(self.compared) else [self.compared]
-        return [*self.scored, *others]
+        others = [*([] if self.compared is None else [self.compared]), *self.receiving]
+        return list({id(module): module for module in (*self.scored, *others)}.values())
 
     @property
     def is_complete(self) -> bool:
         """Whether every layer that is needed has run."""
-        return (not self.scored or self.cls_probs is not None) and (self.compared is None or self.keys is not None)
+        has_keys = self.compared is None or self.keys is not None
+        return has_keys and all(
+            found is not None or not needed
+            for needed, found in ((self.scored, self.cls_probs), (self.receiving, self.received))
+        )
 
     def is_scored(self, module: torch.nn.Module) -> bool:
         """Return whether an attention module belongs to a scored layer."""
         return any(module is each for each in self.scored)
 
-    def read(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
-        """Note the query `[B, H, 1 + N, D]` and key of an attention module if the method compares them."""
+    def read(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> None:
+        """Note what the method needs of the query `[B, H, 1 + N, D]` and key of an attention module."""
         if module is self.compared:
             self.query, self.keys = query[:, :, 0], key
+        if any(module is each for each in self.receiving):
+            backend, skip = self.config.backend, int(self.cls)
+            self._received.append(ops.received(query, key, scale=scale, skip=skip, backend=backend))
+            if len(self._received) == len(self.receiving):
+                self.received = torch.stack(self._received)
+                self.ops.append("received")
 
     def note(self, query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> None:
         """Note the query and key `[B, H, 1 + N, D]` of a scored layer: views, of which nothing is copied."""
@@ -123,8 +147,14 @@ class ClsScores:
     def pool(self, side: int, size: int) -> None:
         """Average the scores over `size` x `size` cells of `side` x `side` patches; incomplete cells are dropped."""
         if self.cls_probs is not None:
-            grids = self.cls_probs.mean(2).unflatten(2, (side, side))
-            self.cls_probs = torch.nn.functional.avg_pool2d(grids, size).flatten(2).unsqueeze(2)
+            self.cls_probs = _pooled(self.cls_probs.mean(2), side, size).unsqueeze(2)
+        if self.received is not None:
+            self.received = _pooled(self.received, side, size)
+
+
+def _pooled(scores: torch.Tensor, side: int, size: int) -> torch.Tensor:
+    """Scores `[L, B, side * side]`, averaged over cells."""
+    return torch.nn.functional.avg_pool2d(scores.unflatten(2, (side, side)), size).flatten(2)
 
 
 def plain_attention(
@@ -219,7 +249,7 @@ def vtc_attention(
     """
     if vtc_scores is None:
         return _attend(module, query, key, value, attention_mask, scaling, **kwargs)
-    vtc_scores.read(module, query, key)
+    vtc_scores.read(module, query, key, scaling)
     if vtc_scores.is_scored(module):
         if vtc_scores.fuses(query, kwargs.get("dropout", 0.0)):
             out, cls_probs = ops.cls_attention(query, key, value, scale=scaling, backend=vtc_scores.config.backend)

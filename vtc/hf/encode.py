@@ -63,14 +63,14 @@ def run_tower(
     ValueError
         If the method needs the question and there is none, or the tower does not do what the method needs.
     """
-    base, tower, needs = settings.base, settings.base.vision_tower, plan.method.needs
+    base, tower, needs = settings.base, settings.base.vision_tower, plan.method.required
     if needs.question and question is None:
         raise ValueError(
             f"method {plan.method.name!r} selects patches by the question, and pixels alone have none; pass all of the "
             "processor's inputs to generate(), forward() or vtc.select(model, inputs)"
         )
     spec = tower_of(tower.config)
-    scores = _scores(spec.attentions_of(tower), plan)
+    scores = _scores(spec.attentions_of(tower), plan, spec.cls)
     grid = plan.method.view_grid(plan.grid, plan.num_kept)
     if grid != plan.grid:
         views, tower_arguments = _resized(settings, views, plan, grid, tower_arguments)
@@ -83,8 +83,10 @@ def run_tower(
         features = base.vision_resampler(features)  # expects square frames, too
     query = scores.query if needs.query else None
     pixels = views if needs.pixels else None
-    vision = VisionOutputs(features, grid, scores.cls_probs, scores.keys, query, pixels, has_cls)
-    if needs.projected:
+    vision = VisionOutputs(
+        features, grid, scores.cls_probs, scores.keys, query, pixels, has_cls, received=scores.received
+    )
+    if needs.projected:  # the kept tokens are projected once more, with the others that are kept
         with torch.no_grad():
             vision = vision._replace(projected=base.multi_modal_projector(vision.patches))
     return vision._replace(question=question if needs.question else None), scores.ops
@@ -102,11 +104,12 @@ def _resized(
     return small.to(views.dtype), {**tower_arguments, option: True} if option else tower_arguments
 
 
-def _scores(attentions: list[Any], plan: Plan) -> ClsScores:
+def _scores(attentions: list[Any], plan: Plan, cls: bool) -> ClsScores:
     """What the method needs of the tower's attention modules."""
-    scored = [attentions[number] for number in plan.scored]
-    compared = {"last": attentions[-1], "feature": scored[-1] if scored else None, None: None}[plan.method.needs.keys]
-    return ClsScores(plan.config, scored if plan.method.needs.cls_probs else [], compared)
+    scored, needs = [attentions[number] for number in plan.scored], plan.method.required
+    compared = {"last": attentions[-1], "feature": scored[-1] if scored else None, None: None}[needs.keys]
+    receiving = [attentions[number] for number in plan.received]
+    return ClsScores(plan.config, scored if needs.cls_probs else [], compared, receiving, cls)
 
 
 def _hidden_states(

@@ -143,7 +143,7 @@ def _of_plan(current: Settings, plan: Plan) -> dict[str, Any]:
     """What is known of settings that fit the model."""
     device, backend = current.base.vision_tower.device, current.config.backend
     found: dict[str, Any] = {
-        "scored": tuple(plan.scored) if plan.method.needs.cls_probs else (),
+        "scored": tuple(plan.scored) if plan.method.required.cls_probs else plan.received,
         "backends": {op: ops.backend_for(op, device, backend) for op in _operations(current.base, plan)},
     }
     if current.family.inputs[0].layout != TILES.layout:
@@ -158,5 +158,6 @@ def _operations(base: Any, plan: Plan) -> list[str]:
     if fuses and config.fused is None:
         head_dim = tower.config.hidden_size // tower.config.num_attention_heads
         fuses = ops.fused_is_faster(tower.device, tower.dtype, head_dim, config.backend)
-    scoring = ["cls_attention" if fuses else "cls_probs"] if plan.method.needs.cls_probs else []
-    return encode.operations(plan, scoring)
+    needs = plan.method.required
+    scoring = ["cls_attention" if fuses else "cls_probs"] if needs.cls_probs else []
+    return encode.operations(plan, [*scoring, *(["received"] if needs.received else [])])

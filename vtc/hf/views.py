@@ -27,7 +27,7 @@ from vtc.hf.question import question_of, repeated
 from vtc.hf.settings import Settings
 from vtc.hf.tiles import Tiling, flat_tiles, tilings
 from vtc.hf.towers import INTERPOLATION, TowerSpec, tower_of
-from vtc.methods import Question, Tokens
+from vtc.methods import Question, Tokens, VisionOutputs
 from vtc.plan import Plan, patch_grid, share_out
 
 
@@ -218,7 +218,7 @@ class Views:
     def _project_all(self) -> tuple[Tensor, Tensor | None]:
         """For `prune_layer` > 0: projected features `[images, N, D]` of all patches, and the indices `[images, K]`."""
         plan = self.plan
-        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
+        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments, self.question)
         inside = plan.method.prunes_only_language()  # selected in the language model
         indices = None if inside else plan.method.selected(vision, plan.num_kept)[0]
         encode.count(self.settings, plan, used, len(self.views), plan.num_tokens, plan.num_kept)
@@ -316,7 +316,7 @@ class Tiles(Views):
         plan, rows, first = self.plan, [], 0
         resizes = plan.method.view_grid(plan.grid, plan.num_kept) != plan.grid
         if not resizes:
-            vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
+            vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments, self.question)
         for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
             views, keep = slice(first, first + tiling.num_tiles), kept // tiling.num_tiles
             if resizes:  # to sizes of their own
@@ -333,11 +333,16 @@ class Tiles(Views):
     def _project_best(self) -> Tensor:
         """The best tokens of all views."""
         base, plan, backend = self.settings.base, self.plan, self.plan.config.backend
-        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
-        features, scores = vision.patches, plan.method.selected(vision, 1)[1]  # [T, N, D], [T, N]
+        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments, self.question)
+        features = vision.patches  # [T, N, D]
+        scores = None if plan.method.joint else plan.method.selected(vision, 1)[1]  # [T, N]
         selected, kept_of_images, first = [], [], 0
         for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
-            ranking = share_out(scores[first : first + tiling.num_tiles], tiling.layout, plan.config.tiles)
+            own = slice(first, first + tiling.num_tiles)
+            if scores is None:
+                ranking = _joint_ranking(plan, vision.of_views(own), tiling.layout, kept)
+            else:
+                ranking = share_out(scores[own], tiling.layout, plan.config.tiles)
             layout = tiling.layout.to(features.device)
             places = ops.topk(ranking[None], kept, backend=backend)
             kept_of_images.append(_as_mask(places, tokens))
@@ -354,6 +359,17 @@ class Tiles(Views):
             visual = base.multi_modal_projector(visual)
         visual = torch.where(numbers[:, None] < 0, base.image_newline.to(visual), visual)
         return torch.nn.utils.rnn.pad_sequence(visual.split([kept for _, kept in self.counts]), batch_first=True)
+
+
+def _joint_ranking(plan: Plan, vision: VisionOutputs, layout: Tensor, keep: int) -> Tensor:
+    """The scores `[n]` of an image's tokens, chosen among the patches of all its tiles. Newlines come last.
+
+    `layout` is that of `Tiling`.
+    """
+    places = (layout >= 0).nonzero()[:, 0]
+    patches = layout[places].to(vision.hidden.device)
+    scores = plan.method.selected(vision.joined(patches), min(keep, len(patches)))[1][0]
+    return scores.new_full(layout.shape, -1.0).index_copy(0, places.to(scores.device), scores)
 
 
 def _kept_of_tiles(plan: Plan, tiling: Tiling) -> int:

@@ -3,7 +3,7 @@
 A method is a frozen dataclass. Its fields are its options, and it checks their values itself. Its class attributes say
 what it needs from the vision tower and where it prunes (`vtc.methods.base`). `reduce` is a function of tensors: it
 takes the outputs of the vision tower and returns the features for the projector. A method knows no model, never
-synchronises with the GPU, and does not loop over images or tokens.
+synchronises with the GPU, and does not loop over images.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ from typing import Any
 
 from vtc.methods.base import Method, Needs, Question, Ranking, Tokens, VisionOutputs, keep_patches
 from vtc.methods.cdpruner import CDPruner
+from vtc.methods.coverage import Coverage
+from vtc.methods.divprune import DivPrune
 from vtc.methods.downsample import Downsample
 from vtc.methods.fastervlm import FasterVLM
 from vtc.methods.fastv import FastV
+from vtc.methods.hiprune import HiPrune
 from vtc.methods.mmtok import MMTok
 from vtc.methods.none import Nothing
 from vtc.methods.pool import Pool
 from vtc.methods.prumerge import PruMerge, PruMergePlus
 from vtc.methods.random import Random
+from vtc.methods.received import Received
+from vtc.methods.scope import Scope
 from vtc.methods.visionzip import VisionZip
+from vtc.methods.vispruner import VisPruner
 from vtc.methods.vtc_cls import VTCCLS
 
 __all__ = [
@@ -45,8 +51,14 @@ METHODS: dict[str, type[Method]] = {
     VisionZip.name: VisionZip,
     PruMerge.name: PruMerge,
     PruMergePlus.name: PruMergePlus,
+    Coverage.name: Coverage,
+    Scope.name: Scope,
     MMTok.name: MMTok,
+    DivPrune.name: DivPrune,
     CDPruner.name: CDPruner,
+    VisPruner.name: VisPruner,
+    HiPrune.name: HiPrune,
+    Received.name: Received,
     FastV.name: FastV,
     Random.name: Random,
     Pool.name: Pool,

@@ -108,9 +108,31 @@ class VisionOutputs(NamedTuple):
 
     def of_views(self, views: slice) -> VisionOutputs:
         """The same of some of the B images."""
-        keys, query, pixels = (x if x is None else x[views] for x in (self.keys, self.query, self.pixel_values))
-        probs = None if self.cls_probs is None else self.cls_probs[:, views]
-        return VisionOutputs(self.hidden[views], self.grid, probs, keys, query, pixels, self.cls)
+
+        def part(x: Tensor | None, layers: bool = False) -> Tensor | None:
+            return x if x is None else x[:, views] if layers else x[views]
+
+        question = None if self.question is None else Question(*(x[views] for x in self.question))
+        return VisionOutputs(
+            self.hidden[views], self.grid, part(self.cls_probs, True), part(self.keys), part(self.query),
+            part(self.pixel_values), self.cls, part(self.received, True), part(self.projected), question,
+        )  # fmt: skip
+
+    def joined(self, tokens: Tensor) -> VisionOutputs:
+        """The same with some patches of the B images, `tokens` `[n]` int64 counted over them, as those of one image.
+
+        It has neither [CLS] nor a grid, and no keys.
+        """
+
+        def taken(x: Tensor | None, dim: int = 0) -> Tensor | None:
+            return x if x is None else x.flatten(dim, dim + 1).index_select(dim, tokens).unsqueeze(dim)
+
+        probs = None if self.cls_probs is None else taken(self.cls_probs.mean(2), 1)
+        question = None if self.question is None else Question(*(x[:1] for x in self.question))
+        return VisionOutputs(
+            taken(self.patches), (1, len(tokens)), None if probs is None else probs.unsqueeze(2), cls=False,
+            received=taken(self.received, 1), projected=taken(self.projected), question=question,
+        )  # fmt: skip
 
 
 class Tokens(NamedTuple):
@@ -178,6 +200,8 @@ class Method:
         Whether the images of a batch can end up with different counts.
     per_view : bool
         Whether an image's base image and tiles can be reduced one by one, each to exactly the same number of tokens.
+    joint : bool
+        Whether it chooses among all patches of an image's tiles together, as if they were those of one image.
     rounds_up : bool
         Whether `ratio` rounds up to a number of tokens, or else to the nearest; see `vtc.config.kept_count`.
     operations : tuple of str
@@ -194,6 +218,7 @@ class Method:
     kv: ClassVar[str] = "compact"
     adaptive: ClassVar[bool] = False
     per_view: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
     rounds_up: ClassVar[bool] = True
     operations: ClassVar[tuple[str, ...]] = ("topk", "compact")
     selects: ClassVar[bool] = True
@@ -244,9 +269,12 @@ class Method:
 
     def without_effect(self) -> dict[str, str]:
         """Settings and options that have no effect with its options, and why, as a clause."""
-        if self.needs.cls_probs:
-            return {}
-        return {"fused": "it scores no vision layers by the attention of [CLS]"}
+        found = {} if self.required.cls_probs else {"fused": "it scores no vision layers by the attention of [CLS]"}
+        if self.per_view:
+            found["tiles"] = "each view of an image has the same number of tokens"
+        if self.joint:
+            found["tiles"] = "it chooses among the patches of all tiles of an image together"
+        return found
 
     @classmethod
     def needs_cls(cls) -> bool:
@@ -294,11 +322,21 @@ class Method:
         ValueError
             If the options ask for layers that do not exist or may not be scored.
         """
-        return range(end - 1, end) if self.needs.cls_probs or self.needs.keys == "feature" else range(0)
+        needs = self.required
+        return range(end - 1, end) if needs.cls_probs or needs.keys == "feature" else range(0)
 
     def received_layers(self, end: int, depth: int) -> tuple[int, ...]:
         """The vision layers, counted from 0, of which `received` is needed; `end` and `depth` as in `scored_layers`."""
-        return (end - 1,) if self.needs.received else ()
+        return (end - 1,) if self.required.received else ()
+
+    def for_tower(self, cls: bool) -> Method:
+        """The method as it runs with a vision tower with or without a [CLS] token."""
+        return self
+
+    @property
+    def required(self) -> Needs:
+        """What it needs with its options; by default `needs`."""
+        return self.needs
 
     def view_grid(self, grid: tuple[int, int], keep: int) -> tuple[int, int]:
         """Rows and columns of patches that the tower is to see of a view of `grid`; the view is resized to them."""
@@ -411,9 +449,19 @@ class Method:
         value = getattr(outputs, field)
         if value is None:
             raise ValueError(
-                f"{self.name} needs {field} of the vision tower, got None; pass what {self.needs} asks for"
+                f"{self.name} needs {field} of the vision tower, got None; pass what {self.required} asks for"
             )
         return value
+
+
+def scores_of(order: Tensor, num_tokens: int) -> Tensor:
+    """Scores `[B, N]` float32 for patches that are chosen one after the other, `order` `[B, K]` int64.
+
+    The patch that is chosen i-th, from 0, scores 1 - i / K, and one that is not chosen 0: the k best are the first k.
+    """
+    steps = torch.arange(order.shape[1], device=order.device, dtype=torch.float32)
+    scores = torch.zeros((len(order), num_tokens), dtype=torch.float32, device=order.device)
+    return scores.scatter(1, order, (1 - steps / order.shape[1]).expand(order.shape))
 
 
 def keep_patches(is_image: Tensor, indices: Tensor, num_tokens: int) -> Tensor:

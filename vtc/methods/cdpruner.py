@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, Needs, VisionOutputs
+from vtc.methods.base import Method, Needs, VisionOutputs, scores_of
 from vtc.methods.question import sum_of_tokens, token_ids, word_weights
 
 
@@ -24,8 +24,10 @@ class CDPruner(Method):
         L[i, j] = r_i · cos(v_i, v_j) · r_j
         K times:  choose n with the largest det(L[S + n, S + n]) / det(L[S, S]),  S = the chosen ones
 
-    The K chosen patches stay, in their order; `scores` are the scaled r. A tie goes to the lower index. It needs no
-    [CLS] token. The question is the text of the prompt that the image is in, its template included.
+    The K chosen patches stay, in their order. The score of the i-th that is chosen is 1 - i / K. A tie goes to the
+    lower index. It needs no [CLS] token. The question is the text of the prompt that the image is in, its template
+    included. All tiles of an image count together. It needs all tokens after the projector, so that one runs for all,
+    and for the kept ones again.
 
     This is the variant that takes the relevance from the language model's input embeddings, as OpenVINO runs it on
     models without a text tower. On LLaVA the authors take it from CLIP's text tower, which is no part of a LLaVA
@@ -47,6 +49,7 @@ class CDPruner(Method):
     paper: ClassVar[str] = "arXiv 2506.10967"
     needs: ClassVar[Needs] = Needs(projected=True, question=True)
     operations: ClassVar[tuple[str, ...]] = ("similarity", "compact")
+    joint: ClassVar[bool] = True
 
     ignore: tuple[int, ...] = ()
 
@@ -56,7 +59,8 @@ class CDPruner(Method):
     def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
         projected, relevance = self.require(outputs, "projected"), self.relevance(outputs)
         likeness = ops.similarity(projected, projected, backend=self.backend)
-        return _most_probable(likeness, relevance, keep), relevance
+        order = _most_probable(likeness, relevance, keep)
+        return order.sort(dim=1).values, scores_of(order, relevance.shape[1])
 
     def relevance(self, outputs: VisionOutputs) -> Tensor:
         """The scaled r of every patch, float32 `[B, N]`; 1 where all patches of an image are equally relevant."""
@@ -68,7 +72,7 @@ class CDPruner(Method):
 
 
 def _most_probable(likeness: Tensor, relevance: Tensor, keep: int) -> Tensor:
-    """Greedy MAP of the process with the kernel relevance · likeness · relevance: ascending indices `[B, keep]` int64.
+    """Greedy MAP of the process with the kernel relevance · likeness · relevance: `[B, keep]` int64, in their order.
 
     By the update of the Cholesky factor of Chen, Zhang and Zhou (arXiv 1709.05135). When the chosen patches span the
     others, so that nothing is left to gain, the lowest index is next.
@@ -98,4 +102,4 @@ def _most_probable(likeness: Tensor, relevance: Tensor, keep: int) -> Tensor:
         new = torch.where(square > 0, row / square.sqrt(), 0.0)
         factor[:, step] = new
         gain = gain - new * new
-    return torch.cat(order, dim=1).sort(dim=1).values
+    return torch.cat(order, dim=1)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,14 +29,23 @@ def check_integer(name: str, value: object, least: int, most: float = float("inf
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}{limit}")
 
 
-def check_positive(name: str, value: object, or_zero: bool = False) -> None:
-    """Raise ValueError if `value` is not a finite number above 0, or 0 with `or_zero`."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not (value > 0 or (or_zero and value == 0)):  # type: ignore[operator]
-        raise ValueError(f"{name} must be a number {'of at least' if or_zero else 'above'} 0, got {value!r}")
-
-
 def check_bool(name: str, value: object) -> None:
     """Raise ValueError if `value` is neither True nor False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_positive(name: str, value: object, or_zero: bool = False) -> None:
+    """Raise ValueError if `value` is not a finite number above 0, or 0 with `or_zero`."""
+    if not _is_number(value) or not (0 < value < float("inf") or (or_zero and value == 0)):  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number {'of at least' if or_zero else 'above'} 0, got {value!r}")
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise ValueError if `value` is not a number from 0 to 1."""
+    if not _is_number(value) or not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

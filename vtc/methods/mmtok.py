@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, Needs, VisionOutputs
+from vtc.methods.base import Method, Needs, VisionOutputs, scores_of
 from vtc.methods.checks import check_positive
 from vtc.methods.question import token_ids, word_weights
 
@@ -26,9 +26,13 @@ class MMTok(Method):
         K times:  choose n with the largest Σ_r max(0, rows[r, n] - covered[r])
                   covered[r] = max(covered[r], rows[r, n])
 
-    The K chosen patches stay, in their order; `scores` are the sums of the first choice. It needs no [CLS] token. The
-    question is the text of the prompt that the image is in, its template included, so the same image keeps other
-    patches for another question, and prefixes that are cached for one do not serve another.
+    The K chosen patches stay, in their order. The score of the i-th that is chosen is 1 - i / K. It needs no [CLS]
+    token. The question is the text of the prompt that the image is in, its template included, so an image keeps other
+    patches for another question, and a cached prefix of one question does not serve another. It needs all tokens after
+    the projector, so that one runs for all, and for the kept ones again.
+
+    An image of LLaVA-NeXT covers the patches of all its tiles together, without newline tokens. Of a video, each frame
+    is covered alone.
 
     The paper counts no function words and no special tokens, and it leaves fixed instructions out::
 
@@ -54,6 +58,7 @@ class MMTok(Method):
     paper: ClassVar[str] = "arXiv 2508.18264"
     needs: ClassVar[Needs] = Needs(projected=True, question=True)
     operations: ClassVar[tuple[str, ...]] = ("similarity", "coverage", "compact")
+    joint: ClassVar[bool] = True
 
     temperature: float = 0.2
     text_temperature: float = 0.02
@@ -67,8 +72,8 @@ class MMTok(Method):
         object.__setattr__(self, "ignore", token_ids("ignore", self.ignore))
 
     def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
-        cover = self.cover(outputs)
-        return ops.coverage(cover, keep, backend=self.backend)[0], cover.sum(dim=1)
+        indices, order = ops.coverage(self.cover(outputs), keep, backend=self.backend)
+        return indices, scores_of(order, outputs.patches.shape[1])
 
     def cover(self, outputs: VisionOutputs) -> Tensor:
         """The rows that are to be covered, float32 `[B, N + T, N]`, those of the question last. Columns are contiguous.

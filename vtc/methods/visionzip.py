@@ -51,9 +51,6 @@ class VisionZip(Method):
         if self.contextual is not None:
             check_integer("contextual", self.contextual, 0)
 
-    def without_effect(self) -> dict[str, str]:
-        return super().without_effect() | {"tiles": "each view of an image has the same number of tokens"}
-
     def num_outputs(self, num_tokens: int, keep: int) -> int:
         return sum(self._split(keep))
 

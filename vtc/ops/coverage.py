@@ -58,7 +58,8 @@ def coverage(
 
 
 @register(
-    "coverage(Tensor cover, SymInt k, Tensor? weight, Tensor? allowed, Tensor? counts, str backend) -> (Tensor, Tensor)",
+    "coverage(Tensor cover, SymInt k, Tensor? weight, Tensor? allowed, Tensor? counts, str backend) -> "
+    "(Tensor, Tensor)",
     lambda cover, k, *_: greedy.fake(cover, k),
 )
 def _coverage(
