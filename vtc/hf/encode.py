@@ -89,7 +89,10 @@ def run_tower(
     if needs.projected:  # the kept tokens are projected once more, with the others that are kept
         with torch.no_grad():
             vision = vision._replace(projected=base.multi_modal_projector(vision.patches))
-    return vision._replace(question=question if needs.question else None), scores.ops
+    if question is not None and needs.question:  # the language model may be on another device
+        ids, is_text = question.ids.to(features.device), question.is_text.to(features.device)
+        vision = vision._replace(question=Question(question.embeddings.to(features), ids, is_text))
+    return vision, scores.ops
 
 
 def _resized(
