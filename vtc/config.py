@@ -104,7 +104,8 @@ class VTCConfig:
         methods.check_options(self.method, self.options)
         if isinstance(self.method, Method):
             self._take_apart(self.method)
-        self.build_method()  # checks the values
+        built = self.build_method()  # checks the values
+        object.__setattr__(self, "options", {name: getattr(built, name) for name in self.options})  # as it stores them
         if self.reselects and self.kv == "compact":
             raise ValueError(
                 'reselect=True needs all tokens in the KV cache, got kv="compact"; use kv="full" or reselect=False'

@@ -147,8 +147,13 @@ def share_out(scores: Tensor, layout: Tensor, how: str) -> Tensor:
 
 def patch_grid(vision: Any, size: Sequence[int] | None = None) -> tuple[int, int]:
     """Rows and columns of patches of a view of `size` (height, width), by default that of the vision config."""
-    sides, patch = _pair(vision.image_size) if size is None else size, _pair(vision.patch_size)
+    sides, patch = _pair(vision.image_size) if size is None else size, patch_size(vision)
     return sides[0] // patch[0], sides[1] // patch[1]
+
+
+def patch_size(vision: Any) -> tuple[int, int]:
+    """Height and width of a patch in pixels."""
+    return _pair(vision.patch_size)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -17,7 +17,7 @@ def family_refusal(family: Family, method: str | Method) -> str | None:
     about = class_of(method)
     if not family.is_one_view and about.prunes == ("language",):
         return f"prunes inside the language model, which cannot tell the tiles of an image of {family.name} apart"
-    by_view = about.per_view and not family.has_frames
+    by_view = about.per_view and not (family.has_frames and about.needs.keys)  # the keys of a frame are not pooled
     if not family.is_one_view and not about.keeps_patches() and not by_view and about.prunes:
         return f"makes new tokens of an image's patches, and a {family.name} image or video has several views"
     if family.stacked and about.adaptive:

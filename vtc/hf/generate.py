@@ -263,6 +263,8 @@ def _shortened(
 
     sizes = {token: [n for n, _ in views[visual].counts] for visual, token in tokens.items()}
     prompt = LoneImage.read(ids[:, start:], new_mask, sizes) or Prompt.read(ids[:, start:], new_mask, sizes)
+    for visual, each in views.items():
+        each.ask(prompt, sizes, tokens[visual])
     outputs = {visual.modality: each.encode() for visual, each in views.items()}  # an adaptive method sets the counts
     counts = {token: views[visual].counts for visual, token in tokens.items()}
     shortening = prompt.shortening(counts, {token: views[visual].kept for visual, token in tokens.items()})

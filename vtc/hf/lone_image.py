@@ -50,6 +50,16 @@ class LoneImage:
             return None
         return cls(input_ids, token, first, count)
 
+    @property
+    def images(self) -> dict[int, list[int]]:
+        """As `Prompt.images`."""
+        return {self.token: [1]}
+
+    def text(self, sizes: Mapping[int, Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """As `Prompt.text`."""
+        ids = torch.cat([self.input_ids[:, : self.first], self.input_ids[:, self.first + self.num_placeholders :]], 1)
+        return (ids, torch.ones_like(ids, dtype=torch.bool)) if ids.shape[1] else self._any().text(sizes)
+
     def shortening(self, counts: Mapping[int, Counts], kept: Mapping[int, Kept]) -> Shortening | None:
         """As `Prompt.shortening`."""
         ((tokens, count),) = counts[self.token]

@@ -127,6 +127,18 @@ class Prompt:
                 dropped = dropped[count:]
         return lengths
 
+    def text(self, sizes: Mapping[int, Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """The text of each row without its placeholders and padding, `[B, T]`, left-aligned, and where it is real.
+
+        T is the length of the longest, and at least 1. `sizes` are N of each image, as `read` got them.
+        """
+        length = max(1, *self.lengths({token: [(tokens, 0) for tokens in own] for token, own in sizes.items()}))
+        is_text = ~self.padding
+        for found in self.is_image.values():
+            is_text = is_text & ~found
+        columns = is_text.int().sort(dim=1, descending=True, stable=True).indices[:, :length]
+        return self.input_ids.gather(1, columns), (is_text & self.real).gather(1, columns)
+
     def shortening(self, counts: Mapping[int, Counts], kept: Mapping[int, Kept]) -> Shortening | None:
         """Which columns stay: all text, and K of each image's N placeholders. None if every K is N.
 

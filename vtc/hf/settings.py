@@ -170,8 +170,10 @@ def stored(base: Any) -> VTCConfig:
     if own is not None and given.get("method") == own.name:
         given = {name: given[name] for name in SHARED if name in given} | {"method": own}
     try:
-        if _SCALARS.issuperset(map(type, given.values())) and not torch.compiler.is_compiling():
-            return _checked(METHODS.get(given.get("method", "vtc-cls")), **given)  # type: ignore[arg-type]
+        # A saved config holds lists where there were tuples.
+        values = {name: tuple(value) if type(value) is list else value for name, value in given.items()}
+        if all(map(_is_key, values.values())) and not torch.compiler.is_compiling():
+            return _checked(METHODS.get(values.get("method", "vtc-cls")), **values)  # type: ignore[arg-type]
         return VTCConfig.of(**given)
     except ValueError as error:
         known = given.get("method", "vtc-cls") in METHODS
@@ -184,9 +186,14 @@ def stored(base: Any) -> VTCConfig:
 _SCALARS = frozenset((bool, int, float, str, type(None)))
 
 
+def _is_key(value: Any) -> bool:
+    """Whether equal values of its type are the same: a scalar, or a tuple of integers."""
+    return type(value) in _SCALARS or (type(value) is tuple and all(type(each) is int for each in value))
+
+
 @functools.lru_cache(maxsize=64, typed=True)  # typed: True and 1.0 equal 1, and only 1 is a number of tokens
 def _checked(method: type[Method] | None, /, **given: Any) -> VTCConfig:
-    """The settings of the values `given`, all of them scalars: the same values are not checked again.
+    """The settings of the values `given`, all of them keys (`_is_key`): the same values are not checked again.
 
     `method` is the class that the name stands for, which may be registered again.
     """
@@ -213,7 +220,7 @@ def store(base: Any, config: VTCConfig) -> None:
 
 def plain_value(value: Any) -> Any:
     """The value of an option as `model.config.vtc` can be saved with it."""
-    return value if isinstance(value, (int, float, str, bool, list, dict, type(None))) else repr(value)
+    return value if isinstance(value, (int, float, str, bool, list, tuple, dict, type(None))) else repr(value)
 
 
 def name_without_effect(base: Any, config: VTCConfig, given: Mapping[str, Any]) -> None:

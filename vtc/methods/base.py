@@ -285,6 +285,11 @@ class Method:
         return cls.needs.cls_probs or cls.needs.query
 
     @classmethod
+    def needs_prompt(cls) -> bool:
+        """Whether it selects by the question, so that it needs the prompt that an image is in."""
+        return cls.needs.question or cls.prunes_only_language()
+
+    @classmethod
     def prunes_only_language(cls) -> bool:
         """Whether it can drop tokens inside the language model only."""
         return cls.prunes == ("language",)
@@ -335,6 +340,10 @@ class Method:
     def required(self) -> Needs:
         """What it needs with its options; by default `needs`."""
         return self.needs
+
+    def view_grid(self, grid: tuple[int, int], keep: int) -> tuple[int, int]:
+        """Rows and columns of patches that the tower is to see of a view of `grid`; the view is resized to them."""
+        return grid
 
     def num_outputs(self, num_tokens: int, keep: int) -> int:
         """R of `reduce` for an image of `num_tokens` patches; an upper bound of its count if the method is adaptive.
@@ -432,8 +441,8 @@ class Method:
         indices, scores = self.selected(outputs, keep)
         return Tokens(ops.compact(outputs.patches, indices, backend=self.backend), None, indices, scores)
 
-    def require(self, outputs: VisionOutputs, field: str) -> Tensor:
-        """The tensor `outputs.field`.
+    def require(self, outputs: VisionOutputs, field: str) -> Any:
+        """What `outputs.field` holds.
 
         Raises
         ------
