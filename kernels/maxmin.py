@@ -122,7 +122,7 @@ def _maxmin_kernel(
         if allowed_ptr is not None:
             allowed_ptrs = allowed_ptr + b * allowed_stride_b + m.to(tl.int64) * allowed_stride_n
             competes = tl.load(allowed_ptrs, mask=competes, other=0) != 0
-        counted = competes[:, None] & (m[:, None] != n[None, :]) & (similarity == similarity)
+        counted = competes[:, None] & (m[:, None] != n[None, :])  # a maximum ignores NaN
         to_others = tl.maximum(to_others, tl.max(tl.where(counted, similarity, float("-inf")), axis=0))
         start += BLOCK_M
     chosen = _first(tl.maximum(nearest, search.ordered(to_others, in_row, 32)), n)

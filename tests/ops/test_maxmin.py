@@ -12,6 +12,9 @@ from support.kernels import BACKENDS, DEVICE, LAYOUTS, count_launches, guarded_e
 from vtc import ops, reference, tiny
 from vtc.tiny.scenes import balanced_questions
 
+# NumPy's word in the interpreter on the maximum of nothing but NaN.
+pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+
 
 def cosines(num_images, num_tokens, num_features=8, seed=0):
     """Similarities of random tokens; symmetric to the bit."""

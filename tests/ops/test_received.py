@@ -30,8 +30,8 @@ SHAPES = [
     (2, 2, 64, 80, 1),
     (1, 3, 65, 128, 3),
     (1, 35, 20, 16, 0),
-    (1, 2, 257, 64, 1),
-    (1, 1, 130, 200, 129),
+    (1, 1, 193, 64, 1),
+    (1, 1, 70, 200, 69),
 ]
 
 
@@ -171,16 +171,15 @@ def test_a_given_log_sum_exp_is_used(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("index", [torch.int64, torch.int32])
+@pytest.mark.parametrize(("dtype", "index"), [(torch.float32, torch.int64), (torch.bfloat16, torch.int32)])
 @pytest.mark.parametrize(
     "starts",
-    [[0, 200], [0, 1, 200], [0, 64, 128, 200], [0, 30, 30, 101, 140, 199, 200], [0, *range(2, 201, 3), 200]],
+    [[0, 150], [0, 1, 150], [0, 64, 128, 150], [0, 30, 30, 101, 140, 149, 150], [0, *range(2, 150, 3), 150]],
     ids=len,
 )
-def test_packed_images(starts, index, dtype, backend):
+def test_packed_images(starts, dtype, index, backend):
     """Segments within a block, over several blocks, of one token, and empty ones."""
-    query, key = make(1, 2, 200, 24, dtype)
+    query, key = make(1, 2, 150, 24, dtype)
     cu_seqlens = torch.tensor(starts, dtype=index, device=DEVICE)
     check(query, key, backend, cu_seqlens=cu_seqlens)
 

@@ -209,12 +209,11 @@ MUTANTS = [
         "kernels/maxmin.py",
         "ops/test_maxmin",
         {
-            "first from the token itself": ("& (m[:, None] != n[None, :])", ""),
+            "first from the token itself": (" & (m[:, None] != n[None, :])", ""),
             "first from all tokens": ("competes = tl.load(allowed_ptrs, mask=competes, other=0) != 0", "pass"),
             "first rows alone": ("while start < num_tokens:", "while start < BLOCK_M:"),
             "first of the last rows": ("to_others = tl.maximum(to_others, tl.max", "to_others = tl.maximum(float('-inf'), tl.max"),
             "first is the farthest from its farthest": ('tl.where(counted, similarity, float("-inf")), axis=0)', 'tl.where(counted, -similarity, float("-inf")), axis=0)'),
-            "NaN decides the first": (" & (similarity == similarity)", ""),
             "padded rows count": ("competes = m < num_tokens", "competes = m >= 0"),
             "distance to the last choice alone": ("nearest = tl.maximum(nearest, search.ordered(similarity, in_row, 32))", "nearest = tl.where(nearest < LAST, search.ordered(similarity, in_row, 32), nearest)"),
             "distance to the first choice alone": ("nearest = tl.maximum(nearest, search.ordered(similarity, in_row, 32))", "nearest = tl.where(step == 0, tl.maximum(nearest, search.ordered(similarity, in_row, 32)), nearest)"),
