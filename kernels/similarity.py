@@ -369,4 +369,3 @@ def _weighted_sum_kernel(
     # store: sums after the used ones are 0 in a block with used ones, too
     mixed = tl.where((r < used)[:, None], mixed, 0.0)
     tl.store(features_ptr + r[:, None] * num_features + d[None, :], mixed, mask=in_outputs & in_features)
-

@@ -171,7 +171,13 @@ def variants(target_name: str):
         )
 
     # MMTok has neither weights nor counts. Beyond 1024 rows the terms of a lane are added one after the other.
-    pointers = {"cover_ptr": "*fp32", "cover_stride_n": "i64", "covered_ptr": "*fp32", "indices_ptr": "*i64", "order_ptr": "*i64"}
+    pointers = {
+        "cover_ptr": "*fp32",
+        "cover_stride_n": "i64",
+        "covered_ptr": "*fp32",
+        "indices_ptr": "*i64",
+        "order_ptr": "*i64",
+    }
     given = {"weight_ptr": "*fp32", "allowed_ptr": "*u8", "counts_ptr": "*i64"}
     for num_rows, num_columns, extra in ((576, 576, {}), (576, 576, given), (1024, 4096, given), (4096, 4096, given)):
         r, lanes, m, g, w = tuning.coverage_blocks(num_rows, num_columns)
