@@ -3,7 +3,7 @@
 The evaluation is lazy, and exact. What is covered never falls, so no gain ever rises, in floating point either: a sum
 in a fixed order is monotone. The last gain of a column is therefore a bound of its next one. If the column with the
 largest bound has been evaluated since the last choice, it is the column with the largest gain, ties included.
-Otherwise it is evaluated, and the best columns of 15 other strata with it. Most columns are evaluated in few steps.
+Otherwise it is evaluated, and the best columns of 15 other strata with it.
 """
 
 import torch
@@ -108,13 +108,11 @@ def _lane_sums(
     """
     if STEP < BLOCK_R:
         lower = _lane_sums(
-            cover_ptrs, stale, covered_ptr, num_rows, num_covered, FIRST, 2 * STEP, NUM_BLOCKS, BLOCK_R,
-            BLOCK_L,
-        )  # fmt: skip
+            cover_ptrs, stale, covered_ptr, num_rows, num_covered, FIRST, 2 * STEP, NUM_BLOCKS, BLOCK_R, BLOCK_L
+        )
         upper = _lane_sums(
-            cover_ptrs, stale, covered_ptr, num_rows, num_covered, FIRST + STEP, 2 * STEP, NUM_BLOCKS,
-            BLOCK_R, BLOCK_L,
-        )  # fmt: skip
+            cover_ptrs, stale, covered_ptr, num_rows, num_covered, FIRST + STEP, 2 * STEP, NUM_BLOCKS, BLOCK_R, BLOCK_L
+        )
         total = lower + upper
     else:
         r = FIRST + tl.arange(0, BLOCK_L)[:, None]
@@ -228,9 +226,8 @@ def _coverage_kernel(
         cover_ptrs = (cover_ptr + top_n.to(tl.int64) * cover_stride_n)[None, :]
         num_covered = tl.where(step > 0, num_rows, 0)
         total = _lane_sums(
-            cover_ptrs, stale[None, :], covered_ptr, num_rows, num_covered, 0, BLOCK_L, NUM_BLOCKS,
-            BLOCK_R, BLOCK_L,
-        )  # fmt: skip
+            cover_ptrs, stale[None, :], covered_ptr, num_rows, num_covered, 0, BLOCK_L, NUM_BLOCKS, BLOCK_R, BLOCK_L
+        )
         for _ in tl.static_range(10):
             if total.shape[0] > 1:  # a sum of two is the same in either order
                 total = tl.sum(tl.reshape(total, [2, total.shape[0] // 2, BLOCK_G]), axis=0)

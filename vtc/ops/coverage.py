@@ -23,8 +23,8 @@ def coverage(
 ) -> tuple[Tensor, Tensor]:
     """Greedy maximum coverage: `k` columns, one after the other, each the one that adds most to what is covered.
 
-    See `vtc.reference.coverage` for the formula. The kernel and, on the CPU, PyTorch evaluate few of the columns in most
-    steps (lazy greedy, which is exact). Not differentiable. All backends choose the same columns in the same
+    See `vtc.reference.coverage` for the formula. The kernel and, on the CPU, PyTorch evaluate few columns in most steps
+    (lazy greedy, which is exact). Not differentiable. All backends choose the same columns in the same
     order. An image's choice does not depend on the other images of the batch.
 
     Parameters
