@@ -30,9 +30,12 @@ SEED = 28  # of images whose counts differ
 
 
 class Seen:
-    """What the stock model's tower leaves of one image `[3, height, width]`, float64 and unsplit."""
+    """What the stock model's tower leaves of one image `[3, height, width]`, float64 and unsplit.
 
-    def __init__(self, model, image, feature_layer=DEPTH - 1):
+    `row` are the ids of the prompt that it is in.
+    """
+
+    def __init__(self, model, image, feature_layer=DEPTH - 1, row=()):
         tower, self.queries, self.keys = model.model.vision_tower, [], []
         hooks = []
         for name, part in tower.named_modules():
@@ -40,14 +43,17 @@ class Seen:
                 if name.endswith(ends):
                     hooks.append(part.register_forward_hook(lambda *a, outputs=outputs: outputs.append(a[-1][0])))
         with torch.no_grad():
-            out = tower(image[None], output_hidden_states=True, output_attentions=True)
+            size = {"interpolate_pos_encoding": True} if image.shape[-1] != 14 * GRID else {}
+            out = tower(image[None], output_hidden_states=True, output_attentions=True, **size)
         for hook in hooks:
             hook.remove()
         layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
         self.hidden = torch.cat([out.hidden_states[layer][0] for layer in layers], -1).double()
         self.attentions = [layer[0].double() for layer in out.attentions]
         self.queries, self.keys = ([x.double() for x in each] for each in (self.queries, self.keys))
-        self.image, self.end = image, max(layers)
+        self.image, self.layers, self.end, self.model = image, layers, max(layers), model
+        text = [token for token in row if token != IMAGE]
+        self.words = model.get_input_embeddings()(torch.tensor(text, dtype=torch.long)).detach().double()
         assert len(self.queries) == len(self.keys) == DEPTH
 
     def before_the_last(self, count):
@@ -59,6 +65,11 @@ class Seen:
     def last(self):
         return self.hidden, self.queries[-1], self.keys[-1]
 
+    @property
+    def projected(self):
+        """The patches after the projector."""
+        return projected(self.model, self.hidden[1:]).double()
+
 
 def random(seen, seed=0):
     scores = golden_methods.random_scores(seen.image, len(seen.hidden) - 1, seed)
@@ -69,6 +80,11 @@ def random(seen, seed=0):
 def visionzip(seen, dominant, contextual):
     f = seen.end - 1
     return golden_methods.visionzip(seen.hidden, seen.attentions[f], seen.keys[f], 4, dominant, contextual)
+
+
+def downsampled(seen):
+    small = golden_methods.downsampled(seen.image, 14 * 3, 14 * 3)
+    return Seen(seen.model, small, seen.layers).hidden[-KEEP:]  # without [CLS]
 
 
 # By name: the settings, and of an image which patches are kept (None: not to be said) and the features.
@@ -86,9 +102,18 @@ CASES = {
     "prumerge fixed": ({"adaptive_count": False}, lambda s: golden_methods.prumerge(*s.last, KEEP - 1)),
     "prumerge+": ({}, lambda s: golden_methods.prumerge_plus(*s.last, 2, 15)),
     "prumerge+ adaptive": ({"adaptive_count": True}, lambda s: golden_methods.prumerge_plus(*s.last)),
+    "mmtok": ({}, lambda s: golden_methods.mmtok(s.hidden, s.projected, s.words, KEEP)),
+    "mmtok alpha": (
+        {"alpha": 0, "text_temperature": 0.1},
+        lambda s: golden_methods.mmtok(s.hidden, s.projected, s.words, KEEP, 0, 0.2, 0.1),
+    ),
+    "cdpruner": ({}, lambda s: golden_methods.cdpruner(s.hidden, s.projected, s.words, KEEP)),
     "random": ({"seed": 3}, lambda s: random(s, 3)),
     "pool": ({}, lambda s: (None, golden_methods.pool(s.hidden, (GRID, GRID), KEEP))),
+    "downsample": ({}, lambda s: (None, downsampled(s))),
 }
+BY_QUESTION = [case for case in CASES if METHODS[case.split()[0]].needs.question]
+PIXELS_ONLY = [case for case in CASES if case not in BY_QUESTION]
 
 
 def options(case):
@@ -128,7 +153,8 @@ def call():
 
 @pytest.fixture(scope="module")
 def seen(eager, call):
-    return [Seen(eager, image) for image in call["pixel_values"]]
+    rows = [ids(*row, seed=i) for i, row in enumerate(ROWS) for part in row if part == "image"]
+    return [Seen(eager, image, row=row) for image, row in zip(call["pixel_values"], rows, strict=True)]
 
 
 @torch.no_grad()
@@ -169,7 +195,9 @@ def test_the_images_are_worth_testing_with(seen):
     """Methods differ, and so do the counts of an adaptive one within the batch: or the tests could not fail."""
     for case in ADAPTIVE:
         assert len({len(CASES[case][1](s)[1]) for s in seen}) > 1, case
-    kept = {case: tuple(tuple(CASES[case][1](s)[0]) for s in seen) for case in CASES if case != "pool"}
+    kept = {
+        case: tuple(tuple(CASES[case][1](s)[0]) for s in seen) for case in CASES if case not in ("pool", "downsample")
+    }
     same = [("prumerge", "prumerge neighbors")]  # these differ in what is merged
     assert len(set(kept.values())) >= len(kept) - len(same)
 
@@ -216,7 +244,7 @@ def test_other_caches(model, eager, call, seen, case, how):
     check_generated(model.generate(**call, **detailed(**how)), call, eager, spliced(eager, seen, CASES[case][1]))
 
 
-@pytest.mark.parametrize("case", ["prumerge", "prumerge+ adaptive", "visionzip"])
+@pytest.mark.parametrize("case", ["prumerge", "prumerge+ adaptive", "visionzip", "downsample"])
 def test_beams(model, eager, call, seen, case):
     """One image a prompt, which every transformers can copy; images of different counts."""
     vtc.enable(model, **options(case))
@@ -234,7 +262,7 @@ def test_beams(model, eager, call, seen, case):
         assert torch.equal(out[2 * i : 2 * i + 2, len(rows[0]) :], alone)
 
 
-@pytest.mark.parametrize("case", ADAPTIVE)
+@pytest.mark.parametrize("case", [*ADAPTIVE, "mmtok", "cdpruner", "downsample"])
 def test_a_second_turn(model, eager, call, seen, case):
     vtc.enable(model, **options(case))
     first = model.generate(**call, **detailed())
@@ -260,7 +288,7 @@ def test_a_further_image_takes_the_method_of_the_conversation(model, call):
         assert torch.equal(model.generate(**copy.deepcopy(more), max_new_tokens=2), expected)
 
 
-@pytest.mark.parametrize("case", ["prumerge", "prumerge+", "visionzip", "pool"])
+@pytest.mark.parametrize("case", ["prumerge", "prumerge+", "visionzip", "pool", "downsample", "mmtok", "cdpruner"])
 def test_loss_and_gradients(model, eager, call, seen, case):
     """To the projector, of prompts whose lengths differ by what their images keep."""
     labels = call["input_ids"].masked_fill((call["attention_mask"] == 0) | (call["input_ids"] == IMAGE), -100)
@@ -343,7 +371,7 @@ def test_towers(built, tower, case):
     check_features(*built(tower=tower), case, transcription)
 
 
-@pytest.mark.parametrize("case", ["random", "pool"])
+@pytest.mark.parametrize("case", ["random", "pool", "downsample"])
 def test_a_tower_without_cls(built, case):
     def transcription(seen):
         seen.hidden = torch.cat([torch.zeros_like(seen.hidden[:1]), seen.hidden])  # transcriptions expect a [CLS] row
@@ -361,7 +389,7 @@ def test_feature_layers(built, case, layer):
     check_features(model, eager, case, CASES[case][1], feature_layer=layer % (DEPTH + 1))
 
 
-@pytest.mark.parametrize("case", ["fastervlm", "visionzip", "random", "pool"])
+@pytest.mark.parametrize("case", ["fastervlm", "visionzip", "random", "pool", "downsample"])
 def test_features_of_several_layers(built, case):
     check_features(*built("vipllava"), case, CASES[case][1], feature_layer=[DEPTH - 1, DEPTH - 3, 2])
 
@@ -555,10 +583,10 @@ def test_attention_to_a_placeholder_of_two_tokens_is_their_sum(model, eager, cal
     golden.close(attention.sum(-1), torch.ones(1, 4, len(row)))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "pool"])
+@pytest.mark.parametrize("case", [case for case in CASES if METHODS[case.split()[0]].selects])
 def test_select(model, call, seen, case):
     """Ascending patches; of what a method merges those that stay; -1 after the patches of an image with fewer."""
-    selection = vtc.select(model, call["pixel_values"], **options(case))
+    selection = vtc.select(model, call if case in BY_QUESTION else call["pixel_values"], **options(case))
     assert selection.scores.shape == (4, TOKENS)
     for b, image in enumerate(seen):
         kept = sorted(CASES[case][1](image)[0])
@@ -572,7 +600,7 @@ def test_select(model, call, seen, case):
     assert drawn.tobytes() == vtc.overlay(picture, alone, side=84).tobytes()
 
 
-@pytest.mark.parametrize("method", ["pool", "none"])
+@pytest.mark.parametrize("method", ["pool", "downsample", "none"])
 def test_nothing_to_select(model, call, method):
     with pytest.raises(ValueError, match=rf"'{method}' selects no patches.*select patches: 'vtc-cls', 'fastervlm'"):
         vtc.select(model, call["pixel_values"], keep=KEEP, method=method)
@@ -593,7 +621,9 @@ def test_a_method_that_says_it_selects_and_does_not(model, call, monkeypatch):
 
 
 @pytest.mark.supported("Compiling", "image encoding in one graph")
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ADAPTIVE and case != "prumerge neighbors"])
+@pytest.mark.parametrize(
+    "case", [case for case in PIXELS_ONLY if case not in ADAPTIVE and case != "prumerge neighbors"]
+)
 def test_image_encoding_compiles_into_one_graph(call, case):
     model = models.build(DEPTH)  # a new one: transformers leaves hooks on a tower that has run as the stock one
     vtc.enable(model, **options(case))

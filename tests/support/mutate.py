@@ -670,8 +670,8 @@ MUTANTS = [
         "hf/test_settings_cache",
         {
             "True is 1": ("typed=True", "typed=False"),
-            "values that change are remembered": ("if _SCALARS.issuperset(map(type, given.values())) and", "if"),
-            "a name is always the same class": ('METHODS.get(given.get("method", "vtc-cls"))', "None"),
+            "values that change are remembered": ("if all(map(_is_key, values.values())) and", "if"),
+            "a name is always the same class": ('METHODS.get(values.get("method", "vtc-cls"))', "None"),
             "settings are checked each time": ("@functools.lru_cache(maxsize=64, typed=True)", "@functools.lru_cache(maxsize=0, typed=True)"),
         },
     ),
@@ -1409,6 +1409,87 @@ MUTANTS = [
         {
             "results in place": ("with replacing(lines) as made:  # the next command reads it\n", "if made := lines:\n"),
             "inputs are not asked for": ("require_writable(existing / name, inputs)", "require_writable(existing / name)"),
+        },
+    ),
+    *_of(
+        "vtc/methods/question.py",
+        "methods/test_methods",
+        {
+            "ignored words count": ("question.is_text & ~torch.isin(question.ids, ignored)", "question.is_text"),
+            "nothing left means nothing": ("words = torch.where(words.any(dim=1, keepdim=True), words, question.is_text)", "pass"),
+            "what is no text counts": ("question.is_text & ~torch", "~torch"),
+            "halves of a sum by length": ("half = 1 << (length - 1).bit_length() - 1", "half = (length + 1) // 2"),
+            "lower case alone": ("(word, word.capitalize(), word.upper())", "(word,)"),
+            "no beginning of a line": ('("a\\n", "a\\n")]', "]"),
+            "parts of words are words": ("and len(ids) == len(first) + 1", "and len(ids) > len(first)"),
+        },
+    ),
+    *_of(
+        "vtc/methods/mmtok.py",
+        "methods/test_methods",
+        {
+            "image rows are not divided": ("self.alpha / patches.shape[1]", "self.alpha"),
+            "words are not divided": ("text.mT * weights", "text.mT * (weights > 0)"),
+            "one temperature": ("temperature=self.text_temperature", "temperature=self.temperature"),
+            "words first": ("[image.mT * (self.alpha / patches.shape[1]), text.mT * weights]", "[text.mT * weights, image.mT * (self.alpha / patches.shape[1])]"),
+        },
+    ),
+    *_of(
+        "vtc/methods/cdpruner.py",
+        "methods/test_methods",
+        {
+            "relevance scaled over the batch": ("mean.aminmax(dim=1, keepdim=True)", "mean.aminmax()"),
+            "relevance the wrong way round": ("(mean - low + 1e-6)", "(high - mean + 1e-6)"),
+            "gain without relevance": ("gain = relevance * relevance * likeness", "gain = relevance * likeness"),
+            "earlier choices are not projected out": ("        if step:\n", "        if step == 1:\n"),
+            "a patch is taken twice": ("rest = rest.scatter(1, chosen, False)", "pass"),
+            "noise is divided by": ("torch.where(square > 0, row / square.sqrt(), 0.0)", "row / square.sqrt()"),
+        },
+    ),
+    *_of(
+        "vtc/methods/downsample.py",
+        "hf/test_question",
+        {"one patch less in a row": ("return math.isqrt(keep), math.isqrt(keep)", "return math.isqrt(keep), math.isqrt(keep) + 1")},
+    ),
+    *_of(
+        "vtc/hf/question.py",
+        "hf/test_question",
+        {
+            "placeholders are embedded": ("ids = ids.masked_fill(~is_text, 0)", "pass"),
+            "the first row asks for all": ("row.expand(count", "tensor[:1].expand(count"),
+        },
+    ),
+    *_of(
+        "vtc/hf/prompt.py",
+        "hf/test_question",
+        {
+            "hidden text is text": ("(is_text & self.real).gather(1, columns)", "is_text.gather(1, columns)"),
+            "text out of order": ("is_text.int().sort(dim=1, descending=True, stable=True)", "is_text.int().flip(1).sort(dim=1, descending=True, stable=True)"),
+            "padding is text": ("is_text = ~self.padding\n", "is_text = torch.ones_like(self.padding)\n"),
+        },
+    ),
+    *_of(
+        "vtc/hf/views.py",
+        "hf/test_question",
+        {
+            "frames are as many as videos": ("return [len(self.views) // len(self.counts)] * len(self.counts)", "return [1] * len(self.counts)"),
+            "tiles of one size": ("alone = plan._replace(num_kept=keep)", "alone = plan._replace(num_kept=self.counts[0][1] // self.tiles[0].num_tiles)"),
+        },
+    ),
+    *_of(
+        "vtc/hf/encode.py",
+        "hf/test_question",
+        {
+            "not antialiased": (', mode="bicubic", antialias=True', ', mode="bicubic"'),
+            "pooled views are too small": ("tokens * plan.pool * patch", "tokens * patch"),
+        },
+    ),
+    *_of(
+        "vtc/hf/settings.py",
+        "hf/test_question",
+        {
+            "lists are no keys": ("tuple(value) if type(value) is list else value", "value"),
+            "any tuple is a key": ("all(type(each) is int for each in value)", "True"),
         },
     ),
     *_of(
