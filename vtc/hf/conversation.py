@@ -316,8 +316,13 @@ class ShortConversation(Conversation):
             kept=torch.cat([self.columns.to(ids.device), generated, start + new.columns], 1),
             input_ids=torch.cat([self.input_ids.to(ids.device), ids[:, between], new.input_ids], 1),
             attention_mask=full_mask,
-            position=full_mask.sum(1, keepdim=True),
+            position=(mask if new.config.positions == "original" else full_mask).sum(1, keepdim=True),
         )
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """The positions `[B, L']` of the columns in the full prompt, of which `mask` `[B, L]` hides some."""
+        full = (mask.cumsum(1) - 1).gather(1, self.columns.to(mask.device))
+        return full.masked_fill(self._mask().to(mask.device) == 0, 0)
 
     def answered(self, sequences: Tensor, held: int) -> ShortConversation:
         """The same conversation with what was generated: `sequences` `[B * C, M]`, whose C copies are neighbours.

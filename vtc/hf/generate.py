@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vtc.config import VTCConfig
-from vtc.hf import conversation, names, prune, prune_decode, prune_limits
+from vtc.hf import conversation, names, positions, prune, prune_decode, prune_limits
 from vtc.hf.conversation import PrunedConversation, ShortConversation
 from vtc.hf.families import VisualInput
 from vtc.hf.lone_image import LoneImage
@@ -125,6 +125,8 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
         return outputs
     if run and images and ids is not None and not settings.config.compresses:
         run.count_prompt(ids.shape[1], ids.shape[1])
+    if images and not pixels and settings.config.positions == "original":  # a shortened prompt, from our generate()
+        call = positions.one_sample(settings.base.language_model.config, call, conversation.length_of(cache))
     outputs = stock(**call)
     if run and images and (cache := names.cache_of(outputs)) is not None:
         run.count_cache(cache)
@@ -245,7 +247,8 @@ def _shortened(
     ids: torch.Tensor = call["input_ids"]
     mask: Any = call.get("attention_mask")
     _require_tensor(call, "attention_mask")
-    positions, cache = call.get("position_ids"), call.get("cache")
+    given, cache = call.get("position_ids"), call.get("cache")
+    original, packed = settings.config.positions == "original", in_forward and _is_packed(settings, call)
     if mask is not None and mask.ndim == 2 and len(mask) == 1:
         mask = mask.expand(len(ids), -1)
     views = views_of(settings, call)
@@ -257,7 +260,7 @@ def _shortened(
         start = past.length + held - past.short_length
         past.require_whole(ids, start)
         _require_pixels(settings, call, start)
-        if positions is not None:
+        if given is not None:
             raise ValueError("position_ids cannot be given for a further turn; leave them to generate()")
     new_mask = None if mask is None else mask[:, start:]
 
@@ -265,15 +268,17 @@ def _shortened(
     prompt = LoneImage.read(ids[:, start:], new_mask, sizes) or Prompt.read(ids[:, start:], new_mask, sizes)
     outputs = {visual.modality: each.encode() for visual, each in views.items()}  # an adaptive method sets the counts
     counts = {token: views[visual].counts for visual, token in tokens.items()}
-    shortening = prompt.shortening(counts, {token: views[visual].kept for visual, token in tokens.items()})
-    short = prompt.shortened(
+    shortening = prompt.shortening(counts, {token: views[visual].kept for visual, token in tokens.items()}, original)
+    shortened = functools.partial(
+        prompt.shortened,
         shortening,
         new_mask,
-        positions,
+        given,
         pad=_padding_token(settings),
         counted=in_forward,
-        packed=in_forward and _is_packed(settings, call),
+        packed=packed,
     )
+    short = shortened(original=original)
     full = ids[:, start:]
     # The note outlives the call, and a caller may use tensors again. What generate() returns replaces `full`.
     if shortening is None:
@@ -283,7 +288,13 @@ def _shortened(
     note = ShortConversation.of(full, short, shortening, settings.config)
     if past:
         note = past.followed_by(note, ids, mask, start)
-        short = note.arguments
+        short = note.arguments | ({"position_ids": note.positions(mask)} if original else {})
+    if original and note.kept is not None:
+        text = settings.base.language_model.config
+        if packed:
+            short |= positions.several_samples(text, shortened()["position_ids"], settings.base.dtype)
+        if ids.shape[1] > (limit := getattr(text, "max_position_embeddings", ids.shape[1])):
+            positions.warn_of_length(ids.shape[1], limit)
     if settings.run is not None:
         settings.run.count_prompt(ids.shape[1], note.short_length)
     replaced = ("input_ids", "attention_mask", "position_ids")
