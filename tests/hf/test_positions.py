@@ -14,6 +14,7 @@ from support import models
 from support.golden import llava as golden
 from support.models import IMAGE, TOKENS, VOCAB, ids
 from support.prompts import LAYERS, PROMPTS, STEPS, count_images, detailed, inputs, prompts
+from test_compiling import Logits
 from test_families import prompts as family_prompts
 from test_methods_model import CASES, KEEP, SEED, Seen, options, projected
 from transformers import AttentionInterface, AttentionMaskInterface, LlavaForConditionalGeneration
@@ -408,13 +409,9 @@ def test_rows_of_a_cache_may_be_in_another_order(model, eager, order):
 
 @pytest.mark.parametrize("removed", [2, STEPS, STEPS + 3])
 def test_a_cropped_cache(model, eager, removed):
-    rows = prompts("left_padded")
+    rows = prompts("one" if removed > STEPS else "left_padded")  # into the text after the image
     cache, turn, pixels = a_turn(model, rows)
     end = turn["input_ids"].shape[1] - 4 - 1 - removed
-    if removed > STEPS:  # into the text after the image, which is 2 tokens long in one row
-        rows, pixels = rows[:1], pixels[:1]
-        cache, turn, _ = a_turn(model, rows)
-        end = turn["input_ids"].shape[1] - 4 - 1 - removed
     cache.crop(-removed)
     asked = torch.full((len(rows), 3), 9)
     turn = {
@@ -568,15 +565,12 @@ def test_the_full_length_counts_towards_the_limit(model, caplog, positions_):
 
 @pytest.mark.parametrize("method", ["vtc-cls", "pool"])
 @torch.no_grad()
-def test_forward_compiled_as_one_graph(model, method):
+def test_compiled_and_exported(model, method):
     torch._dynamo.reset()
     vtc.configure(model, method=method)
-    for name in ("one", "left_padded"):
-        call = inputs(prompts(name))
-        expected = model(**call).logits
-        compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
-        real = call["attention_mask"].bool()
-        golden.close(compiled(**call).logits[real], expected[real])
+    call = inputs([ids(3, "image", 5), ids(2, "image", 4)])  # left-padded
+    exported = torch.export.export(Logits(model), (), call, strict=False).module()
+    golden.close(exported(**call)[call["attention_mask"].bool()], model(**call).logits[call["attention_mask"].bool()])
     call = inputs(prompts("one"))
     expected = model.generate(**call, **detailed())
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)

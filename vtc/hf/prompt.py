@@ -19,7 +19,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 Counts = Sequence[tuple[int, int]]  # of each image: N placeholders, of which K stay; or K > N tokens
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)  # torch.compile asks for a hash before the fields are there
 class Patches:
     """The patches of images that stay: `indices` `[images, K]` int64, ascending, of `num_tokens` each."""
 
