@@ -59,11 +59,14 @@ def shorts(eager, rows, pixels, keep=KEEP):
     return [short(eager, row, [next(pixels) for _ in range(count_images(row))], keep) for row in rows]
 
 
-def check_generated(out, call, golden_rows, eager):
+def check_generated(out, call, golden_rows, eager, ends=None):
+    """New tokens go on after the last position of the full prompt: `ends` (list of B), or the number of its tokens."""
     length = call["input_ids"].shape[1]
     assert torch.equal(out.sequences[:, :length], call["input_ids"])
+    mask = call.get("attention_mask", call["input_ids"] != models.PAD)
+    ends = mask.sum(1).tolist() if ends is None else ends
     for i, (embeds, columns) in enumerate(golden_rows):
-        new, logits = golden.decode(eager, embeds, STEPS, positions=columns)
+        new, logits = golden.decode(eager, embeds, STEPS, positions=columns, length=ends[i])
         assert out.sequences[i, length:].tolist() == new
         golden.close(torch.stack(out.logits)[:, i], logits)
 
@@ -132,12 +135,10 @@ def test_places_of_tokens_that_are_no_patches():
             assert stays == [1] * (tokens - 1) + [count - tokens + 1]
 
 
-@pytest.mark.parametrize("name", ["one", "unequal_images", "text_only_row"])
+@pytest.mark.parametrize("name", ["one", "unequal_images", "text_only_row", "image_first_and_last"])
 @pytest.mark.parametrize("cache", [{"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 8}])
 def test_other_caches(model, eager, name, cache):
     """Without a cache, transformers takes gaps for ends of samples, and generate() drops a mask of ones."""
-    if "prefill_chunk_size" in cache and name == "text_only_row":
-        pytest.skip("transformers splits the rows' images at the same columns")
     rows = prompts(name)
     call = inputs(rows)
     out = model.generate(**call, **detailed(**cache))
@@ -151,7 +152,7 @@ def test_sampling(model, eager):
     out = model.generate(**call, do_sample=True, top_k=0, max_new_tokens=STEPS)
     torch.manual_seed(0)
     embeds, columns = shorts(eager, rows, call["pixel_values"])[0]
-    new, _ = golden.decode(eager, embeds, STEPS, sample=True, positions=columns)
+    new, _ = golden.decode(eager, embeds, STEPS, sample=True, positions=columns, length=len(rows[0]))
     assert out[0, len(rows[0]) :].tolist() == new
 
 
@@ -203,7 +204,7 @@ def test_positions_that_generate_is_given(model, eager, keep):
     embeds, columns = shorts(eager, rows, call["pixel_values"], keep)[0]
     given = 3 * torch.arange(len(rows[0]))[None] + 5
     out = model.generate(**call, position_ids=given, **detailed())
-    check_generated(out, call, [(embeds, [3 * column + 5 for column in columns])], eager)
+    check_generated(out, call, [(embeds, [3 * column + 5 for column in columns])], eager, [3 * len(rows[0]) + 3])
 
 
 @pytest.mark.parametrize("hidden", ["image", "part", "text"])
@@ -238,6 +239,68 @@ def test_keeping_all_is_the_stock_model(model, stock, method):
     assert all(map(torch.equal, ours.logits, theirs.logits))
     with torch.no_grad():
         assert torch.equal(model(**call).logits, stock(**call).logits)
+
+
+def ending_in_an_image(eager, rows, pixels):
+    """Golden rows, whose last token does not stay."""
+    found = shorts(eager, rows, pixels)
+    assert all(columns[-1] < len(row) - 1 for row, (_, columns) in zip(rows, found, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    "more", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 8}, {"num_beams": 1}]
+)
+def test_a_prompt_that_ends_in_an_image(model, eager, more, rows):
+    """New tokens go on after the last placeholder, whether it stays or not."""
+    rows = [ids(3, "image"), ids(1, "image", seed=1)][:rows]
+    call = inputs(rows)
+    golden_rows = ending_in_an_image(eager, rows, call["pixel_values"])
+    out = model.generate(**call, **detailed(**more))
+    check_generated(out, call, golden_rows, eager)
+    turn = models.batch(
+        [
+            own.tolist()[-len(row) - STEPS :] + ids(2, "image", seed=4)
+            for own, row in zip(out.sequences, rows, strict=True)
+        ]
+    )
+    if "cache_implementation" not in more and "use_cache" not in more:
+        new = models.images(len(rows), seed=2)
+        whole = [row[real.bool()].tolist() for row, real in zip(turn["input_ids"], turn["attention_mask"], strict=True)]
+        second = model.generate(**turn, pixel_values=new, **{names.CACHE: names.cache_of(out)}, **detailed())
+        pixels = torch.stack([*itertools.chain(*zip(call["pixel_values"], new, strict=True))])
+        check_generated(second, turn, shorts(eager, whole, pixels), eager)
+
+
+@torch.no_grad()
+def test_a_prompt_that_ends_in_an_image_with_copies(model, eager):
+    """Rows of samples and of beams; assisted decoding; further tokens by hand."""
+    rows = [ids(3, "image"), ids(1, "image", seed=1)]
+    call = inputs(rows)
+    golden_rows = ending_in_an_image(eager, rows, call["pixel_values"])
+    out = model.generate(**call, **{**detailed(num_return_sequences=2), "do_sample": True})
+    for i, sequence in enumerate(out.sequences):
+        (embeds, columns), row = golden_rows[i // 2], rows[i // 2]
+        new = eager.get_input_embeddings()(sequence[call["input_ids"].shape[1] :])[None]
+        after = [*columns, *range(len(row), len(row) + STEPS)]
+        expected = golden.logits(eager, torch.cat([embeds, new], 1), after)[len(columns) - 1 : -1]
+        golden.close(torch.stack(out.logits)[:, i], expected)
+    one = inputs(rows[:1])
+    asked = dict(max_new_tokens=STEPS, do_sample=False, suppress_tokens=[IMAGE])
+    expected = model.generate(**one, **asked)
+    for more in ({"assistant_model": copy.deepcopy(model)}, {"prompt_lookup_num_tokens": 2}):
+        assert torch.equal(model.generate(**one, **asked, **more), expected)
+    cache = names.cache_of(model(**call))
+    new = torch.tensor([[7], [8]])
+    logits = model(
+        input_ids=new,
+        attention_mask=torch.cat([call["attention_mask"], torch.ones_like(new)], 1),
+        **{names.CACHE: cache},
+    ).logits
+    for found, token, row, (embeds, columns) in zip(logits, new, rows, golden_rows, strict=True):
+        embeds = torch.cat([embeds, eager.get_input_embeddings()(token)[None]], 1)
+        golden.close(found, golden.logits(eager, embeds, [*columns, len(row)])[-1:])
 
 
 # forward().

@@ -22,7 +22,7 @@ from vtc.hf.conversation import PrunedConversation, ShortConversation
 from vtc.hf.families import VisualInput
 from vtc.hf.lone_image import LoneImage
 from vtc.hf.prompt import FullPrompt, Prompt, Shortening, require_ids
-from vtc.hf.settings import Settings, is_on, running
+from vtc.hf.settings import Ending, Settings, is_on, running
 from vtc.hf.views import ImageOutputs, read, views_of
 
 Call = dict[str, Any]  # the arguments of a call by name; the KV cache is "cache"
@@ -66,8 +66,13 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
     full: Any = call["input_ids"]
     if call.get("attention_mask") is None:
         call["attention_mask"] = _inferred_mask(model, call)
-    goes_on = running(settings) if note else contextlib.nullcontext()
-    call, note, _ = _shortened(settings, call, note)
+    past = note
+    call, note, _, last = _shortened(settings, call, past)
+    if last is not None:  # transformers goes on after the last position that it is given
+        ending = Ending(note.short_length - 1, call["position_ids"][:, -1:])
+        settings = settings._replace(ending=ending)
+        call["position_ids"] = torch.cat([call["position_ids"][:, :-1], last], 1)
+    goes_on = running(settings) if past or settings.ending else contextlib.nullcontext()
     prompt = FullPrompt(full, call["input_ids"].shape[1])
     prompt.wrap(call)
     limit = _option(model, call, "max_length")
@@ -126,7 +131,7 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
     if run and images and ids is not None and not settings.config.compresses:
         run.count_prompt(ids.shape[1], ids.shape[1])
     if images and not pixels and settings.config.positions == "original":  # a shortened prompt, from our generate()
-        call = positions.one_sample(settings.base.language_model.config, call, conversation.length_of(cache))
+        call = positions.one_sample(settings, call)
     outputs = stock(**call)
     if run and images and (cache := names.cache_of(outputs)) is not None:
         run.count_cache(cache)
@@ -138,7 +143,7 @@ def _forward_images(stock: Stock, settings: Settings, call: Call) -> Any:
     if conversation.length_of(call.get("cache")):
         raise ValueError("images on top of a cache need the whole conversation; use generate()")
     returns_tuple = call.pop("return_dict", settings.base.config.return_dict) is False
-    call, note, shortening = _shortened(settings, call, None, in_forward=True)
+    call, note, shortening, _ = _shortened(settings, call, None, in_forward=True)
     outputs = stock(**call, return_dict=True)
     cache = names.cache_of(outputs)
     if cache is not None:
@@ -237,8 +242,11 @@ def _warn_of_settings(before: str, now: str) -> None:
 
 def _shortened(
     settings: Settings, call: Call, past: ShortConversation | None, in_forward: bool = False
-) -> tuple[Call, ShortConversation, Shortening | None]:
+) -> tuple[Call, ShortConversation, Shortening | None, torch.Tensor | None]:
     """Encode the images of `call` and shorten its prompt: the arguments for transformers, and the note for the cache.
+
+    Then what of the prompt stays; and the position `[B, 1]` of its last token, if that may not stay and nevertheless
+    counts.
 
     In a further turn of `generate()`, the columns that the cache already holds come first. `past` is its conversation,
     or None if the cache holds nothing that was compressed.
@@ -285,9 +293,11 @@ def _shortened(
         short = {name: each.clone() for name, each in short.items()}
     if in_forward:
         full = full.clone()
-    note = ShortConversation.of(full, short, shortening, settings.config)
+    last = prompt.last_position(given, in_forward) if original and shortening is not None else None
+    note = ShortConversation.of(full, short, shortening, settings.config, last)
     if past:
         note = past.followed_by(note, ids, mask, start)
+        last = None if last is None else note.position - 1
         short = note.arguments | ({"position_ids": note.positions(mask)} if original else {})
     if original and note.kept is not None:
         text = settings.base.language_model.config
@@ -301,7 +311,7 @@ def _shortened(
     call = {name: value for name, value in _without_pixels(settings, call).items() if name not in replaced} | short
     if outputs:
         call["mm_encoder_outputs"] = outputs
-    return call, note, shortening
+    return call, note, shortening, last
 
 
 def _past(

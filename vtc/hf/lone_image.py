@@ -93,6 +93,11 @@ class LoneImage:
             short["position_ids"] = torch.arange(length, device=ids.device)[None]
         return short
 
+    def last_position(self, given: Tensor | None, counted: bool) -> Tensor | None:
+        """As `Prompt.last_position`."""
+        ends_in_text = self.first + self.num_placeholders < self.input_ids.shape[1]
+        return None if ends_in_text else self._any().last_position(given, counted)
+
     def _any(self) -> Prompt:
         """The same prompt, as a `Prompt`."""
         is_image, real = self.input_ids == self.token, torch.ones_like(self.input_ids, dtype=torch.bool)

@@ -16,22 +16,28 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 from transformers.utils.generic import is_flash_attention_requested
 
+from vtc.hf.conversation import length_of
 from vtc.hf.names import CACHE
+from vtc.hf.settings import Settings
 
 _log = logging.getLogger("vtc")
 
 
-def one_sample(text: Any, call: dict[str, Any], held: int) -> dict[str, Any]:
-    """The arguments of a prefill that `generate()` makes after `held` columns, such that each row is one sample.
-
-    `text` is the config of the language model.
-    """
-    if call.get("attention_mask") is None and call.get("cache") is None:
-        call = call | {"attention_mask": torch.ones_like(call["input_ids"])}
-    if held and len(call["input_ids"]) == 1 and is_flash_attention_requested(text):
-        new, device = call["input_ids"].shape[1], call["input_ids"].device
+def one_sample(settings: Settings, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a prefill that `generate()` makes, such that each row is one sample with its own positions."""
+    ids, cache = call["input_ids"], call.get("cache")
+    (rows, new), device = ids.shape, ids.device
+    if call.get("attention_mask") is None and cache is None:
+        call = call | {"attention_mask": torch.ones_like(ids)}
+    is_flash = rows == 1 and is_flash_attention_requested(settings.base.language_model.config)
+    held = length_of(cache) if is_flash or settings.ending else 0
+    if held and is_flash:
         queries, keys = (torch.tensor([0, end], dtype=torch.int32, device=device) for end in (new, held + new))
         call = call | _lengths(queries, keys, new, held + new)
+    if settings.ending and 0 <= (column := settings.ending.column - held) < new:
+        last, positions = settings.ending.position, call["position_ids"].expand(rows, -1)
+        last = last.to(positions).repeat_interleave(rows // len(last), 0)
+        call = call | {"position_ids": torch.cat([positions[:, :column], last, positions[:, column + 1 :]], 1)}
     return call
 
 

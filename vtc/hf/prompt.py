@@ -240,6 +240,12 @@ class Prompt:
         seen = ~self.padding if counted else self.real
         return (seen.cumsum(1) - 1).masked_fill(~seen, 0)
 
+    def last_position(self, given: Tensor | None, counted: bool) -> Tensor | None:
+        """That of each row's last token, `[B, 1]`; None if it stays, so that it is in the short prompt, too."""
+        last = self.padding.shape[1] - 1 - (~self.padding).flip(1).int().argmax(1, keepdim=True)
+        full = self.full_positions(counted) if given is None else given.expand(self.shape)
+        return full.gather(1, last)
+
     def positions(self, shortening: Shortening, given: Tensor | None, packed: bool = False) -> Tensor:
         """The positions `[B, L']` of the short prompt: 0, 1, 2, ... in each row, or the `given` ones `[B or 1, L]`.
 

@@ -149,16 +149,17 @@ def logits(model, embeds, positions=None):
 
 
 @torch.no_grad()
-def decode(model, embeds, steps, sample=False, positions=None):
+def decode(model, embeds, steps, sample=False, positions=None, length=None):
     """Return `steps` new ids, greedy or drawn from the softmax, and their logits `[steps, V]`.
 
-    `positions` (list of L') are those of the prompt, if they are not 0 to L'-1.
+    `positions` (list of L') are those of the prompt, if they are not 0 to L'-1, and `length` is the first new token's.
     """
     new, seen = [], []
     positions = list(range(embeds.shape[1]) if positions is None else positions)
     for _ in range(steps):
         seen.append(logits(model, embeds, positions)[-1])
-        positions.append(positions[-1] + 1)
+        positions.append(positions[-1] + 1 if length is None else length)
+        length = None
         token = torch.multinomial(seen[-1].softmax(-1)[None], 1)[0] if sample else seen[-1].argmax()[None]
         new.append(int(token))
         embeds = torch.cat([embeds, model.get_input_embeddings()(token)[None]], 1)
