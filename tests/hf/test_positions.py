@@ -81,6 +81,7 @@ def check_columns(logits, mask, golden_rows, eager):
 # generate().
 
 
+@pytest.mark.supported("generate()", '`positions="original"`')
 @pytest.mark.parametrize("mask", ["given", "absent"])
 @pytest.mark.parametrize("keep", [1, KEEP, TOKENS - 1])
 @pytest.mark.parametrize("name", PROMPTS)
@@ -306,6 +307,7 @@ def test_a_prompt_that_ends_in_an_image_with_copies(model, eager):
 # forward().
 
 
+@pytest.mark.supported("forward()", '`positions="original"`, also of packed samples')
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("name", ["one", "unequal_images", "text_only_row"])

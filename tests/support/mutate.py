@@ -501,7 +501,7 @@ MUTANTS = [
         "vtc/hf/positions.py",
         "hf/test_positions",
         {
-            "without a cache gaps are ends": ('if call.get("attention_mask") is None and call.get("cache") is None:', "if False:"),
+            "without a cache gaps are ends": ('if call.get("attention_mask") is None and cache is None:', "if False:"),
             "flash attention forgets the cache": ("if held and is_flash:", "if False:"),
             "flash attention takes queries for keys": ("for end in (new, held + new))", "for end in (new, new))"),
             "copies end as the first row": ("last.to(positions).repeat_interleave(rows // len(last), 0)", "last.to(positions)[:1].expand(rows, 1)"),
@@ -540,7 +540,7 @@ MUTANTS = [
         "hf/test_positions",
         {
             "positions not checked": ('        check_one_of("positions", self.positions, POSITIONS)\n', ""),
-            "positions count inside": ('return {"positions": ', 'return {"nothing": '),
+            "positions count inside": ('"positions": "tokens that', '"nothing": "tokens that'),
         },
     ),
     *_of(
@@ -553,7 +553,7 @@ MUTANTS = [
             "two rows": ("len(input_ids) != 1 or", ""),
             "ids rounded to the mask's dtype": (" and not mask.is_floating_point()", ""),
             "a traced prompt": (" or torch.compiler.is_compiling()", ""),
-            "the caller's mask": ("mask.new_ones((1, length))", "mask[:, :1].expand(1, length)"),
+            "the caller's mask": ("(ids if mask is None else mask).new_ones((1, length))", "(ids if mask is None else mask)[:, :1].expand(1, length)"),
             "the first K": ("if flat is None or flat.is_meta:", "if True:"),
             "the text after the image begins later": ("ids[:, ids.shape[1] - after :]", "ids[:, ids.shape[1] - after + 1 :]"),
             "positions of another dtype": ("torch.arange(length, device=ids.device)[None]", "torch.arange(length, device=ids.device, dtype=torch.int32)[None]"),
