@@ -15,6 +15,7 @@ from vtc.methods.checks import check_integer, check_one_of, plain
 
 KV = ("compact", "full")
 TILES = ("mass", "equal")
+POSITIONS = ("packed", "original")
 DEFAULT_KEEP = 128
 DEFAULT_RATIO = 0.25  # of images with at most DEFAULT_KEEP tokens
 DEFAULT_PRUNE_LAYER = 2  # of methods that prune inside the language model only, as in FastV's paper
@@ -53,6 +54,12 @@ class VTCConfig:
     tiles : str
         How the tiles of an image (LLaVA-NeXT) share its `keep`. "mass": in proportion to the sum of each tile's scores.
         "equal": the same number each.
+    positions : str
+        The positions of tokens that are dropped before the language model. "packed": 0, 1, 2, ... of what stays, as in
+        the code of all published methods for LLaVA. "original": each token that stays has the position that it had in
+        the full prompt, text after an image goes on where the full prompt would, and new tokens go on after its last
+        position, so that the full length counts towards the language model's positions (GAP, arXiv 2506.21873). A
+        token that is no patch gets a place of its own: token i of K that of patch floor((2i + 1)·N / (2K)).
     backend : str
         "auto", "triton" or "torch"; see `vtc.ops`.
     fused : bool, optional
@@ -76,6 +83,7 @@ class VTCConfig:
     prune_layer: int | None = None
     kv: str | None = None
     tiles: str = "mass"
+    positions: str = "packed"
     backend: str = "auto"
     fused: bool | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
@@ -85,6 +93,7 @@ class VTCConfig:
             object.__setattr__(self, name, plain(getattr(self, name)))
         class_of(self.method)
         check_one_of("tiles", self.tiles, TILES)
+        check_one_of("positions", self.positions, POSITIONS)
         check_one_of("backend", self.backend, ops.BACKENDS)
         if self.kv is not None:
             check_one_of("kv", self.kv, KV)
@@ -186,7 +195,11 @@ class VTCConfig:
     def without_effect(self) -> dict[str, str]:
         """Settings and options that have no effect with the others, and why, as a clause."""
         found = self.build_method().without_effect()
-        return found if self.prune_after else {"kv": "nothing is dropped inside the language model"} | found
+        if self.prune_after:
+            return {
+                "positions": "tokens that are dropped inside the language model leave the others' as they are"
+            } | found
+        return {"kv": "nothing is dropped inside the language model"} | found
 
     def updated(self, /, **changes: Any) -> "VTCConfig":
         """Return a copy with `changes`: shared fields, and options of the (new) method.

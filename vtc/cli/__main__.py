@@ -47,6 +47,10 @@ KV = Annotated[
         show_default="full with fastv, else compact",
     ),
 ]
+Positions = Annotated[
+    str | None,
+    typer.Option(help="Of the tokens that stay: packed, or original, those of the full prompt.", show_default="packed"),
+]
 Model = Annotated[str, typer.Option(help="Directory or hub id of a LLaVA model.", callback=_not_empty)]
 Options = Annotated[
     list[str] | None,
@@ -109,6 +113,7 @@ def run(
     ratio: Ratio = None,
     prune_layer: PruneLayer = None,
     kv: KV = None,
+    positions: Positions = None,
     ensemble_layers: EnsembleLayers = None,
     start_layer: StartLayer = None,
     seed: Seed = None,
@@ -135,7 +140,7 @@ def run(
     from vtc.cli.options import options_of
 
     flags = {"keep": keep, "ratio": ratio, "prune_layer": prune_layer, "kv": kv, "ensemble_layers": ensemble_layers}
-    flags |= {"method": method, "start_layer": start_layer, "seed": seed, "backend": backend}
+    flags |= {"method": method, "positions": positions, "start_layer": start_layer, "seed": seed, "backend": backend}
     asking.run(
         asking.Request(
             images,
@@ -205,6 +210,7 @@ def evaluate(
     ratio: Ratio = None,
     prune_layer: PruneLayer = None,
     kv: KV = None,
+    positions: Positions = None,
     ensemble_layers: EnsembleLayers = None,
     start_layer: StartLayer = None,
     seed: Seed = None,
@@ -266,7 +272,7 @@ def evaluate(
     else:
         quieten(model)
         flags = {"ratio": ratio, "prune_layer": prune_layer, "kv": kv, "ensemble_layers": ensemble_layers}
-        flags |= {"start_layer": start_layer, "seed": seed, "backend": backend}
+        flags |= {"positions": positions, "start_layer": start_layer, "seed": seed, "backend": backend}
         given = options_of(option or [], **flags)
         settings = evaluation.settings_of(method, methods, all_methods, sweep, baselines, keep, given)
         options = evaluation.Options(

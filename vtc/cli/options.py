@@ -8,7 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 # Those with a flag of their own; the others are --option NAME=VALUE.
-FLAGS = ("method", "keep", "ratio", "prune_layer", "kv", "start_layer", "ensemble_layers", "seed", "backend")
+FLAGS = (
+    "method",
+    "keep",
+    "ratio",
+    "prune_layer",
+    "kv",
+    "positions",
+    "start_layer",
+    "ensemble_layers",
+    "seed",
+    "backend",
+)
 # In messages of the API:
 BEGIN = r"(?<![\w'\"./\\-])"  # of a name that stands alone
 VALUE = r"'[^']*'|\"[^\"]*\"|-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|[\w-]*\w\+?)"

@@ -209,16 +209,24 @@ class ShortConversation(Conversation):
 
     @classmethod
     def of(
-        cls, full: Tensor, short: dict[str, Tensor], kept: Shortening | None, config: VTCConfig
+        cls,
+        full: Tensor,
+        short: dict[str, Tensor],
+        kept: Shortening | None,
+        config: VTCConfig,
+        last: Tensor | None = None,
     ) -> ShortConversation:
         """A conversation of the prompt `full` `[B, L]`, and the arguments `short` for transformers made from it.
 
-        `kept` tells which columns of `full` stay; None if all do.
+        `kept` tells which columns of `full` stay; None if all do. `last` `[B, 1]` are the positions of the last tokens,
+        if those may not stay and nevertheless count.
         """
         ids, mask, positions = (short.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
         if ids is None:
             raise ValueError("a conversation needs input_ids")
-        if positions is not None:
+        if last is not None:
+            position = last + 1
+        elif positions is not None:
             position = positions[:, -1:].expand(len(ids), 1) + 1
         elif mask is not None:
             position = mask.sum(1, keepdim=True)
@@ -316,8 +324,13 @@ class ShortConversation(Conversation):
             kept=torch.cat([self.columns.to(ids.device), generated, start + new.columns], 1),
             input_ids=torch.cat([self.input_ids.to(ids.device), ids[:, between], new.input_ids], 1),
             attention_mask=full_mask,
-            position=full_mask.sum(1, keepdim=True),
+            position=(mask if new.config.positions == "original" else full_mask).sum(1, keepdim=True),
         )
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """The positions `[B, L']` of the columns in the full prompt, of which `mask` `[B, L]` hides some."""
+        full = (mask.cumsum(1) - 1).gather(1, self.columns.to(mask.device))
+        return full.masked_fill(self._mask().to(mask.device) == 0, 0)
 
     def answered(self, sequences: Tensor, held: int) -> ShortConversation:
         """The same conversation with what was generated: `sequences` `[B * C, M]`, whose C copies are neighbours.

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from vtc.config import VTCConfig
-from vtc.hf import conversation, names, prune, prune_decode, prune_limits
+from vtc.hf import conversation, names, positions, prune, prune_decode, prune_limits
 from vtc.hf.conversation import PrunedConversation, ShortConversation
 from vtc.hf.families import VisualInput
 from vtc.hf.lone_image import LoneImage
 from vtc.hf.prompt import FullPrompt, Prompt, Shortening, require_ids
-from vtc.hf.settings import Settings, is_on, running
+from vtc.hf.settings import Ending, Settings, is_on, running
 from vtc.hf.views import ImageOutputs, read, views_of
 
 Call = dict[str, Any]  # the arguments of a call by name; the KV cache is "cache"
@@ -66,8 +66,13 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
     full: Any = call["input_ids"]
     if call.get("attention_mask") is None:
         call["attention_mask"] = _inferred_mask(model, call)
-    goes_on = running(settings) if note else contextlib.nullcontext()
-    call, note, _ = _shortened(settings, call, note)
+    past = note
+    call, note, _, last = _shortened(settings, call, past)
+    if last is not None:  # transformers goes on after the last position that it is given
+        ending = Ending(note.short_length - 1, call["position_ids"][:, -1:])
+        settings = settings._replace(ending=ending)
+        call["position_ids"] = torch.cat([call["position_ids"][:, :-1], last], 1)
+    goes_on = running(settings) if past or settings.ending else contextlib.nullcontext()
     prompt = FullPrompt(full, call["input_ids"].shape[1])
     prompt.wrap(call)
     limit = _option(model, call, "max_length")
@@ -125,6 +130,8 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
         return outputs
     if run and images and ids is not None and not settings.config.compresses:
         run.count_prompt(ids.shape[1], ids.shape[1])
+    if images and not pixels and settings.config.positions == "original":  # a shortened prompt, from our generate()
+        call = positions.one_sample(settings, call)
     outputs = stock(**call)
     if run and images and (cache := names.cache_of(outputs)) is not None:
         run.count_cache(cache)
@@ -136,7 +143,7 @@ def _forward_images(stock: Stock, settings: Settings, call: Call) -> Any:
     if conversation.length_of(call.get("cache")):
         raise ValueError("images on top of a cache need the whole conversation; use generate()")
     returns_tuple = call.pop("return_dict", settings.base.config.return_dict) is False
-    call, note, shortening = _shortened(settings, call, None, in_forward=True)
+    call, note, shortening, _ = _shortened(settings, call, None, in_forward=True)
     outputs = stock(**call, return_dict=True)
     cache = names.cache_of(outputs)
     if cache is not None:
@@ -235,8 +242,11 @@ def _warn_of_settings(before: str, now: str) -> None:
 
 def _shortened(
     settings: Settings, call: Call, past: ShortConversation | None, in_forward: bool = False
-) -> tuple[Call, ShortConversation, Shortening | None]:
+) -> tuple[Call, ShortConversation, Shortening | None, torch.Tensor | None]:
     """Encode the images of `call` and shorten its prompt: the arguments for transformers, and the note for the cache.
+
+    Then what of the prompt stays; and the position `[B, 1]` of its last token, if that may not stay and nevertheless
+    counts.
 
     In a further turn of `generate()`, the columns that the cache already holds come first. `past` is its conversation,
     or None if the cache holds nothing that was compressed.
@@ -245,7 +255,8 @@ def _shortened(
     ids: torch.Tensor = call["input_ids"]
     mask: Any = call.get("attention_mask")
     _require_tensor(call, "attention_mask")
-    positions, cache = call.get("position_ids"), call.get("cache")
+    given, cache = call.get("position_ids"), call.get("cache")
+    original, packed = settings.config.positions == "original", in_forward and _is_packed(settings, call)
     if mask is not None and mask.ndim == 2 and len(mask) == 1:
         mask = mask.expand(len(ids), -1)
     views = views_of(settings, call)
@@ -257,7 +268,7 @@ def _shortened(
         start = past.length + held - past.short_length
         past.require_whole(ids, start)
         _require_pixels(settings, call, start)
-        if positions is not None:
+        if given is not None:
             raise ValueError("position_ids cannot be given for a further turn; leave them to generate()")
     new_mask = None if mask is None else mask[:, start:]
 
@@ -267,32 +278,42 @@ def _shortened(
         each.ask(prompt, sizes, tokens[visual])
     outputs = {visual.modality: each.encode() for visual, each in views.items()}  # an adaptive method sets the counts
     counts = {token: views[visual].counts for visual, token in tokens.items()}
-    shortening = prompt.shortening(counts, {token: views[visual].kept for visual, token in tokens.items()})
-    short = prompt.shortened(
+    shortening = prompt.shortening(counts, {token: views[visual].kept for visual, token in tokens.items()}, original)
+    shortened = functools.partial(
+        prompt.shortened,
         shortening,
         new_mask,
-        positions,
+        given,
         pad=_padding_token(settings),
         counted=in_forward,
-        packed=in_forward and _is_packed(settings, call),
+        packed=packed,
     )
+    short = shortened(original=original)
     full = ids[:, start:]
     # The note outlives the call, and a caller may use tensors again. What generate() returns replaces `full`.
     if shortening is None:
         short = {name: each.clone() for name, each in short.items()}
     if in_forward:
         full = full.clone()
-    note = ShortConversation.of(full, short, shortening, settings.config)
+    last = prompt.last_position(given, in_forward) if original and shortening is not None else None
+    note = ShortConversation.of(full, short, shortening, settings.config, last)
     if past:
         note = past.followed_by(note, ids, mask, start)
-        short = note.arguments
+        last = None if last is None else note.position - 1
+        short = note.arguments | ({"position_ids": note.positions(mask)} if original else {})
+    if original and note.kept is not None:
+        text = settings.base.language_model.config
+        if packed:
+            short |= positions.several_samples(text, shortened()["position_ids"], settings.base.dtype)
+        if ids.shape[1] > (limit := getattr(text, "max_position_embeddings", ids.shape[1])):
+            positions.warn_of_length(ids.shape[1], limit)
     if settings.run is not None:
         settings.run.count_prompt(ids.shape[1], note.short_length)
     replaced = ("input_ids", "attention_mask", "position_ids")
     call = {name: value for name, value in _without_pixels(settings, call).items() if name not in replaced} | short
     if outputs:
         call["mm_encoder_outputs"] = outputs
-    return call, note, shortening
+    return call, note, shortening, last
 
 
 def _past(

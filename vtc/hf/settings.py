@@ -73,6 +73,21 @@ class Run:
         self.kv_bytes_after = sum(per_token[:full]) * before + sum(per_token[full:]) * after
 
 
+class Ending(NamedTuple):
+    """Where a prompt that `generate()` has shortened ends, for calls inside.
+
+    Attributes
+    ----------
+    column : int
+        Of its last token.
+    position : Tensor[B, 1], int64
+        Of that token, in place of the position of the full prompt's last one, which transformers is given instead.
+    """
+
+    column: int
+    position: torch.Tensor
+
+
 class Opening:
     """The part of a block that all contexts share: they see at once that it is closed.
 
@@ -93,6 +108,7 @@ class Block(NamedTuple):
     opening: Opening
     config: VTCConfig
     run: Run
+    ending: Ending | None = None
 
 
 _BLOCKS: ContextVar[tuple[Block, ...]] = ContextVar("vtc_blocks")  # of this context, the innermost last
@@ -134,19 +150,22 @@ class Settings(NamedTuple):
     config : VTCConfig
     run : Run or None
         Of the open block.
+    ending : Ending or None
+        Of the prompt of an open `generate()`, if it has one.
     """
 
     base: Any
     family: Family
     config: VTCConfig
     run: Run | None = None
+    ending: Ending | None = None
 
     @classmethod
     def of(cls, model: Any) -> Settings:
         """The settings of `model`, a LLaVA with or without a head."""
         base = model.base_model
         if block := block_of(base):
-            return cls(base, family_of(base), block.config, block.run)
+            return cls(base, family_of(base), block.config, block.run, block.ending)
         return cls(base, family_of(base), stored(base))
 
     @property
@@ -321,7 +340,7 @@ def held(base: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[None]:
     """Give these settings to the calls inside: a conversation goes on as it began, whatever holds now."""
-    own = Block(Opening(settings.base), settings.config, settings.run or Run())
+    own = Block(Opening(settings.base), settings.config, settings.run or Run(), settings.ending)
     _BLOCKS.set((*CONTEXT.blocks, own))
     try:
         yield

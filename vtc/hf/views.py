@@ -7,10 +7,9 @@ placeholders of each image and how many of them stay, and encodes the views.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +21,7 @@ from vtc.config import VTCConfig, kept_count, kept_per_view
 from vtc.hf import compatibility, encode
 from vtc.hf.families import VisualInput, family_of
 from vtc.hf.lone_image import LoneImage
-from vtc.hf.prompt import Prompt
+from vtc.hf.prompt import Kept, Patches, Prompt
 from vtc.hf.question import question_of, repeated
 from vtc.hf.settings import Settings
 from vtc.hf.tiles import Tiling, flat_tiles, tilings
@@ -153,7 +152,7 @@ class Views:
         Of each image: N placeholders, and how many of them stay; an upper bound until an adaptive method has run.
     tower_arguments : dict
         Of the call, for the vision tower; see `TOWER_ARGUMENTS`.
-    kept : Tensor, bool, or a function that makes it, or None
+    kept : Tensor, bool, or Patches or a function that make it, or None
         Of each placeholder, image after image, whether its patch stays. None before `encode`, and if tokens are no
         patches.
     question : Question or None
@@ -165,7 +164,7 @@ class Views:
     views: Tensor
     counts: list[tuple[int, int]]
     tower_arguments: dict[str, Any]
-    kept: Tensor | Callable[[], Tensor] | None = dataclasses.field(default=None, init=False)
+    kept: Kept = dataclasses.field(default=None, init=False)
     question: Question | None = dataclasses.field(default=None, init=False)
     layout: ClassVar[str]
     shapes: ClassVar[tuple[str, ...]]  # of the pixels
@@ -200,7 +199,7 @@ class Views:
         """The reduced tokens of each view, and how many each has. Sets `kept`."""
         tokens, counts = encode.reduce(self.settings, self.views, self.plan, self.tower_arguments, self.question)
         if self.plan.method.keeps_patches() and tokens.indices is not None:
-            self.kept = functools.partial(_as_mask, tokens.indices, self.plan.num_tokens)
+            self.kept = Patches(tokens.indices, self.plan.num_tokens)
         return tokens, counts
 
     def encode(self) -> ImageOutputs:
@@ -345,7 +344,7 @@ class Tiles(Views):
                 ranking = share_out(scores[own], tiling.layout, plan.config.tiles)
             layout = tiling.layout.to(features.device)
             places = ops.topk(ranking[None], kept, backend=backend)
-            kept_of_images.append(_as_mask(places, tokens))
+            kept_of_images.append(Patches(places, tokens)())
             numbers = layout[places[0]]
             selected.append(torch.where(numbers < 0, numbers, numbers + first * plan.num_tokens))
             first += tiling.num_tiles
@@ -408,12 +407,6 @@ def asked(settings: Settings, call: dict[str, Any]) -> tuple[Tensor, Question | 
     image = settings.family.inputs[0]
     views[image].ask(Prompt.read(call["input_ids"], call.get("attention_mask"), sizes), sizes, tokens[image])
     return views[image].views, views[image].question
-
-
-def _as_mask(indices: Tensor, num_tokens: int) -> Tensor:
-    """Whether each of `num_tokens` is among the `indices` `[T, K]` of its row: `[T * num_tokens]` bool."""
-    mask = torch.zeros((len(indices), num_tokens), dtype=torch.bool, device=indices.device)
-    return mask.scatter(1, indices, True).flatten()
 
 
 def _given(call: dict[str, Any]) -> dict[str, Any]:
