@@ -35,6 +35,7 @@ def result(task="gqa", method="none", keep=None, value=60.0, **changes):
         "skipped": 0,
         "limit": None,
         "visual_tokens": {"none": 576.0, "floor": None}.get(method, keep),
+        "token_layers": {"none": 576.0, "floor": None}.get(method, keep),
         "notes": (),
         "timing": Timing(1000, 0.1, 0.02, 2.0, whole_seconds=120.0, wait_seconds=6.0, load_seconds=9.0, workers=4),
         "fingerprint": {"protocol": "llava", "dtype": "float16", "batch_size": 1},
@@ -524,3 +525,25 @@ def test_a_command_that_is_killed_while_it_writes_leaves_the_results_of_before(t
     with pytest.raises(KeyboardInterrupt):
         write([result(), result("pope")], tmp_path)
     assert read(tmp_path / "results.jsonl") == [result()]
+
+
+def test_tokens_that_differ_between_layers_stand_beside_the_budget():
+    """FastV's 64 are 96 on average: all 576 pass the first 2 of 32 layers."""
+    fastv = [result(task, "fastv", 64, token_layers=96.0) for task in ("gqa", "pope")]
+    (row,) = rows_of(fastv)
+    assert row.tokens == "64; 96 a layer"
+    assert rows_of([replace(fastv[0], visual_tokens=64.4), replace(fastv[1], token_layers=97.2)])[0].tokens == (
+        "64; 96 to 97 a layer"
+    )
+    note = "a layer: visual tokens of an image, averaged over the layers of the language model."
+    for table in (score_table(fastv), figure_table(fastv[:1]), time_table(fastv)):
+        assert note in table.notes
+    for table in (score_table([result()]), figure_table([result()]), time_table([result()])):
+        assert note not in table.notes
+    assert csv_rows(fastv[0])[0]["token_layers"] == 96.0
+    line = fastv[0].to_json()
+    assert Result.from_json(line) == fastv[0]
+    old = json.loads(line)
+    del old["token_layers"]
+    assert Result.from_json(json.dumps(old)).token_layers is None
+    assert rows_of([replace(fastv[0], token_layers=None)])[0].tokens == "64"

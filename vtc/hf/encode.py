@@ -183,8 +183,9 @@ def count(settings: Settings, plan: Plan, used: list[str], images: int, before: 
     if (run := settings.run) is None:
         IMAGES[settings.base] = IMAGES.get(settings.base, 0) + images
         return
-    run.tokens_before, run.tokens_after = before, after
-    run.images += images
+    first = (plan.config.prune_after, after)
+    stages = (first, *plan.config.schedule[1:]) if plan.config.schedule else (first,)
+    run.count_images(images, before, stages, settings.base.language_model.config.num_hidden_layers)
     device, backend = settings.base.vision_tower.device, plan.config.backend
     run.backend = {op: ops.backend_for(op, device, backend)[0] for op in operations(plan, used)}
 

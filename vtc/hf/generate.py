@@ -160,8 +160,8 @@ def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> A
     outputs = stock(**call)
     if settings.run is not None and not torch.compiler.is_compiling():
         features = outputs[1] if isinstance(outputs, tuple) else outputs.pooler_output
-        settings.run.images += len(features)
-        settings.run.tokens_before = settings.run.tokens_after = len(features[-1])
+        tokens, layers = len(features[-1]), settings.base.language_model.config.num_hidden_layers
+        settings.run.count_images(len(features), tokens, ((0, tokens),), layers)
     return outputs
 
 

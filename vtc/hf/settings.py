@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vtc.config import SHARED, VTCConfig
+from vtc.config import SHARED, Stages, VTCConfig, token_layers
 from vtc.hf.families import TILES, Family, family_of
 from vtc.methods import METHODS, Method
 
@@ -33,10 +33,14 @@ class Run:
     """What happened inside one `vtc.compress` block. Cache bytes are those of the latest prompt, after its prefill.
 
     Tokens are those of one image. If images keep different numbers, they are the rounded mean over the latest call.
+    `tokens_after` are those of the last stage, and `token_layers` the mean over the language model's `layers`; see
+    `vtc.config.token_layers`.
     """
 
     tokens_before: int | None = None
     tokens_after: int | None = None
+    token_layers: float | None = None
+    layers: int | None = None
     images: int = 0
     prompt_before: int | None = None
     prompt_after: int | None = None
@@ -49,6 +53,8 @@ class Run:
         if not self.images:
             return "no image was encoded"
         lines = [f"{self.tokens_before} -> {self.tokens_after} visual tokens per image, {self.images} image(s)"]
+        if self.token_layers is not None and self.token_layers != self.tokens_after:
+            lines[0] += f"; {self.token_layers:.1f} on average over the {self.layers} layers of the language model"
         if self.prompt_before:
             lines.append(f"{self.prompt_before} -> {self.prompt_after} tokens in the latest prompt")
         if self.kv_bytes_before and self.kv_bytes_after:
@@ -56,6 +62,12 @@ class Run:
         if self.backend:
             lines.append("backend: " + ", ".join(f"{op} {choice}" for op, choice in self.backend.items()))
         return "\n".join(lines)
+
+    def count_images(self, images: int, before: int, stages: Stages, layers: int) -> None:
+        """Count images of `before` tokens each, of which so many stay from each stage on; see `VTCConfig.stages`."""
+        self.images += images
+        self.tokens_before, self.tokens_after, self.layers = before, stages[-1][1], layers
+        self.token_layers = token_layers(before, stages, layers)
 
     def count_prompt(self, before: int, after: int) -> None:
         """Note the length of a prompt as the caller passed it, and as the language model reads it."""
