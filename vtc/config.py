@@ -58,8 +58,8 @@ class VTCConfig:
         of tuples.
     kv : str, optional
         For `prune_layer` > 0, what the KV cache keeps in the layers before it. "compact": the kept tokens, so that all
-        layers are equally short. "full": everything. None: "full" with "fastv", as in its paper, "compact" otherwise. With
-        a `schedule`, "compact" makes all layers as short as those of its last stage.
+        layers are equally short. "full": everything. None: "full" with "fastv", as in its paper, "compact" otherwise.
+        With a `schedule`, "compact" makes all layers as short as those of its last stage.
     tiles : str
         How the tiles of an image (LLaVA-NeXT) share its `keep`. "mass": in proportion to the sum of each tile's scores.
         "equal": the same number each.
@@ -167,7 +167,8 @@ class VTCConfig:
             able = [name for name, method in METHODS.items() if method.keeps_patches()]
             raise ValueError(
                 f"method {self.name!r} does not keep the patches with the largest scores, so it cannot drop them in "
-                f"stages, got schedule={list(self.schedule or ())}; use one pair, or one of {', '.join(map(repr, able))}"
+                f"stages, got schedule={list(self.schedule or ())}; use one pair, or one of "
+                f"{', '.join(map(repr, able))}"
             )
 
     @classmethod

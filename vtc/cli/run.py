@@ -162,8 +162,9 @@ def compare(
     -------
     dict
         `method`; `prune_layer`; `compressed` and `uncompressed` (None if not `timed`), each with `visual_tokens` per
-        image, `token_layers`, their mean over the layers of the language model, `answer` and, if `timed`, `time_to_first_token_ms` (median, min, max) and `kv_cache_bytes`; `backend`, by
-        operation; `noisy`, a warning about the times or None.
+        image, `token_layers`, their mean over the layers of the language model, `answer` and, if `timed`,
+        `time_to_first_token_ms` (median, min, max) and `kv_cache_bytes`; `backend`, by operation; `noisy`, a warning
+        about the times or None.
     """
     import vtc
     from vtc.eval.answerer import Answerer
@@ -241,8 +242,8 @@ def footnotes(result: dict[str, Any]) -> list[str]:
     tokens = "Visual tokens: of each image. " if len(result["images"]) > 1 else ""
     layers = "" if _is_even(result["compressed"]) else "A layer: on average over the layers of the language model. "
     return [
-        f"{tokens}{layers}Time to first token: median (fastest-slowest) of {RUNS} warm runs, in turns, on {where}, from pixels "
-        "to token. KV cache: after the prompt.",
+        f"{tokens}{layers}Time to first token: median (fastest-slowest) of {RUNS} warm runs, in turns, on {where}, "
+        "from pixels to token. KV cache: after the prompt.",
         *([result["noisy"]] if result["noisy"] else []),
     ]
 

@@ -121,7 +121,8 @@ def figure_table(results: Sequence[Result]) -> Table:
     for note in dict.fromkeys(note for r in results for note in r.notes):
         owners = list(dict.fromkeys(r.label for r in results if note in r.notes))
         notes.append(f"{note}." if len(owners) == len(labels) else f"{', '.join(owners)}: {note}.")
-    return Table(titled(f"{title}, all figures of {results[0].model}", common), columns, lines, marks.legend() + layer_note(rows) + notes)
+    notes = marks.legend() + layer_note(rows) + notes
+    return Table(titled(f"{title}, all figures of {results[0].model}", common), columns, lines, notes)
 
 
 def titled(title: str, common: str) -> str:

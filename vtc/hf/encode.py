@@ -194,7 +194,10 @@ def operations(plan: Plan, used: list[str]) -> list[str]:
     """The operations that a plan runs, of which `used` score the tower's layers."""
     ranked = () if plan.method.prunes_only_language() else used
     own = plan.method.operations
+    inside = plan.config.prunes_inside
     if plan.method.only_ranks() and (plan.config.prune_after or not plan.num_kept):
         own = ("topk", "compact")  # tokens are gathered later: after a layer, or from all tiles
-    last = ("compact_kv",) if plan.config.prune_after and plan.config.kept_kv == "compact" else ()
+    elif inside and not plan.method.prunes_only_language():
+        own = (*own, "topk", "compact")
+    last = ("compact_kv",) if inside and plan.config.kept_kv == "compact" else ()
     return list(dict.fromkeys((*ranked, *own, *last)))

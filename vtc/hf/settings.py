@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -73,16 +73,17 @@ class Run:
         """Note the length of a prompt as the caller passed it, and as the language model reads it."""
         self.prompt_before, self.prompt_after = before, after
 
-    def count_cache(self, cache: Any, full: int = 0) -> None:
+    def count_cache(self, cache: Any, columns: Sequence[int] = ()) -> None:
         """Count the prompt's bytes from the tensors `[B, H_kv, M, D]` that the prefill left in `cache`.
 
-        The first `full` layers hold the prompt at its full length.
+        `columns` are those of the prompt that each layer holds; by default all hold the prompt as it was read.
         """
         tensors = [(layer.keys, layer.values) for layer in getattr(cache, "layers", ())]
         per_token = [sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in pair) for pair in tensors]
         before, after = self.prompt_before or 0, self.prompt_after or 0
         self.kv_bytes_before = sum(per_token) * before
-        self.kv_bytes_after = sum(per_token[:full]) * before + sum(per_token[full:]) * after
+        columns = columns or [after] * len(per_token)
+        self.kv_bytes_after = sum(own * held for own, held in zip(per_token, columns, strict=False))
 
 
 class Opening:
@@ -165,6 +166,8 @@ class Settings(NamedTuple):
     def budget(self) -> str:
         """How images are compressed, as text for the note on a cache."""
         size = f"keep={self.config.keep}" if self.config.ratio is None else f"ratio={self.config.ratio}"
+        if self.config.schedule is not None:
+            size = f"schedule={list(self.config.schedule)}"
         return f"method={self.config.name!r}, {size}"
 
 
@@ -182,6 +185,7 @@ def stored(base: Any) -> VTCConfig:
     if own is not None and given.get("method") == own.name:
         given = {name: given[name] for name in SHARED if name in given} | {"method": own}
     try:
+        given = given if given.get("schedule") is None else given | {"schedule": _frozen(given["schedule"])}
         if _SCALARS.issuperset(map(type, given.values())) and not torch.compiler.is_compiling():
             return _checked(METHODS.get(given.get("method", "vtc-cls")), **given)  # type: ignore[arg-type]
         return VTCConfig.of(**given)
@@ -193,12 +197,25 @@ def stored(base: Any) -> VTCConfig:
         ) from error
 
 
-_SCALARS = frozenset((bool, int, float, str, type(None)))
+class _Schedule(tuple[tuple[int, int], ...]):
+    """A schedule of plain integers, so that equal ones are alike: 1.0 and True equal 1, too."""
+
+
+_SCALARS = frozenset((bool, int, float, str, type(None), _Schedule))
+
+
+def _frozen(schedule: Any) -> Any:
+    """The lists of a schedule in a model's config as tuples; anything else as it is."""
+    if not isinstance(schedule, (list, tuple)) or not all(isinstance(pair, (list, tuple)) for pair in schedule):
+        return schedule
+    if any(type(number) is not int for pair in schedule for number in pair):
+        return schedule
+    return _Schedule(tuple(pair) for pair in schedule)
 
 
 @functools.lru_cache(maxsize=64, typed=True)  # typed: True and 1.0 equal 1, and only 1 is a number of tokens
 def _checked(method: type[Method] | None, /, **given: Any) -> VTCConfig:
-    """The settings of the values `given`, all of them scalars: the same values are not checked again.
+    """The settings of the values `given`, all of them scalars, or a schedule: the same values are not checked again.
 
     `method` is the class that the name stands for, which may be registered again.
     """
