@@ -87,7 +87,8 @@ def require_generate(settings: Settings, call: dict[str, Any], images: bool, opt
     for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):
         if call.get(name) is not None or option(name):
             raise ValueError(
-                f"pruning inside the language model needs the whole prompt at once, then one token at a time; unset {name}"
+                "pruning inside the language model needs the whole prompt at once, then one token at a time; unset "
+                f"{name}"
             )
 
 
@@ -96,8 +97,8 @@ def is_static(cache: Any, compact: bool) -> bool:
     kinds = {type(layer) for layer in getattr(cache, "layers", ())}
     if getattr(cache, "offloading", False) or not kinds <= {DynamicLayer, StaticLayer} or len(kinds) > 1:
         raise ValueError(
-            f"pruning inside the language model works with a DynamicCache or a StaticCache of plain layers, got {type(cache).__name__} "
-            f"of {', '.join(sorted(kind.__name__ for kind in kinds))}"
+            "pruning inside the language model works with a DynamicCache or a StaticCache of plain layers, got "
+            f"{type(cache).__name__} of {', '.join(sorted(kind.__name__ for kind in kinds))}"
             f"{', offloaded' if getattr(cache, 'offloading', False) else ''}; leave the cache and "
             "cache_implementation out, or prune before the language model only"
         )
