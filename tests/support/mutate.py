@@ -789,7 +789,7 @@ MUTANTS = [
         "vtc/hf/prune.py",
         "hf/test_prune",
         {
-            "a layer too late": ("if number == self.config.prune_after:", "if number == self.config.prune_after + 1:"),
+            "a layer too late": ("if number == drop.layer:", "if number == drop.layer + 1:"),
             "the first row's indices for every beam": ("order += [*range(first, first + count)] * copies", "order += [*range(count)] * copies"),
             "early layers stay long": ('if self.config.kept_kv == "compact":\n            self._compact_cache()', "if False:\n            self._compact_cache()"),
         },
@@ -812,7 +812,65 @@ MUTANTS = [
         "hf/test_prune",
         {
             "selected once": ("note.is_image is None or note.keep is None", "True"),
-            "positions of the short prompt": ("note.position.to(tokens.device) + seen", "0 * note.position.to(tokens.device) + note.kept + seen"),
+            "positions of the short prompt": ("note.position.to(tokens.device) + seen", "0 * note.position.to(tokens.device) + last.kept + seen"),
+        },
+    ),
+    *_of(
+        "vtc/hf/prune.py",
+        "hf/test_schedule",
+        {
+            "a later stage keeps the columns of the full prompt": ("else shortening.columns.gather(1, columns)", "else columns"),
+            "a later stage looks for the tokens of the full prompt": ("self.is_image = shortening.take(self.is_image.to(hidden.device), False)", "pass"),
+            "new tokens go on at the later stage's position": ("if self.position is None:", "if True:"),
+            "a later stage forgets the padding": ("self.padding = ~shortening.filled.expand(batch, -1)", "self.padding = self.padding[:, : drop.longest]"),
+            "all layers count as short": ("held[sum(start <= number for start in starts)]", "held[-1]"),
+            "stages of a full cache count as compact": ('return kept[-1:] * num_layers', "return kept[:1] * num_layers"),
+            "outputs are spread in the wrong order": ("in reversed(pruning.done):", "in pruning.done:"),
+        },
+    ),
+    *_of(
+        "vtc/hf/views.py",
+        "hf/test_schedule",
+        {"later stages rank anew": ("            scores = scores.gather(1, indices)\n", "")},
+    ),
+    *_of(
+        "vtc/hf/prune_decode.py",
+        "hf/test_schedule",
+        {
+            "the first stage's mask for all": ("if stage := self.stages.get(number):", "if (stage := self.stages.get(number)) and self.mask is None:"),
+            "the caller's positions": ("if positions is None or note.short is not None:", "if positions is None:"),
+            "the caller's columns in the first layers": ("else note.length != note.entered:", "else False:"),
+        },
+    ),
+    *_of(
+        "vtc/hf/generate.py",
+        "hf/test_schedule",
+        {
+            "a further turn in the caller's columns": ("length=pruned.entered, short=None", "short=None"),
+            "the answer in the columns of the last stage": ("- began.held + began.entered", ""),
+        },
+    ),
+    *_of(
+        "vtc/hf/conversation.py",
+        "hf/test_schedule",
+        {"stages stay when rows move": ("each._replace(valid=each.valid[rows.to(each.valid.device)])", "each")},
+    ),
+    *_of(
+        "vtc/hf/settings.py",
+        "hf/test_schedule",
+        {"floats that equal integers": ("if any(type(number) is not int for pair in schedule for number in pair):", "if False:")},
+    ),
+    *_of(
+        "vtc/config.py",
+        "test_config",
+        {
+            "a layer too many": ("total += (end - start) * tokens", "total += (end - start + 1) * tokens"),
+            "layers in any order": ("layers[0] < 0 or list(layers) != sorted(set(layers))", "layers[0] < 0"),
+            "tokens in any order": ("counts[-1] < 1 or list(counts) != sorted(set(counts), reverse=True)", "counts[-1] < 1"),
+            "a schedule beside keep": ("        if beside:\n", "        if False:\n"),
+            "a new schedule keeps the old budget": ("shared = dict.fromkeys(IN_SCHEDULE) | shared", "pass"),
+            "a new budget keeps the old schedule": ('shared["schedule"] = None', "pass"),
+            "any method in stages": ("if len(self.schedule or ()) > 1 and not", "if False and not"),
         },
     ),
     *_of(

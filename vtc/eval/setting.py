@@ -41,6 +41,8 @@ class Setting:
             config = VTCConfig.of(method=self.method, **self.options)
             object.__setattr__(self, "method", config.method)
             own = config.method.given() if isinstance(config.method, Method) else config.options
+            if config.schedule is not None:  # as it comes back from a record
+                own = {"schedule": config.to_dict()["schedule"], **own}
             object.__setattr__(self, "options", {**self.options, **own})
 
     @property
@@ -64,7 +66,10 @@ class Setting:
         parts = [self.name]
         if self.keep is not None:
             parts.append(f"{self.keep:g}" if isinstance(self.keep, float) else str(self.keep))
-        rest = (f"{name}={_short(value)}" for name, value in self.options.items() if name not in ("keep", "ratio"))
+        given = {name: value for name, value in self.options.items() if name not in ("keep", "ratio")}
+        if "schedule" in given:
+            given["schedule"] = "+".join("-".join(map(str, stage)) for stage in given["schedule"])
+        rest = (f"{name}={_short(value)}" for name, value in given.items())
         return re.sub(r"[^\w.+=-]", "_", "-".join([*parts, *rest]))
 
     def fingerprint(self) -> dict[str, Any]:

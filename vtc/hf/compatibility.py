@@ -55,11 +55,11 @@ def require(base: Any, config: Any, family: Family, tower: TowerSpec) -> None:
             f"method {config.name!r} {refusal}; methods that work with it: {', '.join(map(repr, work))}, e.g. "
             f"vtc.configure(model, method={work[0]!r})"
         )
-    if config.prune_after:
+    if config.prunes_inside:
         if not family.is_one_view:
             raise ValueError(
-                f"prune_layer={config.prune_after} needs models with one view per image, and {family.name} has "
-                "several; use prune_layer=0"
+                f"{prune_limits.asked(config)} needs models with one view per image, and {family.name} has several; "
+                f"{prune_limits.instead(config)}"
             )
         prune_limits.require(base.language_model, config)
 

@@ -227,8 +227,9 @@ def count(settings: Settings, plan: Plan, used: list[str], images: int, before: 
     if (run := settings.run) is None:
         IMAGES[settings.base] = IMAGES.get(settings.base, 0) + images
         return
-    run.tokens_before, run.tokens_after = before, after
-    run.images += images
+    first = (plan.config.prune_after, after)
+    stages = (first, *plan.config.schedule[1:]) if plan.config.schedule else (first,)
+    run.count_images(images, before, stages, settings.base.language_model.config.num_hidden_layers)
     device, backend = settings.base.vision_tower.device, plan.config.backend
     run.backend = {op: ops.backend_for(op, device, backend)[0] for op in operations(plan, used)}
 
@@ -237,7 +238,10 @@ def operations(plan: Plan, used: list[str]) -> list[str]:
     """The operations that a plan runs, of which `used` score the tower's layers."""
     ranked = () if plan.method.prunes_only_language() else used
     own = plan.method.operations
+    inside = plan.config.prunes_inside
     if plan.method.only_ranks() and (plan.config.prune_after or not plan.num_kept):
         own = ("topk", "compact")  # tokens are gathered later: after a layer, or from all tiles
-    last = ("compact_kv",) if plan.config.prune_after and plan.config.kept_kv == "compact" else ()
+    elif inside and not plan.method.prunes_only_language():
+        own = (*own, "topk", "compact")
+    last = ("compact_kv",) if inside and plan.config.kept_kv == "compact" else ()
     return list(dict.fromkeys((*ranked, *own, *last)))

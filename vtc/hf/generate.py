@@ -9,6 +9,7 @@ positions, caches, beams and decoding need no special handling. If tokens are dr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -49,8 +50,11 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
             return stock(**call)  # this model is the assistant of another, which has encoded the images
     settings = _continued(settings, note, images)
     has_beams = (_option(model, call, "num_beams") or 1) > 1
-    if isinstance(note, PrunedConversation) or (images and settings.config.prune_after):
+    inside = isinstance(note, PrunedConversation) or (images and settings.config.prunes_inside)
+    if inside:
         prune_limits.require_generate(settings, call, images, lambda name: _option(model, call, name))
+    pruned, note = (note, note.short) if isinstance(note, PrunedConversation) else (None, note)
+    if inside and (pruned is not None or settings.config.prune_after) and note is None:
         with _uncompiled(model):
             output = stock(**(_encoded(settings, call) if images else call))
         used = names.cache_of(output) if cache is None else cache
@@ -72,7 +76,6 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
         ending = Ending(note.short_length - 1, call["position_ids"][:, -1:])
         settings = settings._replace(ending=ending)
         call["position_ids"] = torch.cat([call["position_ids"][:, :-1], last], 1)
-    goes_on = running(settings) if past or settings.ending else contextlib.nullcontext()
     prompt = FullPrompt(full, call["input_ids"].shape[1])
     prompt.wrap(call)
     limit = _option(model, call, "max_length")
@@ -82,13 +85,26 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
         counts_new = name == "max_length" and _option(model, call, "max_new_tokens") is not None
         if (limit := _option(model, call, name)) and not counts_new:
             call[name] = max(limit - full.shape[1] + prompt.short_length, 0)
-    with conversation.filling(cache), goes_on:
+    with conversation.filling(cache), contextlib.ExitStack() as goes_on:
+        if inside:
+            goes_on.enter_context(_uncompiled(model))
+        if (past and not inside) or settings.ending:
+            goes_on.enter_context(running(settings))
+        if pruned is not None:  # in this call masks are in the columns that entered the language model
+            conversation.leave(cache, dataclasses.replace(pruned, length=pruned.entered, short=None))
         output = stock(**call)
     is_tensor = isinstance(output, torch.Tensor)
     sequences = prompt.restore(output if is_tensor else output.sequences)
     used = names.cache_of(output) if cache is None else cache
     if used is not None:
-        conversation.leave(used, None if has_beams else note.answered(sequences, conversation.length_of(used)))
+        began = pruned or conversation.read(used)
+        if isinstance(began, PrunedConversation):
+            length = pruned.length if pruned is not None else full.shape[1]
+            held = conversation.length_of(used) - began.held + began.entered
+            answered = dataclasses.replace(began, length=length, short=note.answered(sequences, held))
+        else:
+            answered = note.answered(sequences, conversation.length_of(used))
+        conversation.leave(used, None if has_beams else answered)
     if is_tensor:
         return sequences
     output.sequences = sequences
@@ -116,7 +132,8 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
     if images and not pixels:
         _require_own(settings, call["mm_encoder_outputs"], note)
     settings, run = _continued(settings, note, images), settings.run
-    if isinstance(note, PrunedConversation) or (images and settings.config.prune_after):
+    shortens = pixels and not settings.config.prune_after
+    if isinstance(note, PrunedConversation) or (images and settings.config.prunes_inside and not shortens):
         if images:
             return prune.prefill(stock, settings, _encoded(settings, call) if pixels else call)
         outputs = prune_decode.decode(stock, settings, call, note)  # type: ignore[arg-type]
@@ -144,11 +161,15 @@ def _forward_images(stock: Stock, settings: Settings, call: Call) -> Any:
         raise ValueError("images on top of a cache need the whole conversation; use generate()")
     returns_tuple = call.pop("return_dict", settings.base.config.return_dict) is False
     call, note, shortening, _ = _shortened(settings, call, None, in_forward=True)
-    outputs = stock(**call, return_dict=True)
+    inside, call = settings.config.prunes_inside, call | {"return_dict": True}
+    outputs = prune.prefill(stock, settings, call) if inside else stock(**call)
     cache = names.cache_of(outputs)
     if cache is not None:
+        pruned = conversation.read(cache) if inside else None
+        if isinstance(pruned, PrunedConversation):
+            note = dataclasses.replace(pruned, length=note.length, short=note)
         conversation.leave(cache, note)
-        if settings.run:
+        if settings.run and not inside:
             settings.run.count_cache(cache)
     if shortening:
         shortening.spread_outputs(outputs)
@@ -167,8 +188,8 @@ def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> A
     outputs = stock(**call)
     if settings.run is not None and not torch.compiler.is_compiling():
         features = outputs[1] if isinstance(outputs, tuple) else outputs.pooler_output
-        settings.run.images += len(features)
-        settings.run.tokens_before = settings.run.tokens_after = len(features[-1])
+        tokens, layers = len(features[-1]), settings.base.language_model.config.num_hidden_layers
+        settings.run.count_images(len(features), tokens, ((0, tokens),), layers)
     return outputs
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from vtc import ops
-from vtc.config import VTCConfig
+from vtc.config import Stages, VTCConfig
 from vtc.hf import encode, settings
 from vtc.hf.families import TILES
 from vtc.hf.settings import NAME, Settings
@@ -37,7 +37,9 @@ class Status:
     adaptive : bool
         Whether the image decides how many stay.
     prune_layer : int
-        The layer of the language model after which tokens are dropped; 0: before the first.
+        The layer of the language model after which tokens are first dropped; 0: before the first.
+    later : tuple of (int, int)
+        The later stages of a schedule: pairs (layer, tokens from there on).
     tower, attention : str
         The kind of vision tower, and its attention implementation.
     scored : tuple of int
@@ -67,6 +69,7 @@ class Status:
     kept: int | None = None
     adaptive: bool = False
     prune_layer: int = 0
+    later: Stages = ()
     scored: tuple[int, ...] = ()
     backends: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     problem: str | None = None
@@ -87,6 +90,7 @@ class Status:
             where = (
                 f"after layer {self.prune_layer} of the language model" if self.prune_layer else "before the projector"
             )
+            where += "".join(f", then {kept} after layer {layer} of the language model" for layer, kept in self.later)
             lines.append(
                 f"visual tokens per image: {self.tokens} -> {'at most ' if self.adaptive else ''}{self.kept}, {where}"
             )
@@ -103,6 +107,7 @@ class Status:
         return {
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "scored": list(self.scored),
+            "later": [list(stage) for stage in self.later],
             "backends": {op: {"backend": backend, "why": why} for op, (backend, why) in self.backends.items()},
         }
 
@@ -136,7 +141,8 @@ def _of_settings(config: VTCConfig) -> dict[str, Any]:
     given = {name: value for name, value in config.to_dict().items() if value != _DEFAULTS.get(name, _NOTHING)}
     given |= {name: settings.plain_value(value) for name, value in method.given().items()}
     given.pop("method", None)
-    return {"method": config.name, "settings": given, "adaptive": method.adaptive, "prune_layer": config.prune_after}
+    found = {"method": config.name, "settings": given, "adaptive": method.adaptive, "prune_layer": config.prune_after}
+    return found | {"later": (config.schedule or ())[1:]}
 
 
 def _of_plan(current: Settings, plan: Plan) -> dict[str, Any]:

@@ -40,12 +40,12 @@ class ImageOutputs(BaseModelOutputWithPooling):
         Projected features; rows beyond an image's own count are padding.
     pooler_output : list of Tensor[K, D]
         Of each image; for a stacked family and for videos the tensor.
-    kept_indices : Tensor[images, K], int64, or None
-        If the images have all N tokens: the patches that stay after `prune_layer`. None if the method selects them
-        inside the language model.
+    selections : tuple of Tensor[images, K], int64, or None
+        For each stage inside the language model, which of an image's tokens before it stay. None if the method selects
+        them there itself.
     """
 
-    kept_indices: Tensor | None = None
+    selections: tuple[Tensor, ...] | None = None
 
 
 # Arguments of a call that the stock model hands on to its vision tower, and that change what the tower computes.
@@ -157,6 +157,8 @@ class Views:
         patches.
     question : Question or None
         Of each view, for a method that needs it. None before `ask`.
+    later : tuple of Tensor[images, K], int64
+        For each later stage of a schedule, which of an image's tokens before it stay.
     """
 
     settings: Settings
@@ -166,6 +168,7 @@ class Views:
     tower_arguments: dict[str, Any]
     kept: Kept = dataclasses.field(default=None, init=False)
     question: Question | None = dataclasses.field(default=None, init=False)
+    later: tuple[Tensor, ...] = dataclasses.field(default=(), init=False)
     layout: ClassVar[str]
     shapes: ClassVar[tuple[str, ...]]  # of the pixels
     needs_grid: ClassVar[bool] = True  # tokens have to be patches in rows and columns, without registers
@@ -200,30 +203,45 @@ class Views:
         tokens, counts = encode.reduce(self.settings, self.views, self.plan, self.tower_arguments, self.question)
         if self.plan.method.keeps_patches() and tokens.indices is not None:
             self.kept = Patches(tokens.indices, self.plan.num_tokens)
+            if self.plan.config.schedule and tokens.scores is not None:
+                self.later = self._nested(tokens.indices, tokens.scores)
         return tokens, counts
 
+    def _nested(self, indices: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
+        """For each later stage, the places `[images, K]` of the largest scores among the tokens of the one before."""
+        stages, config = [], self.plan.config
+        for _, keep in (config.schedule or ())[1:]:
+            scores = scores.gather(1, indices)
+            indices = ops.topk(scores, keep, backend=config.backend)
+            stages.append(indices)
+        return tuple(stages)
+
     def encode(self) -> ImageOutputs:
-        """Encode: each image's tokens that stay; with `prune_layer` all tokens, and the indices of those to keep."""
-        indices = None
+        """Encode: each image's tokens that stay; with `prune_layer` all tokens, and which of them to keep."""
+        selections: tuple[Tensor, ...] | None
         if self.plan.config.prune_after:
-            features, indices = self._project_all()
+            features, selections = self._project_all()
         else:
             features = self.project()
+            selections = self.later
         each: Any = features
         if not (self.settings.family.stacked or self.layout == "frames"):
             each = [own[:count] for own, (_, count) in zip(features, self.counts, strict=True)]
-        return ImageOutputs(last_hidden_state=features, pooler_output=each, kept_indices=indices)
+        return ImageOutputs(last_hidden_state=features, pooler_output=each, selections=selections)
 
-    def _project_all(self) -> tuple[Tensor, Tensor | None]:
-        """For `prune_layer` > 0: projected features `[images, N, D]` of all patches, and the indices `[images, K]`."""
+    def _project_all(self) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """For `prune_layer` > 0: features `[images, N, D]` of all patches, projected, and the selection of each stage."""
         plan = self.plan
         vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments, self.question)
         inside = plan.method.prunes_only_language()  # selected in the language model
-        indices = None if inside else plan.method.selected(vision, plan.num_kept)[0]
+        selections = None
+        if not inside:
+            indices, scores = plan.method.selected(vision, plan.num_kept)
+            selections = (indices, *self._nested(indices, scores))
         encode.count(self.settings, plan, used, len(self.views), plan.num_tokens, plan.num_kept)
         self.counts = [(plan.num_tokens, plan.num_tokens)] * len(self.views)
         features: Tensor = self.settings.base.multi_modal_projector(vision.patches)
-        return features, indices
+        return features, selections
 
 
 class Whole(Views):
