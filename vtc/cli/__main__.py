@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -147,8 +147,9 @@ def run(
     from vtc.cli import run as asking
     from vtc.cli.options import options_of, schedule_of
 
-    flags = {"keep": keep, "ratio": ratio, "prune_layer": prune_layer, "kv": kv, "ensemble_layers": ensemble_layers}
+    flags: dict[str, Any] = {"keep": keep, "ratio": ratio, "prune_layer": prune_layer, "kv": kv}
     flags |= {
+        "ensemble_layers": ensemble_layers,
         "schedule": schedule_of(schedule),
         "method": method,
         "positions": positions,
@@ -287,7 +288,12 @@ def evaluate(
         results = [evaluation.score_file(chosen[0], Path(answers), partial)]
     else:
         quieten(model)
-        flags = {"ratio": ratio, "prune_layer": prune_layer, "kv": kv, "ensemble_layers": ensemble_layers}
+        flags: dict[str, Any] = {
+            "ratio": ratio,
+            "prune_layer": prune_layer,
+            "kv": kv,
+            "ensemble_layers": ensemble_layers,
+        }
         flags |= {"positions": positions, "start_layer": start_layer, "seed": seed, "backend": backend}
         flags |= {"schedule": schedule_of(schedule)}
         given = options_of(option or [], **flags)

@@ -101,7 +101,7 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
         if isinstance(began, PrunedConversation):
             length = pruned.length if pruned is not None else full.shape[1]
             held = conversation.length_of(used) - began.held + began.entered
-            answered = dataclasses.replace(began, length=length, short=note.answered(sequences, held))
+            answered: Any = dataclasses.replace(began, length=length, short=note.answered(sequences, held))
         else:
             answered = note.answered(sequences, conversation.length_of(used))
         conversation.leave(used, None if has_beams else answered)
@@ -132,7 +132,7 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
     if images and not pixels:
         _require_own(settings, call["mm_encoder_outputs"], note)
     settings, run = _continued(settings, note, images), settings.run
-    shortens = pixels and not settings.config.prune_after
+    shortens = bool(pixels) and not settings.config.prune_after
     if isinstance(note, PrunedConversation) or (images and settings.config.prunes_inside and not shortens):
         if images:
             return prune.prefill(stock, settings, _encoded(settings, call) if pixels else call)
@@ -160,6 +160,7 @@ def _forward_images(stock: Stock, settings: Settings, call: Call) -> Any:
     if conversation.length_of(call.get("cache")):
         raise ValueError("images on top of a cache need the whole conversation; use generate()")
     returns_tuple = call.pop("return_dict", settings.base.config.return_dict) is False
+    note: Any
     call, note, shortening, _ = _shortened(settings, call, None, in_forward=True)
     inside, call = settings.config.prunes_inside, call | {"return_dict": True}
     outputs = prune.prefill(stock, settings, call) if inside else stock(**call)

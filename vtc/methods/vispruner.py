@@ -31,8 +31,8 @@ class VisPruner(Method):
     their order. The scores are s, to which the largest is added for the patches that stay.
 
     The rounds, (N - K) / 8 of them, follow each other, and each sorts. Where two similarities differ by rounding only,
-    the next split depends on it: in 16 bits, or in the order of another GPU's sums, other patches of the rest stay. An image of LLaVA-NeXT takes the patches of all
-    its tiles together.
+    the next split depends on it: in 16 bits, or in the order of another GPU's sums, other patches of the rest stay.
+    An image of LLaVA-NeXT takes the patches of all its tiles together.
 
     Parameters
     ----------
