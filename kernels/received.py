@@ -185,9 +185,8 @@ def _lse_kernel(
             row_max, row_sum = _add_exponentials(logits, seen, row_max, row_sum)
             start += BLOCK_N
 
-    # store
-    lse = tl.where(tl.abs(row_max) == float("inf"), 0.0, row_max) + tl.log2(row_sum)
-    tl.store(lse_ptr + m, lse, mask=m < num_tokens)
+    # store: the logarithm of the sum has the sign of an infinite maximum, which it was not relative to
+    tl.store(lse_ptr + m, row_max + tl.log2(row_sum), mask=m < num_tokens)
 
 
 @triton.jit
