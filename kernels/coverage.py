@@ -167,8 +167,9 @@ def _coverage_kernel(
     Parameters
     ----------
     cover_ptr : fp32 [B, R, N]
-        Strides between images and columns; the rows of a column are contiguous. A term whose entry is NaN is 0. The terms r, r + 1024, ... are added
-        one after the other, then the upper half of these sums to the lower half, until one is left.
+        Strides between images and columns; the rows of a column are contiguous. A term whose entry is NaN is 0. The
+        terms r, r + 1024, ... are added one after the other, then the upper half of these sums to the lower half, until
+        one is left.
     weight_ptr : fp32 [B, N], or None
         Strides between images and columns. One that is NaN or not above 0 makes the gain 0. None: 1.
     allowed_ptr : uint8 [B, N], or None

@@ -394,7 +394,7 @@ MUTANTS = [
         "kernels/coverage.py",
         "ops/test_coverage",
         {
-            "ties to the higher column": ("    return (bound.to(tl.int64) << 32) | ((4095 - n) << 1) | fresh", "    return (bound.to(tl.int64) << 32) | (n << 1) | fresh"),
+            "ties to the higher column": ("_decode(tl.max(top, axis=0))", "_decode(tl.max(top ^ 0x1FFE, axis=0) ^ 0x1FFE)"),
             "stale bound accepted": ("tl.where(n == best_n, _encode(tl.full(n.shape, _CHOSEN, tl.int32), n, 0), key & -2)", "tl.where(n == best_n, _encode(tl.full(n.shape, _CHOSEN, tl.int32), n, 0), key)"),
             "others evaluated only when stale before": ("stale = (top_bound > 0) & (top_n != best_n)", "stale = top_bound > 0"),
             "what is covered is the last column": ("tl.where(best > covered, best, covered)", "best"),
