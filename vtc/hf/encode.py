@@ -68,8 +68,9 @@ def run_tower(
     outputs = VisionOutputs(
         features, plan.grid, scores.cls_probs, scores.keys, query, pixels, has_cls, received=scores.received
     )
-    if needs.projected:  # the kept tokens are projected once more, with the others that are kept
-        outputs = outputs._replace(projected=base.multi_modal_projector(outputs.patches))
+    if needs.projected:  # to choose by; the features are those of the kept tokens, which are projected again
+        with torch.no_grad():
+            outputs = outputs._replace(projected=base.multi_modal_projector(outputs.patches))
     return outputs, scores.ops
 
 
@@ -201,5 +202,7 @@ def operations(plan: Plan, used: list[str]) -> list[str]:
     own = plan.method.operations
     if plan.method.only_ranks() and (plan.config.prune_after or not plan.num_kept):
         own = ("topk", "compact")  # tokens are gathered later: after a layer, or from all tiles
+    elif plan.method.joint and not plan.num_kept:
+        own = (*own, "topk")  # of an image's placeholders those that stay
     last = ("compact_kv",) if plan.config.prune_after and plan.config.kept_kv == "compact" else ()
     return list(dict.fromkeys((*ranked, *own, *last)))
