@@ -45,8 +45,8 @@ class VTCConfig:
     ratio : float, optional
         Share of the visual tokens kept, 0 < ratio <= 1; see `kept_count`. Give `keep` or `ratio`, not both.
     prune_layer : int, optional
-        0: tokens are dropped before the language model. r > 0: they are dropped after its r-th layer (only "vtc-cls"
-        and "fastv"). None: 2 with "fastv", 0 otherwise.
+        0: tokens are dropped before the language model. r > 0: they are dropped after its r-th layer ("vtc-cls",
+        "coverage", "scope" and "fastv"). None: 2 with "fastv", 0 otherwise.
     kv : str, optional
         For `prune_layer` > 0, what the KV cache keeps in the layers before it. "compact": the kept tokens, so that all
         layers are equally short. "full": everything. None: "full" with "fastv", as in its paper, "compact" otherwise.
@@ -237,8 +237,8 @@ SHARED = tuple(field.name for field in dataclasses.fields(VTCConfig) if field.na
 def kept_count(config: VTCConfig, num_tokens: int) -> int:
     """Number of visual tokens kept of an image's `num_tokens`: `keep`, or ceil(ratio * num_tokens), at least 1.
 
-    "fastv" rounds as its authors do: round(ratio * num_tokens), and a half to the even number. If neither is given:
-    128, or a quarter of at most 128 tokens, which is logged once.
+    "fastv" and "divprune" round as their authors do: round(ratio * num_tokens), and a half to the even number. If
+    neither is given: 128, or a quarter of at most 128 tokens, which is logged once.
 
     Raises
     ------
