@@ -20,7 +20,7 @@ from vtc.methods.prumerge import _fraction_count, _outliers, top_and_step
 from vtc.methods.question import FUNCTION_WORDS, ignored_ids, sum_of_tokens, word_weights
 from vtc.tiny.scenes import balanced_questions
 
-GREEDY = ["coverage", "scope", "divprune", "vispruner"]
+GREEDY = ["coverage", "scope", "mmtok", "divprune", "cdpruner", "vispruner"]
 LAYERS = 3  # scored, the last of them the feature layer; one more has keys and queries
 
 
