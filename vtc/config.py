@@ -48,8 +48,8 @@ class VTCConfig:
     ratio : float, optional
         Share of the visual tokens kept, 0 < ratio <= 1; see `kept_count`. Give `keep` or `ratio`, not both.
     prune_layer : int, optional
-        0: tokens are dropped before the language model. r > 0: they are dropped after its r-th layer (only "vtc-cls"
-        and "fastv"). None: 2 with "fastv", 0 otherwise.
+        0: tokens are dropped before the language model. r > 0: they are dropped after its r-th layer ("vtc-cls",
+        "coverage", "scope" and "fastv"). None: 2 with "fastv", 0 otherwise.
     schedule : sequence of (int, int), optional
         Tokens are dropped in stages: pairs (layer, tokens), such as [(0, 96), (16, 32)]. From each layer of the
         language model on, an image has so many visual tokens; layer 0 is before the language model. Layers ascend and
@@ -312,8 +312,8 @@ def kept_count(config: VTCConfig, num_tokens: int) -> int:
 
     Of a `schedule`, what its first stage keeps.
 
-    "fastv" rounds as its authors do: round(ratio * num_tokens), and a half to the even number. If neither is given:
-    128, or a quarter of at most 128 tokens, which is logged once.
+    "fastv" and "divprune" round as their authors do: round(ratio * num_tokens), and a half to the even number. If
+    neither is given: 128, or a quarter of at most 128 tokens, which is logged once.
 
     Raises
     ------

@@ -434,7 +434,8 @@ def test_a_tower_without_cls_is_explained(built, method):
     model, _ = built(tower="siglip_vision_model", vision_feature_select_strategy="full")
     says = (
         rf"method '{re.escape(method)}' needs a vision tower with a \[CLS\] token, and SigLIP has none; methods that "
-        r"work with it: 'fastv', 'random', 'pool', 'none', e.g. vtc.configure\(model, method='fastv'\)"
+        r"work with it: 'coverage', 'scope', 'mmtok', 'divprune', 'cdpruner', 'hiprune', 'received', 'fastv', "
+        r"'random', 'pool', 'downsample', 'none', e.g. vtc.configure\(model, method='coverage'\)"
     )
     with pytest.raises(ValueError, match=says):
         vtc.configure(model, keep=KEEP, method=method)
@@ -504,7 +505,8 @@ def test_merging_across_tiles_and_frames_is_explained(built, family, method):
     zips = "'visionzip', " if family == "llava_next" else ""
     says = (
         rf"method '{re.escape(method)}' makes new tokens .* several views; "
-        f"methods that work with it: 'vtc-cls', 'fastervlm', {zips}'random', 'none'"
+        f"methods that work with it: 'vtc-cls', 'fastervlm', {zips}'coverage', 'scope', 'mmtok', 'divprune', "
+        "'cdpruner', 'vispruner', 'hiprune', 'received', 'random', 'downsample', 'none'"
     )
     with pytest.raises(ValueError, match=says):
         vtc.configure(model, keep=KEEP, method=method)

@@ -20,7 +20,7 @@ from vtc.methods.prumerge import _fraction_count, _outliers, top_and_step
 from vtc.methods.question import FUNCTION_WORDS, ignored_ids, sum_of_tokens, word_weights
 from vtc.tiny.scenes import balanced_questions
 
-WIDTH = 12  # of projected patches and of words
+GREEDY = ["coverage", "scope", "mmtok", "divprune", "cdpruner", "vispruner"]
 LAYERS = 3  # scored, the last of them the feature layer; one more has keys and queries
 
 
@@ -30,6 +30,8 @@ class Images:
     def __init__(self, query, key, hidden, pixel_values, grid, num_heads):
         self.query, self.key, self.hidden, self.pixel_values = query, key, hidden, pixel_values
         self.grid, self.num_heads = grid, num_heads
+        weight = torch.randn(hidden.shape[2], 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        self.projected = (hidden[:, 1:].double() @ weight).float()  # stands for the projector
 
     def outputs(self, method, images=slice(None), mean=False, dtype=torch.float32):
         """What the method needs, as it gets it from a model, and nothing else."""
@@ -55,17 +57,10 @@ class Images:
             question=self.question_of(images, dtype) if needs.question else None,
         )
 
-    @property
-    def projected(self):
-        """The patches after a projector [B, N, E]."""
-        patches, generator = self.hidden[:, 1:], torch.Generator().manual_seed(8)
-        mixing = torch.randn(patches.shape[2], WIDTH, generator=generator)
-        return torch.stack([image @ mixing for image in patches])  # an image alone has the same bits
-
     def question_of(self, images=slice(None), dtype=torch.float32):
         """Questions of 9, 2, 1 and 6 text tokens, of 9 ids; other tokens are in between and behind."""
         generator = torch.Generator().manual_seed(9)
-        table = torch.randn(9, WIDTH, generator=generator)
+        table = torch.randn(9, self.projected.shape[2], generator=generator)
         is_text = torch.tensor([[1] * 9 + [0], [0, 1, 0, 1] + [0] * 6, [1] + [0] * 9, [1, 0] + [1] * 5 + [0] * 3])
         ids = torch.arange(40).view(4, 10) * 7 % 9
         each = table[ids].to(dtype), ids, is_text.bool()
@@ -116,11 +111,7 @@ def bundled_images():
 @pytest.fixture(scope="module")
 def images():
     made = {}
-    makers = {
-        "small": lambda: random_images(4, (6, 6)),
-        "144": lambda: random_images(2, (12, 12)),
-        "576": lambda: random_images(2, (24, 24)),
-    }
+    makers = {"small": lambda: random_images(4, (6, 6)), "576": lambda: random_images(2, (24, 24))}
     makers |= {"oblong": lambda: random_images(2, (3, 7)), "bundled": bundled_images}
     return lambda name: made.setdefault(name, None) or made.update({name: makers[name]()}) or made[name]
 
@@ -161,32 +152,6 @@ def visionzip(data, b, dominant, contextual):
     return golden.visionzip(hidden, data.attentions(b)[-1], key, data.num_heads, dominant, contextual)
 
 
-def of_image(transcription, *args, **options):
-    """A transcription of a greedy method, which returns the order of the choices, as the tests call it."""
-
-    def call(data, b):
-        chosen, features = transcription(data.hidden[b].double(), *(arg(data, b) for arg in args), **options)
-        return sorted(chosen), features
-
-    return call
-
-
-def projected(data, b):
-    return data.projected[b].double()
-
-
-def width(data, b):
-    return data.grid[1]
-
-
-def layers(*numbers):
-    return lambda data, b: data.attentions(b, numbers)
-
-
-def layer(number):
-    return lambda data, b: data.attentions(b, [number])[0]
-
-
 def mmtok(data, b, keep, ignore=(), **options):
     words = data.words(b, ignore)
     return golden.mmtok(data.hidden[b].double(), data.projected[b].double(), words, keep, **options)
@@ -194,6 +159,32 @@ def mmtok(data, b, keep, ignore=(), **options):
 
 def cdpruner(data, b, keep, ignore=()):
     return golden.cdpruner(data.hidden[b].double(), data.projected[b].double(), data.words(b, ignore), keep)
+
+
+def saliency(data, b, layers, of):
+    """The sum over the last `layers`."""
+    each = [of(attention) for attention in data.attentions(b)[-layers:]]
+    return [sum(values) for values in zip(*each, strict=True)]
+
+
+def cls_attention(attention):
+    return [sum(head[0, n].item() for head in attention) / len(attention) for n in range(1, len(attention[0]))]
+
+
+def scope(data, b, keep, layers=1, of=cls_attention):
+    return golden.scope(data.hidden[b].double(), saliency(data, b, layers, of), keep)
+
+
+def vispruner(data, b, keep, share=0.5):
+    x = data.hidden[b, None, 1:]
+    rounded = ops.similarity(x, x, backend="torch")[0].tolist() if x.shape[1] > 100 else None
+    return golden.vispruner(data.hidden[b].double(), data.attentions(b)[-1], keep, share, rounded)
+
+
+def hiprune(data, b, keep, object_layer=2, alpha=0.1):
+    attentions = data.attentions(b)
+    middle, deep = attentions[object_layer - 1], attentions[-1]
+    return golden.hiprune(data.hidden[b].double(), middle, deep, data.grid[1], keep, alpha)
 
 
 ON_TENSORS = [name for name in METHODS if name not in ("fastv", "downsample")]  # the latter changes the pixels
@@ -229,51 +220,57 @@ CASES = [
         for name in ("small", "oblong", "bundled")
     ),
     *(
-        (name, METHODS["pool"](), keep, lambda d, b, k=keep: (None, golden.pool(d.hidden[b].double(), d.grid, k)))
-        for name, keep in (("small", 9), ("small", 17), ("oblong", 4), ("bundled", 128))
+        (name, METHODS["coverage"](), keep, lambda d, b, k=keep: golden.coverage(d.hidden[b].double(), k))
+        for name, keep in (("small", 9), ("oblong", 21), ("bundled", 16))
     ),
+    ("small", METHODS["coverage"](temperature=0.5), 9, lambda d, b: golden.coverage(d.hidden[b].double(), 9, 0.5)),
     *(
-        (name, METHODS["coverage"](temperature=t), keep, of_image(golden.coverage, keep=keep, temperature=t))
-        for name, keep, t in (("small", 9, 0.2), ("small", 36, 0.2), ("small", 5, 1.5), ("bundled", 32, 0.2))
+        (name, METHODS["scope"](), keep, lambda d, b, k=keep: scope(d, b, k))
+        for name, keep in (("small", 9), ("oblong", 21), ("bundled", 16))
     ),
-    *(
-        (name, METHODS["scope"](), keep, of_image(golden.scope, layers(2), keep=keep))
-        for name, keep in (("small", 9), ("oblong", 21), ("bundled", 32))
-    ),
-    ("small", METHODS["scope"](ensemble_layers=3), 9, of_image(golden.scope, layers(0, 1, 2), keep=9)),
-    *(
-        (
-            "small",
-            METHODS["scope"](saliency="received", ensemble_layers=n),
-            9,
-            of_image(golden.scope, layers(*range(3 - n, 3)), keep=9, received=True),
-        )
-        for n in (1, 2)
-    ),
-    *(
-        (name, METHODS["divprune"](), keep, of_image(golden.divprune, projected, keep=keep))
-        for name, keep in (("small", 1), ("small", 9), ("oblong", 21), ("bundled", 48))
-    ),
-    *(
-        (name, METHODS["received"](), keep, of_image(golden.received, layer(2), keep=keep))
-        for name, keep in (("small", 9), ("bundled", 64))
+    ("small", METHODS["scope"](ensemble_layers=3), 9, lambda d, b: scope(d, b, 9, 3)),
+    ("small", METHODS["scope"](saliency="received"), 9, lambda d, b: scope(d, b, 9, 1, golden.received)),
+    (
+        "oblong",
+        METHODS["scope"](saliency="received", ensemble_layers=2),
+        4,
+        lambda d, b: scope(d, b, 4, 2, golden.received),
     ),
     *(
         (
             name,
-            METHODS["hiprune"](alpha=alpha),
+            METHODS["divprune"](),
             keep,
-            of_image(golden.hiprune, layer(1), layer(2), width, keep=keep, alpha=alpha),
+            lambda d, b, k=keep: golden.divprune(d.hidden[b].double(), d.projected[b].double(), k),
         )
-        for name, keep, alpha in (("small", 9, 0.1), ("small", 18, 1.0), ("oblong", 10, 0.5), ("bundled", 64, 0.1))
+        for name, keep in (("small", 9), ("small", 1), ("oblong", 21), ("bundled", 32))
     ),
-    ("small", METHODS["hiprune"](object_layer=1), 30, of_image(golden.hiprune, layer(0), layer(2), width, keep=30)),
     *(
-        (name, METHODS["vispruner"](important=r), keep, of_image(golden.vispruner, layer(2), keep=keep, important=r))
-        for name, keep, r in (
-            *(("small", 9, 0.5), ("small", 12, 0.0), ("small", 8, 1.0), ("oblong", 5, 0.5), ("small", 3, 0.75)),
-            ("144", 16, 0.5),  # of more patches, rounding decides which of two is first, and all that follows
+        (name, METHODS["vispruner"](important=share), keep, lambda d, b, k=keep, s=share: vispruner(d, b, k, s))
+        for name, keep, share in (
+            *(("small", 9, 0.5), ("small", 8, 0.75), ("small", 5, 0.0), ("small", 7, 1.0), ("small", 1, 0.5)),
+            *(("oblong", 3, 0.34), ("oblong", 21, 0.5), ("576", 64, 0.75), ("bundled", 64, 0.5)),
         )
+    ),
+    *(
+        (name, METHODS["hiprune"](object_layer=2), keep, lambda d, b, k=keep: hiprune(d, b, k))
+        for name, keep in (("small", 9), ("small", 36), ("576", 128))
+    ),
+    ("small", METHODS["hiprune"](), 30, lambda d, b: hiprune(d, b, 30)),
+    ("small", METHODS["hiprune"](alpha=0.5, object_layer=1), 20, lambda d, b: hiprune(d, b, 20, 1, 0.5)),
+    ("oblong", METHODS["hiprune"](alpha=1, object_layer=3), 10, lambda d, b: hiprune(d, b, 10, 3, 1)),
+    *(
+        (
+            name,
+            METHODS["received"](),
+            keep,
+            lambda d, b, k=keep: golden.keep_received(d.hidden[b].double(), d.attentions(b)[-1], k),
+        )
+        for name, keep in (("small", 9), ("576", 64))
+    ),
+    *(
+        (name, METHODS["pool"](), keep, lambda d, b, k=keep: (None, golden.pool(d.hidden[b].double(), d.grid, k)))
+        for name, keep in (("small", 9), ("small", 17), ("oblong", 4), ("bundled", 128))
     ),
     *(
         (name, METHODS["mmtok"](**options), keep, lambda d, b, k=keep, o=options: mmtok(d, b, k, **o))
@@ -395,6 +392,24 @@ def test_a_bad_image_stays_within_its_promise(images):
             assert torch.equal(bad.features[b], good.features[b])
 
 
+@pytest.mark.parametrize(
+    "name", ["coverage", "scope", "mmtok", "divprune", "cdpruner", "vispruner", "hiprune", "received"]
+)
+def test_a_bad_image_keeps_as_many_patches_and_harms_no_other(name, images):
+    method, names = METHODS[name](), ("hidden", "cls_probs", "received", "projected")
+    outputs = images("small").outputs(method)
+    good, bad = method.reduce(outputs, 9), {each: getattr(outputs, each) for each in names}
+    for each, x in bad.items():
+        if x is not None:
+            bad[each] = x.clone()
+            bad[each][(slice(None), 1) if each in ("cls_probs", "received") else 1] = float("nan")
+    tokens = method.reduce(outputs._replace(**bad), 9)
+    assert len(set(tokens.indices[1].tolist())) == 9
+    assert ((tokens.indices >= 0) & (tokens.indices < 36)).all()
+    for b in (0, 2, 3):
+        assert torch.equal(tokens.features[b], good.features[b])
+
+
 @pytest.mark.parametrize("keep", [2, 16, 32, 192, 288, 576])
 def test_prumerge_plus_for_other_numbers(keep):
     """About as many as asked for: the best, a sample at most 5/6 of them, less what is in both by chance."""
@@ -419,7 +434,10 @@ def test_features_have_the_dtype_of_the_hidden_states(name, dtype, images):
         assert tokens.scores.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.operations and name != "fastv"])
+KERNELS = ["vtc-cls", "visionzip", "prumerge", "prumerge+", *GREEDY, "hiprune", "received"]
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_kernels_choose_the_same(name, images):
     data = images("oblong")
     outputs = data.outputs(METHODS[name]())
@@ -448,8 +466,8 @@ def test_nothing_waits_for_the_device(name, images):
 @pytest.mark.filterwarnings("error:.*custom operator:UserWarning")  # outputs that alias
 @pytest.mark.parametrize("name", ON_TENSORS)
 def test_compilers_trace_through(name, images):
-    torch._dynamo.reset()  # else the methods before count as recompilations of one function
     outputs = images("oblong").outputs(METHODS[name]())
+    torch._dynamo.reset()  # methods share `reduce`, and a function is compiled a few times at most
     compiled = torch.compile(METHODS[name]().reduce, fullgraph=True, backend="aot_eager")
     for one, other in zip(METHODS[name]().reduce(outputs, 5), compiled(outputs, 5), strict=True):
         assert (one is None) == (other is None)
@@ -457,7 +475,7 @@ def test_compilers_trace_through(name, images):
 
 
 def test_gradients_reach_the_hidden_states(images):
-    for name in (name for name in METHODS if "tower" in METHODS[name].prunes or name == "none"):
+    for name in (name for name in METHODS if name != "fastv"):
         outputs = images("oblong").outputs(METHODS[name]())
         hidden = outputs.hidden.clone().requires_grad_()
         METHODS[name]().reduce(outputs._replace(hidden=hidden), 5).features.sum().backward()
@@ -529,7 +547,7 @@ def test_every_method_is_registered_once_and_documented():
                 found[value.name] = value
                 assert value.__doc__
                 assert value.scores
-                assert value.paper or value.name in ("random", "pool", "downsample", "none", "received")
+                assert value.paper or value.name in ("received", "random", "pool", "downsample", "none")
                 assert value.paper in value.__doc__
                 for field in dataclasses.fields(value):
                     assert field.name == "backend" or f"{field.name} :" in value.__doc__, f"{value.name}: {field.name}"
@@ -558,13 +576,6 @@ def test_build():
         ("vtc-cls", {"ensemble_layers": True}, "ensemble_layers.*integer.*got True"),
         ("vtc-cls", {"start_layer": -1}, "start_layer.*at least 0, got -1"),
         ("vtc-cls", {"start_layer": 2.0}, "start_layer.*integer.*got 2.0"),
-        ("coverage", {"temperature": 0}, "temperature must be a number above 0, got 0"),
-        ("coverage", {"temperature": True}, "temperature must be a number above 0, got True"),
-        ("scope", {"saliency": "text"}, "saliency must be one of 'cls', 'received', got 'text'"),
-        ("scope", {"ensemble_layers": 0}, "ensemble_layers.*at least 1, got 0"),
-        ("hiprune", {"alpha": 1.5}, "alpha must be a number from 0 to 1, got 1.5"),
-        ("hiprune", {"object_layer": 0}, "object_layer.*at least 1, got 0"),
-        ("vispruner", {"important": -0.1}, "important must be a number from 0 to 1, got -0.1"),
         ("random", {"seed": -1}, "seed.*at least 0, got -1"),
         ("visionzip", {"contextual": -1}, "contextual.*at least 0, got -1"),
         ("visionzip", {"contextual": 0.5}, "contextual.*integer.*got 0.5"),
@@ -579,6 +590,15 @@ def test_build():
         ("cdpruner", {"ignore": (1, True)}, r"ignore must be a tuple of token ids, .* got \(1, True\)"),
         ("cdpruner", {"ignore": [-1]}, r"ignore must be a tuple of token ids, .* got \[-1\]"),
         ("cdpruner", {"ignore": "the"}, "ignore must be a tuple of token ids, .* got 'the'"),
+        ("coverage", {"temperature": 0}, "temperature must be a number above 0, got 0"),
+        ("coverage", {"temperature": float("inf")}, "temperature must be a number above 0, got inf"),
+        ("coverage", {"temperature": "0.2"}, "temperature must be a number above 0, got '0.2'"),
+        ("scope", {"saliency": "text"}, "saliency must be one of 'cls', 'received', got 'text'"),
+        ("scope", {"ensemble_layers": 0}, "ensemble_layers.*at least 1, got 0"),
+        ("vispruner", {"important": 1.5}, "important must be a number from 0 to 1, got 1.5"),
+        ("vispruner", {"important": True}, "important must be a number from 0 to 1, got True"),
+        ("hiprune", {"alpha": -0.1}, "alpha must be a number from 0 to 1, got -0.1"),
+        ("hiprune", {"object_layer": 0}, "object_layer.*at least 1, got 0"),
     ],
 )
 def test_a_method_checks_its_options(name, options, says):
@@ -616,8 +636,16 @@ def test_scored_layers():
     for name in ("fastervlm", "visionzip"):
         assert METHODS[name]().scored_layers(23, 24) == range(22, 23)
         assert METHODS[name]().scored_layers(24, 24) == range(23, 24)
-    for name in ("prumerge", "prumerge+", "fastv", "random", "pool", "none"):
+    for name in ("prumerge", "prumerge+", "coverage", "divprune", "hiprune", "fastv", "random", "pool", "none"):
         assert not METHODS[name]().scored_layers(23, 24)
+        assert name == "hiprune" or not METHODS[name]().received_layers(23, 24)
+    scope = METHODS["scope"]
+    assert (scope().scored_layers(23, 24), scope().received_layers(23, 24)) == (range(22, 23), ())
+    assert scope(ensemble_layers=3).scored_layers(24, 24) == range(21, 24)
+    received = scope(saliency="received", ensemble_layers=2)
+    assert (received.scored_layers(23, 24), received.received_layers(23, 24)) == (range(0), (21, 22))
+    with pytest.raises(ValueError, match=r"ensemble_layers=6, but only 5 .* use 1 to 5"):
+        scope(ensemble_layers=6).scored_layers(5, 6)
 
     class Keys(methods.Method):
         needs = methods.Needs(keys="feature")
@@ -629,23 +657,110 @@ def test_scored_layers():
         vtc_cls(start_layer=5).scored_layers(5, 6)
 
 
+def test_received_layers():
+    hiprune = METHODS["hiprune"]
+    assert METHODS["received"]().received_layers(23, 24) == (22,)
+    assert hiprune().received_layers(23, 24) == (8, 22)  # layer 9, counted from 1
+    assert [hiprune().received_layers(depth - 1, depth)[0] for depth in (2, 6, 12, 27, 32)] == [0, 1, 3, 9, 11]
+    assert hiprune().received_layers(3, 24) == (2, 2)  # not after the feature layer
+    assert hiprune(object_layer=5).received_layers(5, 6) == (4, 4)
+    with pytest.raises(ValueError, match=r"object_layer=6 comes after the feature layer, .* layer 5 .* use 1 to 5"):
+        hiprune(object_layer=6).received_layers(5, 6)
+
+
+def test_scope_takes_the_saliency_that_the_tower_has(images):
+    scope = METHODS["scope"]
+    assert scope(ensemble_layers=2).for_tower(True) == scope(saliency="cls", ensemble_layers=2)
+    assert scope(ensemble_layers=2).for_tower(False) == scope(saliency="received", ensemble_layers=2)
+    assert scope(saliency="received").for_tower(True) == scope(saliency="received")
+    with pytest.raises(ValueError, match=r'="cls" needs .* \[CLS\] .*; use saliency="received", or leave it out'):
+        scope(saliency="cls").for_tower(False)
+    for method in (scope(), scope(saliency="cls")):
+        assert method.required == methods.Needs(cls_probs=True)
+    assert scope(saliency="received").required == methods.Needs(received=True)
+    data = images("small")
+    outputs = data.outputs(scope(saliency="received"))
+    with pytest.raises(ValueError, match=r"scope needs cls_probs of the vision tower, got None; .*cls_probs=True"):
+        scope().reduce(outputs, 9)
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_scores_have_the_order_of_the_choices(name, images):
+    """The k largest scores are the first k choices. A greedy method chooses the same first ones, whatever K is."""
+    data = images("small")
+    many, few = (run(METHODS[name](), data, keep) for keep in (12, 5))
+    for b in range(4):
+        assert sorted(many.scores[b].tolist(), reverse=True)[:12] == pytest.approx([1 - i / 12 for i in range(12)])
+        assert sorted(golden.by_score(many.scores[b].tolist(), 12)) == many.indices[b].tolist()
+        assert many.scores[b].count_nonzero() == 12
+        if name != "vispruner":
+            assert sorted(golden.by_score(many.scores[b].tolist(), 5)) == few.indices[b].tolist()
+
+
+def test_important_patches_score_above_diverse_ones(images):
+    data = images("small")
+    tokens = run(METHODS["vispruner"](), data, 10)
+    for b in range(4):
+        ranked = golden.by_score(cls_attention(data.attentions(b)[-1]), 36)
+        stay = [n for n in ranked if n in tokens.indices[b].tolist()]
+        assert golden.by_score(tokens.scores[b].tolist(), 10) == stay
+        assert stay[:5] == ranked[:5]
+
+
+def test_neighbours_of_anchors(images):
+    """Cut off at the first and the last patch, and not at the end of a row. If they are more than K, buffers go."""
+    outputs = images("small").outputs(METHODS["hiprune"]())
+    outputs = outputs._replace(hidden=outputs.hidden[:1])
+
+    def kept(keep, alpha, anchors=(0, 6, 35)):
+        received = torch.zeros(2, 1, 36)
+        for place, anchor in enumerate(anchors):
+            received[0, 0, anchor] = 0.5 - place / 10
+        received[1, 0, 30:] = 0.5
+        tokens = METHODS["hiprune"](alpha=alpha).reduce(outputs._replace(received=received.to(DEVICE)), keep)
+        assert sorted(golden.by_score(tokens.scores[0].tolist(), keep)) == tokens.indices[0].tolist()
+        return tokens.indices[0].tolist()
+
+    assert kept(5, 1.0) == [0, 1, 6, 30, 31]  # one anchor: 0, cut off above and to the left
+    assert kept(10, 1.0) == [0, 1, 5, 6, 7, 12, 30, 31, 32, 33]  # 5 is at the end of the row above
+    assert kept(16, 0.8) == [*range(8), 12, *range(29, 36)]  # 35, cut off to the right and below
+    assert kept(8, 1.0, (8, 22)) == [2, 7, 8, 9, 14, 16, 21, 22]
+    assert kept(3, 0.1) == [30, 31, 32]  # no anchor
+
+
+def test_coverage_knows_duplicates(images):
+    """Of equal patches one stays, as long as others are not covered."""
+    outputs = images("small").outputs(METHODS["coverage"]())
+    patches = outputs.hidden[:1, :7].repeat_interleave(3, dim=1)
+    twins = outputs._replace(hidden=patches, cls=False)
+    for name in ("coverage", "divprune"):
+        method = METHODS[name]()
+        tokens = method.reduce(twins._replace(projected=patches), 7)
+        assert (tokens.indices[0] // 3).tolist() == list(range(7))
+
+
 def test_what_a_method_needs():
     assert {name for name, method in METHODS.items() if method.needs_cls()} == {
         *("vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "vispruner")
     }
     assert [name for name, method in METHODS.items() if method.needs_prompt()] == ["mmtok", "cdpruner", "fastv"]
-    assert {name for name, method in METHODS.items() if "language" in method.prunes} == {
-        *("vtc-cls", "coverage", "scope", "fastv")
-    }
+    language = {"vtc-cls", "coverage", "scope", "fastv"}
+    assert {name for name, method in METHODS.items() if "language" in method.prunes} == language
     assert [name for name, method in METHODS.items() if method.prunes_only_language()] == ["fastv"]
     assert {name for name, method in METHODS.items() if method.keeps_patches()} == {
-        *("vtc-cls", "fastervlm", "random"),
-        *("coverage", "scope", "mmtok", "divprune", "cdpruner", "vispruner", "hiprune", "received"),
+        *("vtc-cls", "fastervlm", "coverage", "scope", "mmtok", "divprune", "cdpruner", "vispruner", "hiprune"),
+        *("received", "random"),
     }
+    joint = {"coverage", "scope", "mmtok", "divprune", "cdpruner", "vispruner"}
+    assert {name for name, method in METHODS.items() if method.joint} == joint
+    assert {name for name, method in METHODS.items() if method.per_view} == {"visionzip", "hiprune", "downsample"}
     assert {name for name, method in METHODS.items() if method.adaptive} == {"prumerge", "prumerge+"}
 
 
-@pytest.mark.parametrize("name", [name for name, each in METHODS.items() if any(each().required._replace(grid=False))])
+NEEDY = ["vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "scope", "divprune", "vispruner", "hiprune"]
+
+
+@pytest.mark.parametrize("name", [*NEEDY, "received", "random"])
 def test_missing_outputs_are_explained(name, images):
     outputs = images("small").outputs(METHODS["none"]())
     with pytest.raises(ValueError, match=rf"{name.replace('+', '.')} needs \w+ of the vision tower, got None"):

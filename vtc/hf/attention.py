@@ -99,9 +99,9 @@ class ClsScores:
         """Note what the method needs of the query `[B, H, 1 + N, D]` and key of an attention module."""
         if module is self.compared:
             self.query, self.keys = query[:, :, 0], key
-        if any(module is each for each in self.receiving):
+        if times := sum(module is each for each in self.receiving):  # a layer may be asked for twice
             backend, skip = self.config.backend, int(self.cls)
-            self._received.append(ops.received(query, key, scale=scale, skip=skip, backend=backend))
+            self._received += [ops.received(query, key, scale=scale, skip=skip, backend=backend)] * times
             if len(self._received) == len(self.receiving):
                 self.received = torch.stack(self._received)
                 self.ops.append("received")

@@ -86,7 +86,7 @@ def run_tower(
     vision = VisionOutputs(
         features, grid, scores.cls_probs, scores.keys, query, pixels, has_cls, received=scores.received
     )
-    if needs.projected:  # the kept tokens are projected once more, with the others that are kept
+    if needs.projected:  # to choose by; the features are those of the kept tokens, which are projected again
         with torch.no_grad():
             vision = vision._replace(projected=base.multi_modal_projector(vision.patches))
     if question is not None and needs.question:  # the language model may be on another device
@@ -241,6 +241,8 @@ def operations(plan: Plan, used: list[str]) -> list[str]:
     inside = plan.config.prunes_inside
     if plan.method.only_ranks() and (plan.config.prune_after or not plan.num_kept):
         own = ("topk", "compact")  # tokens are gathered later: after a layer, or from all tiles
+    elif plan.method.joint and not plan.num_kept:
+        own = (*own, "topk")  # of an image's placeholders those that stay
     elif inside and not plan.method.prunes_only_language():
         own = (*own, "topk", "compact")
     last = ("compact_kv",) if inside and plan.config.kept_kv == "compact" else ()

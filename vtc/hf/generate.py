@@ -132,8 +132,8 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
     if images and not pixels:
         _require_own(settings, call["mm_encoder_outputs"], note)
     settings, run = _continued(settings, note, images), settings.run
-    shortens = bool(pixels) and not settings.config.prune_after
-    if isinstance(note, PrunedConversation) or (images and settings.config.prunes_inside and not shortens):
+    inside_too = pixels and not settings.config.prune_after
+    if isinstance(note, PrunedConversation) or (images and settings.config.prunes_inside and not inside_too):
         if images:
             return prune.prefill(stock, settings, _encoded(settings, call) if pixels else call)
         outputs = prune_decode.decode(stock, settings, call, note)  # type: ignore[arg-type]

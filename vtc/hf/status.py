@@ -12,6 +12,7 @@ from vtc.hf.families import TILES
 from vtc.hf.settings import NAME, Settings
 from vtc.hf.towers import tower_of
 from vtc.hf.views import plan_of
+from vtc.methods import Method
 from vtc.plan import Plan
 
 _DEFAULTS, _NOTHING = VTCConfig().to_dict(), object()
@@ -30,7 +31,7 @@ class Status:
     method : str or None
         The name of the method, None if the settings are not valid.
     settings : dict
-        Those that are given, with the options of the method.
+        Those that are given, with the options of the method, and those that the vision tower decides.
     tokens, kept : int or None
         Visual tokens of an image, and how many stay: at most so many with an adaptive method. None where both depend on
         the image, which is cut into tiles, and if the settings do not fit the model.
@@ -43,7 +44,7 @@ class Status:
     tower, attention : str
         The kind of vision tower, and its attention implementation.
     scored : tuple of int
-        The layers of the tower whose [CLS] attention is scored, counted from 0.
+        The layers of the tower whose attention is scored, counted from 0: that of [CLS], or what patches receive.
     layers : int
         How many layers the tower has.
     device : str
@@ -138,17 +139,24 @@ def status_of(base: Any) -> Status:
 def _of_settings(config: VTCConfig) -> dict[str, Any]:
     """What is known of settings that are valid."""
     method = config.build_method()
+    given = _given(config, method)
+    found = {"method": config.name, "settings": given, "adaptive": method.adaptive, "prune_layer": config.prune_after}
+    return found | {"later": (config.schedule or ())[1:]}
+
+
+def _given(config: VTCConfig, method: Method) -> dict[str, Any]:
+    """The settings that are not the defaults, with the options of `method`."""
     given = {name: value for name, value in config.to_dict().items() if value != _DEFAULTS.get(name, _NOTHING)}
     given |= {name: settings.plain_value(value) for name, value in method.given().items()}
     given.pop("method", None)
-    found = {"method": config.name, "settings": given, "adaptive": method.adaptive, "prune_layer": config.prune_after}
-    return found | {"later": (config.schedule or ())[1:]}
+    return given
 
 
 def _of_plan(current: Settings, plan: Plan) -> dict[str, Any]:
     """What is known of settings that fit the model."""
     device, backend = current.base.vision_tower.device, current.config.backend
     found: dict[str, Any] = {
+        "settings": _given(current.config, plan.method),
         "scored": tuple(plan.scored) if plan.method.required.cls_probs else plan.received,
         "backends": {op: ops.backend_for(op, device, backend) for op in _operations(current.base, plan)},
     }

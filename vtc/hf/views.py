@@ -382,10 +382,21 @@ def _joint_ranking(plan: Plan, vision: VisionOutputs, layout: Tensor, keep: int)
     """The scores `[n]` of an image's tokens, chosen among the patches of all its tiles. Newlines come last.
 
     `layout` is that of `Tiling`.
+
+    Raises
+    ------
+    ValueError
+        If the method does not take so many patches.
     """
     places = (layout >= 0).nonzero()[:, 0]
     patches = layout[places].to(vision.hidden.device)
-    scores = plan.method.selected(vision.joined(patches), min(keep, len(patches)))[1][0]
+    try:
+        scores = plan.method.selected(vision.joined(patches), min(keep, len(patches)))[1][0]
+    except ValueError as error:
+        raise ValueError(
+            f"method {plan.method.name!r} chooses among all {len(patches)} patches of an image's tiles together: "
+            f"{error} Use smaller images, or a method that ranks the tiles' patches, such as 'vtc-cls' or 'received'."
+        ) from error
     return scores.new_full(layout.shape, -1.0).index_copy(0, places.to(scores.device), scores)
 
 

@@ -20,9 +20,12 @@ class DivPrune(Method):
         first:      keep the n that is farthest from its nearest other
         K-1 times:  keep the n that is farthest from the nearest of those that are kept
 
-    The published rule. All tiles of an image are compared together, as its authors do; they compute the similarity in
-    the model's dtype. The tokens stay in their order. The score of the i-th that is chosen is 1 - i / K. It needs all
-    tokens after the projector, so that one runs for all, and for the kept ones again. It has no options.
+    This is the published rule. The similarity is computed in float32; its authors compute it in the model's dtype. All
+    tiles of an image are compared together, as theirs are. The tokens stay in their order. The score of the i-th that
+    is chosen is 1 - i / K.
+
+    It compares all tokens after the projector. So the projector runs twice: for all of them, and for those that stay.
+    `ratio` rounds to the nearest number of tokens, as theirs does: 0.098 of 576 is 56. It has no options.
     """
 
     name: ClassVar[str] = "divprune"
@@ -31,6 +34,7 @@ class DivPrune(Method):
     needs: ClassVar[Needs] = Needs(projected=True)
     operations: ClassVar[tuple[str, ...]] = ("similarity", "maxmin", "compact")
     joint: ClassVar[bool] = True
+    rounds_up: ClassVar[bool] = False
 
     def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
         tokens = self.require(outputs, "projected")

@@ -28,8 +28,9 @@ class HiPrune(Method):
 
     As in its authors' code, the neighbours are n - 1, n + 1, n - width and n + width, cut off at the first and the last
     patch: the left neighbour of the first patch of a row is the last of the row above. `round` takes a half to the even
-    number. The patches stay in their order. Their scores are those of the feature layer; anchors score 2 more, and
-    buffers 1 more.
+    number. If there are more anchors and buffers than K, which takes an alpha near 1, the buffers with the largest a of
+    the feature layer stay. The patches stay in their order. Their scores are those of the feature layer; anchors score
+    2 more, and buffers 1 more.
 
     Each view of an image of LLaVA-NeXT is reduced alone, to `keep` // V of its V views.
 
@@ -39,7 +40,7 @@ class HiPrune(Method):
         From 0 to 1. Default 0.1, as in the paper.
     object_layer : int, optional
         The middle layer, counted from 1. Default None: layer 9 of 24, as in the paper, and at this share of the depth
-        of other towers.
+        of other towers, but not after the feature layer.
     """
 
     name: ClassVar[str] = "hiprune"
@@ -57,7 +58,8 @@ class HiPrune(Method):
             check_integer("object_layer", self.object_layer, 1)
 
     def received_layers(self, end: int, depth: int) -> tuple[int, ...]:
-        layer = max(round(OBJECT_LAYER * depth / DEPTH), 1) if self.object_layer is None else self.object_layer
+        default = min(max(round(OBJECT_LAYER * depth / DEPTH), 1), end)
+        layer = default if self.object_layer is None else self.object_layer
         if layer > end:
             raise ValueError(
                 f"object_layer={layer} comes after the feature layer, which is layer {end} counted from 1; use 1 to "
@@ -74,5 +76,5 @@ class HiPrune(Method):
             around = torch.tensor([-1, 1, -width, width], device=found.device)
             near = (found.unsqueeze(2) + around).flatten(1).clamp(0, num_tokens - 1)
             level = level.scatter(1, near, 1.0).scatter(1, found, 2.0)
-        scores = level + deep  # attention is at most 1; anchors and buffers are at most K, as alpha is
+        scores = level + deep  # attention is at most 1
         return ops.topk(scores, keep, backend=self.backend), scores

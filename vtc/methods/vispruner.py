@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, Needs, VisionOutputs
+from vtc.methods.base import Method, Needs, VisionOutputs, scores_of
 from vtc.methods.checks import check_share
 
 
@@ -27,8 +27,9 @@ class VisPruner(Method):
             drop  the d = min(8, |rest| - K + T) of a that have the largest cosine similarity to one of b
             rest  = the others of a, the most similar first, then b
 
-    The number d is at most that of a. The similarity is that of the rows of the feature layer. Both kinds stay, in
-    their order. The scores are s, to which the largest is added for the patches that stay.
+    No more are dropped than a has; a has one more than b if the rest is odd, where the authors' code fails. The
+    similarity is that of the rows of the feature layer. Both kinds stay, in their order. The score of the patch with
+    the i-th largest s of those that stay is 1 - i / K.
 
     The rounds, (N - K) / 8 of them, follow each other, and each sorts. Where two similarities differ by rounding only,
     the next split depends on it: in 16 bits, or in the order of another GPU's sums, other patches of the rest stay.
@@ -56,7 +57,8 @@ class VisPruner(Method):
         x, probs = outputs.patches, self.require(outputs, "cls_probs").mean(2).sum(0)
         important = int(keep * self.important)
         order = probs.sort(dim=1, descending=True, stable=True).indices
-        rest, wanted = order[:, important:], keep - important
+        wanted = keep - important
+        rest = order[:, important:] if wanted else order[:, :0]
         similarity = ops.similarity(x, x, backend=self.backend)
         while rest.shape[1] > wanted:
             a, b = rest[:, ::2], rest[:, 1::2]
@@ -67,5 +69,5 @@ class VisPruner(Method):
                 a = a.gather(1, nearest.sort(dim=1, descending=True, stable=True).indices)
             rest = torch.cat([a[:, drop:], b], dim=1)
         kept = torch.cat([order[:, :important], rest], dim=1)
-        scores = probs.scatter(1, kept, probs.amax(dim=1, keepdim=True) + probs.gather(1, kept))
-        return kept.sort(dim=1).values, scores
+        places = order.argsort(dim=1).gather(1, kept).sort(dim=1).values
+        return kept.sort(dim=1).values, scores_of(order.gather(1, places), x.shape[1])

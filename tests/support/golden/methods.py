@@ -59,6 +59,109 @@ def visionzip(hidden, attention, keys, num_heads, dominant, contextual):
     return patches, torch.stack(rows)
 
 
+def received(attention):
+    """Per patch, the mean over the heads and over all queries, [CLS] among them. `attention` [H, 1 + N, 1 + N]."""
+    heads = [head.tolist() for head in attention]
+    queries = len(heads[0])
+    return [sum(row[n] for head in heads for row in head) / len(heads) / queries for n in range(1, queries)]
+
+
+def keep_received(hidden, attention, keep):
+    kept = sorted(by_score(received(attention), keep))
+    return kept, hidden[1:][kept]
+
+
+def cosines(rows):
+    """[N, N]; a row of zeros has cosine 0 to every other."""
+    lengths = [math.sqrt(sum(v * v for v in row.tolist())) for row in rows]
+    unit = torch.stack([row / length if length else row for row, length in zip(rows, lengths, strict=True)])
+    return (unit @ unit.T).tolist()
+
+
+def greedy_cover(cover, weights, keep):
+    """The columns that cover most, in the order in which they are chosen. `cover` [R, N] as lists."""
+    columns = [torch.tensor([row[n] for row in cover], dtype=torch.float64) for n in range(len(cover[0]))]
+    covered = torch.zeros(len(cover), dtype=torch.float64)
+    chosen = []
+    for _ in range(keep):
+        best, most = None, -1.0
+        for n, column in enumerate(columns):
+            if n not in chosen:
+                gain = weights[n] * torch.clamp(column - covered, min=0).sum().item()
+                if gain > most:
+                    best, most = n, gain
+        chosen.append(best)
+        covered = torch.maximum(covered, columns[best])
+    return chosen
+
+
+def scope(hidden, saliency, keep):
+    """`saliency` [N], of [CLS] or received."""
+    kept = sorted(greedy_cover(cosines(hidden[1:]), saliency, keep))
+    return kept, hidden[1:][kept]
+
+
+def coverage(hidden, keep, temperature=0.2):
+    cover = []
+    for row in cosines(hidden[1:]):
+        weights = [math.exp(cosine / temperature) for cosine in row]
+        total = sum(weights)
+        cover.append([weight / total for weight in weights])
+    kept = sorted(greedy_cover(cover, [1.0] * len(cover), keep))
+    return kept, hidden[1:][kept]
+
+
+def farthest(rows, keep):
+    """DivPrune's tokens in the order in which they are chosen, by the distance 1 - cosine."""
+    distance = [[1 - cosine for cosine in row] for row in cosines(rows)]
+    tokens = range(len(rows))
+    isolated = [sorted(distance[m][n] for m in tokens if m != n)[0] if len(rows) > 1 else 0.0 for n in tokens]
+    chosen = [by_score(isolated, 1)[0]]
+    while len(chosen) < keep:
+        left = [n for n in tokens if n not in chosen]
+        nearest = [min(distance[s][n] for s in chosen) for n in left]
+        chosen.append(left[by_score(nearest, 1)[0]])
+    return chosen
+
+
+def divprune(hidden, projected, keep):
+    """`projected` [N, E] are the patches after the projector."""
+    kept = sorted(farthest(projected, keep))
+    return kept, hidden[1:][kept]
+
+
+def hiprune(hidden, middle, deep, columns, keep, alpha=0.1):
+    """`middle` and `deep` are the attentions of the object layer and of the feature layer."""
+    first, last = received(middle), received(deep)
+    kept = by_score(first, round(keep * alpha / 5))
+    for anchor in list(kept):
+        for near in (anchor - 1, anchor + 1, anchor - columns, anchor + columns):
+            near = min(max(near, 0), len(last) - 1)
+            if near not in kept:
+                kept.append(near)
+    others = [n for n in range(len(last)) if n not in kept]
+    kept += [others[place] for place in by_score([last[n] for n in others], keep - len(kept))]
+    return sorted(kept), hidden[1:][sorted(kept)]
+
+
+def vispruner(hidden, attention, keep, share=0.5, cosine=None):
+    """`cosine` [N, N], where its rounding matters: of hundreds of patches two are equally near to another."""
+    scores = [sum(head[0, n].item() for head in attention) / len(attention) for n in range(1, len(hidden))]
+    cosine = cosines(hidden[1:]) if cosine is None else cosine
+    order = by_score(scores, len(scores))
+    important = order[: int(keep * share)]
+    rest = order[int(keep * share) :]
+    diverse = keep - len(important)
+    while diverse and len(rest) > diverse:
+        even, odd = rest[0::2], rest[1::2]
+        drop = min(8, len(rest) - diverse)
+        closest = [max(cosine[a][b] for b in odd) for a in even]
+        even = [even[place] for place in by_score(closest, len(even))]
+        rest = even[drop:] + odd
+    kept = sorted(important + (rest if diverse else []))
+    return kept, hidden[1:][kept]
+
+
 def undivided_scores(queries, keys):
     """The [CLS] row over the patches, of attention with a single head as wide as the layer."""
     logits = [torch.dot(queries[0], key).item() / math.sqrt(len(key)) for key in keys]
@@ -120,101 +223,6 @@ def prumerge_plus(hidden, queries, keys, best=None, stride=None):
     return kept, merged(hidden, keys, scores, kept)
 
 
-def unit_rows(rows):
-    return [row / math.sqrt(torch.dot(row, row).item()) for row in rows]
-
-
-def greedy_coverage(cover, weights, keep):
-    """`cover` [R][N]: the columns in the order in which they are chosen. Every gain is computed at every step."""
-    columns = [torch.stack([row[n] for row in cover]) for n in range(len(cover[0]))]
-    covered, chosen = torch.zeros_like(columns[0]), []
-    for _ in range(keep):
-        best, gain = None, -1.0
-        for n, column in enumerate(columns):
-            own = weights[n] * sum(torch.clamp(column - covered, min=0).tolist())
-            if n not in chosen and own > gain:
-                best, gain = n, own
-        chosen.append(best)
-        covered = torch.maximum(covered, columns[best])
-    return chosen
-
-
-def coverage(hidden, keep, temperature=0.2):
-    unit = unit_rows(hidden[1:])
-    cover = []
-    for row in unit:
-        weights = [math.exp(torch.dot(row, other).item() / temperature) for other in unit]
-        cover.append(torch.tensor([weight / sum(weights) for weight in weights], dtype=torch.float64))
-    chosen = greedy_coverage(cover, [1.0] * len(unit), keep)
-    return chosen, torch.stack([hidden[1 + n] for n in sorted(chosen)])
-
-
-def scope(hidden, attentions, keep, received=False):
-    """`attentions`: of the layers whose saliencies are added."""
-    unit = torch.stack(unit_rows(hidden[1:]))
-    if received:
-        weights = [sum(values) for values in zip(*map(received_scores, attentions), strict=True)]
-    else:
-        weights = [sum(head[0, n].item() for layer in attentions for head in layer) for n in range(1, len(hidden))]
-    chosen = greedy_coverage([unit @ row for row in unit], weights, keep)
-    return chosen, torch.stack([hidden[1 + n] for n in sorted(chosen)])
-
-
-def divprune(hidden, projected, keep):
-    """`projected` [N, E]."""
-    unit = unit_rows(projected)
-    distance = [[1 - torch.dot(a, b).item() for b in unit] for a in unit]
-    nearest = [min(row[m] for m in range(len(unit)) if m != n) for n, row in enumerate(distance)]
-    chosen = [nearest.index(max(nearest))]
-    while len(chosen) < keep:
-        left = [n for n in range(len(unit)) if n not in chosen]
-        nearest = [min(distance[n][m] for m in chosen) for n in left]
-        chosen.append(left[nearest.index(max(nearest))])
-    return chosen, torch.stack([hidden[1 + n] for n in sorted(chosen)])
-
-
-def received_scores(attention):
-    """The mean over heads and queries, [CLS] among them, for each patch."""
-    heads, tokens = len(attention), len(attention[0])
-    return [sum(head[:, n].sum().item() for head in attention) / (heads * tokens) for n in range(1, tokens)]
-
-
-def received(hidden, attention, keep):
-    kept = sorted(by_score(received_scores(attention), keep))
-    return kept, torch.stack([hidden[1 + n] for n in kept])
-
-
-def hiprune(hidden, middle, deep, width, keep, alpha=0.1):
-    """`middle` and `deep`: the attention of the object layer and of the feature layer."""
-    last = len(hidden) - 2
-    anchors = by_score(received_scores(middle), round(keep * alpha / 5))
-    kept = set(anchors)
-    for anchor in anchors:
-        kept |= {max(min(anchor + step, last), 0) for step in (-1, 1, -width, width)}
-    scores = received_scores(deep)
-    others = [n for n in range(last + 1) if n not in kept]
-    places = by_score([scores[n] for n in others], keep - len(kept))
-    kept = sorted(kept | {others[place] for place in places})
-    return kept, torch.stack([hidden[1 + n] for n in kept])
-
-
-def vispruner(hidden, attention, keep, important=0.5):
-    unit = unit_rows(hidden[1:])
-    scores = [sum(head[0, n].item() for head in attention) / len(attention) for n in range(1, len(hidden))]
-    order = by_score(scores, len(scores))
-    first = int(keep * important)
-    rest = order[first:]
-    while len(rest) > keep - first:
-        a, b = rest[0::2], rest[1::2]
-        drop = min(8, len(rest) - (keep - first), len(a))
-        if b:
-            likeness = [max(torch.dot(unit[n], unit[m]).item() for m in b) for n in a]
-            a = [a[place] for place in by_score(likeness, len(a))]
-        rest = a[drop:] + b
-    kept = sorted(order[:first] + rest)
-    return kept, torch.stack([hidden[1 + n] for n in kept])
-
-
 def fastv(attention, is_image, keep):
     """`attention` [H, L, L] of language-model layer k - 1 without padding: the positions that stay before layer k."""
     length = len(is_image)
@@ -239,7 +247,7 @@ def pool(hidden, grid, keep):
     return torch.stack(features)
 
 
-def cosines(xs, ys):
+def cosines_to(xs, ys):
     """Cosine similarity of every row of `xs` to every row of `ys`, a list of lists."""
     xs, ys = ([row / max(math.sqrt(torch.dot(row, row)), 1e-12) for row in rows] for rows in (xs, ys))
     return [[torch.dot(x, y).item() for y in ys] for x in xs]
@@ -254,8 +262,8 @@ def softmax(values):
 def mmtok(hidden, projected, words, keep, alpha=0.5, temperature=0.2, text_temperature=0.02):
     """`projected` [N, E] are the patches after the projector, `words` [m, E] the embeddings of those that count."""
     patches = hidden[1:]
-    image = [softmax([s / temperature for s in row]) for row in cosines(patches, patches)]
-    text = [softmax([s / text_temperature for s in row]) for row in cosines(words, projected)]
+    image = [softmax([s / temperature for s in row]) for row in cosines_to(patches, patches)]
+    text = [softmax([s / text_temperature for s in row]) for row in cosines_to(words, projected)]
     rows = [[p / len(text) for p in row] for row in text] + [[alpha * q / len(image) for q in row] for row in image]
     columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)]
     covered, kept = torch.zeros(len(rows), dtype=torch.float64), []
@@ -269,10 +277,10 @@ def mmtok(hidden, projected, words, keep, alpha=0.5, temperature=0.2, text_tempe
 
 def cdpruner(hidden, projected, words, keep):
     """By the determinants themselves: the next patch is the one with which that of the chosen ones is largest."""
-    relevance = [sum(row) / len(row) for row in cosines(projected, words)]
+    relevance = [sum(row) / len(row) for row in cosines_to(projected, words)]
     low, high = min(relevance), max(relevance)
     r = [(value - low + 1e-6) / (high - low) for value in relevance]
-    likeness = cosines(projected, projected)
+    likeness = cosines_to(projected, projected)
     kernel = torch.tensor(
         [[r[i] * likeness[i][j] * r[j] for j in range(len(r))] for i in range(len(r))], dtype=torch.float64
     )
