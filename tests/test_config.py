@@ -41,7 +41,10 @@ def test_defaults():
         ({"method": "tome"}, "'vtc-cls', 'fastervlm', .*'fastv', 'random', 'pool', 'downsample', 'none', got 'tome'"),
         ({"fused": 1}, "True, False or None .*got 1"),
         ({"prune_layer": -1}, "prune_layer.*at least 0, got -1"),
-        ({"prune_layer": 2, "method": "pool"}, "'pool' does not prune .*got prune_layer=2; .*'vtc-cls', 'fastv'"),
+        (
+            {"prune_layer": 2, "method": "pool"},
+            "'pool' does not prune .*got prune_layer=2; .*'vtc-cls', 'coverage', 'scope', 'fastv'",
+        ),
         ({"prune_layer": 0, "method": "fastv"}, "'fastv' scores inside .*got prune_layer=0; use prune_layer=2"),
         ({"backend": "cuda"}, "'auto', 'triton', 'torch', got 'cuda'"),
         ({"schedule": []}, r"pairs of integers .*such as \[\(0, 96\), \(16, 32\)\], got \[\]"),

@@ -22,6 +22,7 @@ from vtc.hf.families import FAMILIES
 from vtc.hf.settings import Settings
 from vtc.hf.views import plan_of
 from vtc.methods import METHODS, Method, Needs, Tokens
+from vtc.ops import greedy
 
 DEPTH, KEEP, STEPS = 6, 9, 5
 ROWS = [[2, "image", 3], [8], [4, "image", 2, "image", 1], [1, "image", 7]]  # left-padded, one without an image
@@ -54,12 +55,24 @@ class Seen:
         self.image, self.layers, self.end, self.model = image, layers, max(layers), model
         text = [token for token in row if token != IMAGE]
         self.words = model.get_input_embeddings()(torch.tensor(text, dtype=torch.long)).detach().double()
+        self.cls = len(self.attentions[0][0]) != GRID * GRID
+        if not self.cls and len(self.hidden) == GRID * GRID:  # transcriptions expect its row
+            self.hidden = torch.cat([torch.zeros_like(self.hidden[:1]), self.hidden])
         assert len(self.queries) == len(self.keys) == DEPTH
 
     def before_the_last(self, count):
         """The attentions of `count` layers that end at the feature layer, but never at the tower's last."""
         end = min(self.end, DEPTH - 1)
         return self.attentions[end - count : end]
+
+    def saliency(self, count=1, received=False):
+        """Of each patch, over `count` layers that end at the feature layer: attention of [CLS], or received."""
+        layers = self.attentions[self.end - count : self.end]
+        each = [golden_methods.received(x, self.cls) if received else golden_methods.cls_attention(x) for x in layers]
+        return [sum(values) for values in zip(*each, strict=True)]
+
+    def received(self, layer):
+        return golden_methods.received(self.attentions[layer], self.cls)
 
     @property
     def last(self):
@@ -87,6 +100,12 @@ def downsampled(seen):
     return Seen(seen.model, small, seen.layers).hidden[-KEEP:]  # without [CLS]
 
 
+def hiprune(seen, keep, alpha=0.1):
+    """The default object layer is the second of 6."""
+    middle, deep = seen.received(min(1, seen.end - 1)), seen.received(seen.end - 1)
+    return golden_methods.hiprune(seen.hidden, middle, deep, GRID, keep, alpha)
+
+
 # By name: the settings, and of an image which patches are kept (None: not to be said) and the features.
 CASES = {
     "vtc-cls": ({}, lambda s: golden_methods.vtc_cls(s.hidden, s.before_the_last(3), KEEP)),
@@ -102,6 +121,23 @@ CASES = {
     "prumerge fixed": ({"adaptive_count": False}, lambda s: golden_methods.prumerge(*s.last, KEEP - 1)),
     "prumerge+": ({}, lambda s: golden_methods.prumerge_plus(*s.last, 2, 15)),
     "prumerge+ adaptive": ({"adaptive_count": True}, lambda s: golden_methods.prumerge_plus(*s.last)),
+    "coverage": ({}, lambda s: golden_methods.coverage(s.hidden, KEEP)),
+    "coverage temperature": ({"temperature": 0.6}, lambda s: golden_methods.coverage(s.hidden, KEEP, 0.6)),
+    "scope": ({}, lambda s: golden_methods.scope(s.hidden, s.saliency(received=not s.cls), KEEP)),
+    "scope ensemble": ({"ensemble_layers": 3}, lambda s: golden_methods.scope(s.hidden, s.saliency(3), KEEP)),
+    "scope received": (
+        {"saliency": "received", "ensemble_layers": 2},
+        lambda s: golden_methods.scope(s.hidden, s.saliency(2, received=True), KEEP),
+    ),
+    "divprune": ({}, lambda s: golden_methods.divprune(s.hidden, s.projected, KEEP)),
+    "vispruner": ({}, lambda s: golden_methods.vispruner(s.hidden, s.saliency(), KEEP)),
+    "vispruner important": ({"important": 0.2}, lambda s: golden_methods.vispruner(s.hidden, s.saliency(), KEEP, 0.2)),
+    "hiprune": ({"alpha": 0.5}, lambda s: hiprune(s, KEEP, 0.5)),
+    "hiprune layer": (
+        {"alpha": 0.6, "object_layer": 4},
+        lambda s: golden_methods.hiprune(s.hidden, s.received(3), s.received(s.end - 1), GRID, KEEP, 0.6),
+    ),
+    "received": ({}, lambda s: golden_methods.ranked(s.hidden, s.received(s.end - 1), KEEP)),
     "mmtok": ({}, lambda s: golden_methods.mmtok(s.hidden, s.projected, s.words, KEEP)),
     "mmtok alpha": (
         {"alpha": 0, "text_temperature": 0.1},
@@ -361,7 +397,11 @@ def check_features(model, eager, case, transcription, **seen):
         golden.close(own, projected(eager, transcription(Seen(eager, image, **seen))[1]))
 
 
-@pytest.mark.parametrize("case", ["vtc-cls", "fastervlm", "visionzip contextual", "prumerge", "prumerge+"])
+ON_TOWERS = ["vtc-cls", "fastervlm", "visionzip contextual", "prumerge", "prumerge+"]
+ON_TOWERS += ["coverage", "scope", "scope received", "divprune", "vispruner", "received"]
+
+
+@pytest.mark.parametrize("case", ON_TOWERS)
 @pytest.mark.parametrize("tower", [name for name in models.TOWERS if name != "siglip_vision_model"])
 def test_towers(built, tower, case):
     """Register tokens are ranked and merged like patches; the best and the step of PruMerge+ are those for all 38."""
@@ -371,17 +411,25 @@ def test_towers(built, tower, case):
     check_features(*built(tower=tower), case, transcription)
 
 
-@pytest.mark.parametrize("case", ["random", "pool", "downsample"])
+WITHOUT_CLS = [case for case in CASES if not METHODS[case.split()[0]].needs_cls() and case != "scope ensemble"]
+
+
+@pytest.mark.parametrize("case", WITHOUT_CLS)
 def test_a_tower_without_cls(built, case):
-    def transcription(seen):
-        seen.hidden = torch.cat([torch.zeros_like(seen.hidden[:1]), seen.hidden])  # transcriptions expect a [CLS] row
-        return CASES[case][1](seen)
-
-    model, eager = built(tower="siglip_vision_model", vision_feature_select_strategy="full")
-    check_features(model, eager, case, transcription)
+    check_features(*built(tower="siglip_vision_model", vision_feature_select_strategy="full"), case, CASES[case][1])
 
 
-@pytest.mark.parametrize("case", ["visionzip", "visionzip contextual", "prumerge", "fastervlm", "vtc-cls max"])
+def test_the_saliency_of_scope_on_a_tower_without_cls(built):
+    model, _ = built(tower="siglip_vision_model", vision_feature_select_strategy="full")
+    with pytest.raises(ValueError, match=r'"cls" needs a vision tower with a \[CLS\] token.*use saliency="received"'):
+        vtc.configure(model, method="scope", saliency="cls")
+
+
+WITH_LAYERS = ["visionzip", "visionzip contextual", "prumerge", "fastervlm", "vtc-cls max"]
+WITH_LAYERS += ["scope", "scope received", "hiprune", "vispruner", "received"]
+
+
+@pytest.mark.parametrize("case", WITH_LAYERS)
 @pytest.mark.parametrize("layer", [-1, -3, 2])
 def test_feature_layers(built, case, layer):
     """The last layer's keys, or scores and keys of the feature layer, whichever it is. VTC-CLS leaves out the last."""
@@ -389,7 +437,11 @@ def test_feature_layers(built, case, layer):
     check_features(model, eager, case, CASES[case][1], feature_layer=layer % (DEPTH + 1))
 
 
-@pytest.mark.parametrize("case", ["fastervlm", "visionzip", "random", "pool", "downsample"])
+ON_SEVERAL = ["fastervlm", "visionzip", "coverage", "scope", "divprune", "vispruner", "hiprune", "random", "pool"]
+ON_SEVERAL += ["downsample"]
+
+
+@pytest.mark.parametrize("case", ON_SEVERAL)
 def test_features_of_several_layers(built, case):
     check_features(*built("vipllava"), case, CASES[case][1], feature_layer=[DEPTH - 1, DEPTH - 3, 2])
 
@@ -428,8 +480,8 @@ def test_none_is_the_stock_model_with_tiles_and_frames(built, family):
     assert run.images == 1
 
 
-@pytest.mark.refused("a method that needs [CLS] on a tower without it", instead='`"random"`, `"pool"` or `"fastv"`')
-@pytest.mark.parametrize("method", ["vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+"])
+@pytest.mark.refused("a method that needs [CLS] on a tower without it", instead='`"coverage"` or `"scope"`')
+@pytest.mark.parametrize("method", ["vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "vispruner"])
 def test_a_tower_without_cls_is_explained(built, method):
     model, _ = built(tower="siglip_vision_model", vision_feature_select_strategy="full")
     says = (
@@ -475,6 +527,121 @@ def test_visionzip_reduces_every_tile_alone(built, given, splits):
     with vtc.compress(model, method="visionzip", **given) as run:
         check_generated(model.generate(**call, **detailed()), call, eager, embeds)
     assert (run.images, run.tokens_after) == (4, len(visuals[1][1]))
+
+
+class Part:
+    """Some patches of an image's views as one image, or groups of a view's patches as its patches: what `Seen` has."""
+
+    def __init__(self, model, cells, views):
+        """`cells`: of each patch the (view, patch) whose mean it is."""
+        rows = [sum(views[v].hidden[1 + patch] for v, patch in cell) / len(cell) for cell in cells]
+        self.hidden = torch.stack([torch.zeros_like(rows[0]), *rows])
+        self.projected = projected(model, torch.stack(rows)).double()
+        self.cells, self.views, self.cls, self.end = cells, views, True, views[0].end
+
+    def mean(self, of_views):
+        return [sum(of_views[v][patch] for v, patch in cell) / len(cell) for cell in self.cells]
+
+    def saliency(self, count=1, received=False):
+        return self.mean([view.saliency(count, received) for view in self.views])
+
+    def received(self, layer):
+        return self.mean([view.received(layer) for view in self.views])
+
+
+JOINT = ["coverage", "scope", "scope received", "divprune", "vispruner"]
+
+
+@pytest.mark.parametrize("case", JOINT)
+@pytest.mark.parametrize("sizes", [list(TILED), [(168, 168), (50, 120), (50, 120)]], ids=["two", "three"])
+def test_methods_that_choose_among_all_tiles(built, case, sizes):
+    """An image's patches without the padding are those of one image; newlines are dropped."""
+    model, eager = built("llava_next")
+    views, call, first = models.images(15, 3), {"image_sizes": torch.tensor(sizes)}, 0
+    expected, pixels = [], []
+    for size in sizes:
+        tokens = golden.tile_tokens(GRID, *TILED[size], size)
+        own = views[first : (first := first + 1 + TILED[size][0] * TILED[size][1])]
+        pixels.append(own)
+        seen = Part(eager, [[token] for token in tokens if token], [Seen(eager, view) for view in own])
+        expected.append(projected(eager, CASES[case][1](seen)[1]))
+    call["pixel_values"] = torch.nn.utils.rnn.pad_sequence(pixels, batch_first=True)
+    with torch.no_grad(), vtc.compress(model, **options(case)) as run:
+        features = model.get_image_features(**call).pooler_output
+        assert list(run.backend) == list(vtc.status(model).backends)
+    for own, wanted in zip(features, expected, strict=True):
+        golden.close(own, wanted)
+
+
+@pytest.mark.parametrize("method", ["coverage", "divprune"])
+def test_newlines_are_the_last_of_all_tiles(built, method):
+    """Of 36 + 144 patches and 12 newlines 185 stay; all of them are what the stock model has."""
+    model, _ = built("llava_next")
+    call = {"pixel_values": models.images(5)[None], "image_sizes": torch.tensor([[168, 168]])}
+    tokens = golden.tile_tokens(GRID, 2, 2, (168, 168))
+    newlines = [place for place, token in enumerate(tokens) if token is None]
+    stay = [place for place in range(len(tokens)) if place not in newlines[5:]]
+    with torch.no_grad():
+        stock = model.get_image_features(**call).pooler_output[0]
+        with vtc.compress(model, method=method, keep=185):
+            golden.close(model.get_image_features(**call).pooler_output[0], stock[stay])
+        with vtc.compress(model, method=method, ratio=1.0):
+            assert torch.equal(model.get_image_features(**call).pooler_output[0], stock)
+
+
+def test_too_many_patches_of_all_tiles_are_explained(built, monkeypatch):
+    monkeypatch.setattr(greedy, "MOST_COLUMNS", 100)
+    model, _ = built("llava_next")
+    call = {"pixel_values": models.images(5)[None], "image_sizes": torch.tensor([[168, 168]])}
+    says = r"'coverage' chooses among all 180 patches of .* takes 100; split .* a method that ranks .*'vtc-cls'"
+    with vtc.compress(model, method="coverage", keep=KEEP), pytest.raises(ValueError, match=says):
+        model.get_image_features(**call)
+
+
+def test_hiprune_reduces_every_tile_alone(built):
+    model, eager = built("llava_next")
+    call = {"pixel_values": models.images(3)[None], "image_sizes": torch.tensor([[50, 120]])}
+    expected = [hiprune(Seen(eager, view), 10, 0.5)[1] for view in models.images(3)]
+    with torch.no_grad(), vtc.compress(model, method="hiprune", keep=31, alpha=0.5):
+        (features,) = model.get_image_features(**call).pooler_output
+    golden.close(features, projected(eager, torch.cat(expected)))
+
+
+FRAMED = [*JOINT, "received", "hiprune"]
+
+
+@pytest.mark.parametrize("case", FRAMED)
+def test_frames_are_reduced_one_by_one(built, case):
+    """2 x 2 patches become one; what they receive is averaged."""
+    model, eager = built("llava_next_video")
+    videos, side = models.images(6, 2).unflatten(0, (2, 3)), GRID // 2
+    corners = [2 * y * GRID + 2 * x for y in range(side) for x in range(side)]
+    cells = [[(0, corner + step) for step in (0, 1, GRID, GRID + 1)] for corner in corners]
+    with torch.no_grad(), vtc.compress(model, **{**options(case), "keep": 5}):
+        features = model.model.get_video_features(videos).pooler_output
+    for own, frames in zip(features, videos, strict=True):
+        wanted = []
+        for frame in frames:
+            part = Part(eager, cells, [Seen(eager, frame)])
+            if case == "hiprune":
+                middle, deep = part.received(1), part.received(DEPTH - 2)
+                wanted.append(golden_methods.hiprune(part.hidden, middle, deep, side, 5, 0.5)[1])
+            else:
+                wanted.append(of_part(case, part, 5)[1])
+        golden.close(own, projected(eager, torch.cat(wanted)))
+
+
+def of_part(case, part, keep):
+    """`CASES` keep `KEEP`."""
+    hidden = part.hidden
+    return {
+        "coverage": lambda: golden_methods.coverage(hidden, keep),
+        "scope": lambda: golden_methods.scope(hidden, part.saliency(), keep),
+        "scope received": lambda: golden_methods.scope(hidden, part.saliency(2, True), keep),
+        "divprune": lambda: golden_methods.divprune(hidden, part.projected, keep),
+        "vispruner": lambda: golden_methods.vispruner(hidden, part.saliency(), keep),
+        "received": lambda: golden_methods.ranked(hidden, part.received(part.end - 1), keep),
+    }[case]()
 
 
 def test_a_view_with_too_few_tokens_is_explained(built):

@@ -90,6 +90,8 @@ def test_the_operations_where_tokens_are_dropped_later(stock):
         assert list(vtc.status(stock).backends) == ["cls_probs", "topk", "compact", "compact_kv"]
     with vtc.compress(tiles := models.build(family="llava_next"), keep=9):
         assert list(vtc.status(tiles).backends) == ["cls_probs", "topk", "compact"]
+    with vtc.compress(tiles, keep=9, method="scope"):
+        assert list(vtc.status(tiles).backends) == ["cls_probs", "similarity", "coverage", "compact", "topk"]
     with vtc.compress(tiles, keep=90, method="visionzip"):
         assert list(vtc.status(tiles).backends) == ["cls_probs", "select", "topk", "merge_nearest"]
 
@@ -109,6 +111,20 @@ def test_the_operations_are_those_that_run(stock, method, fused):
         kept = found.kept if found.adaptive else run.tokens_after
         assert (found.tokens, found.kept) == (run.tokens_before, kept)
         assert run.tokens_after <= found.kept
+
+
+@pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
+def test_the_saliency_that_the_tower_decides(tower):
+    has_cls = tower == "clip_vision_model"
+    model = models.build(tower=tower, vision_feature_select_strategy="default" if has_cls else "full")
+    vtc.enable(model, method="scope", keep=9, ensemble_layers=2)
+    found = vtc.status(model)
+    saliency, op = ("cls", "cls_probs") if has_cls else ("received", "received")
+    assert found.settings == {"keep": 9, "saliency": saliency, "ensemble_layers": 2}
+    assert (found.scored, list(found.backends)) == ((3, 4), [op, "similarity", "coverage", "compact"])
+    assert f"method: scope (keep=9, saliency={saliency}, ensemble_layers=2)" in str(found)
+    vtc.configure(model, method="hiprune")
+    assert "layers 1, 4 of 0 to 5 are scored" in str(vtc.status(model))
 
 
 def test_settings_that_do_not_fit_are_named_and_not_raised(stock):
@@ -165,7 +181,17 @@ def fresh():
         ),
         *(
             ({"method": name, "fused": False}, f"fused=False has no effect with method '{name}'")
-            for name in ("prumerge", "prumerge+", "random", "pool", "none")
+            for name in (
+                "prumerge",
+                "prumerge+",
+                "coverage",
+                "divprune",
+                "hiprune",
+                "received",
+                "random",
+                "pool",
+                "none",
+            )
         ),
     ],
 )

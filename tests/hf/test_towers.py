@@ -80,7 +80,7 @@ def test_sizes_are_those_of_the_tower_itself(stock):
 @pytest.mark.supported("Switching and blocks", 'a block on a model whose tower has any attention, such as "eager"')
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("tower", models.TOWERS)
-@pytest.mark.parametrize("method", ["vtc-cls", "visionzip", "prumerge", "random"])
+@pytest.mark.parametrize("method", ["vtc-cls", "visionzip", "prumerge", "scope", "divprune", "hiprune", "random"])
 def test_a_block_gives_the_same_as_enable_with_any_attention(tower, attention, method):
     strategy = "full" if tower == "siglip_vision_model" else "default"
     model = models.build(tower=tower, vision_feature_select_strategy=strategy)

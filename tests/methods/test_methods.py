@@ -167,23 +167,20 @@ def saliency(data, b, layers, of):
     return [sum(values) for values in zip(*each, strict=True)]
 
 
-def cls_attention(attention):
-    return [sum(head[0, n].item() for head in attention) / len(attention) for n in range(1, len(attention[0]))]
-
-
-def scope(data, b, keep, layers=1, of=cls_attention):
+def scope(data, b, keep, layers=1, of=golden.cls_attention):
     return golden.scope(data.hidden[b].double(), saliency(data, b, layers, of), keep)
 
 
 def vispruner(data, b, keep, share=0.5):
     x = data.hidden[b, None, 1:]
     rounded = ops.similarity(x, x, backend="torch")[0].tolist() if x.shape[1] > 100 else None
-    return golden.vispruner(data.hidden[b].double(), data.attentions(b)[-1], keep, share, rounded)
+    scores = golden.cls_attention(data.attentions(b)[-1])
+    return golden.vispruner(data.hidden[b].double(), scores, keep, share, rounded)
 
 
 def hiprune(data, b, keep, object_layer=2, alpha=0.1):
     attentions = data.attentions(b)
-    middle, deep = attentions[object_layer - 1], attentions[-1]
+    middle, deep = (golden.received(attentions[layer]) for layer in (object_layer - 1, -1))
     return golden.hiprune(data.hidden[b].double(), middle, deep, data.grid[1], keep, alpha)
 
 
@@ -264,7 +261,7 @@ CASES = [
             name,
             METHODS["received"](),
             keep,
-            lambda d, b, k=keep: golden.keep_received(d.hidden[b].double(), d.attentions(b)[-1], k),
+            lambda d, b, k=keep: golden.ranked(d.hidden[b].double(), golden.received(d.attentions(b)[-1]), k),
         )
         for name, keep in (("small", 9), ("576", 64))
     ),
@@ -701,7 +698,7 @@ def test_important_patches_score_above_diverse_ones(images):
     data = images("small")
     tokens = run(METHODS["vispruner"](), data, 10)
     for b in range(4):
-        ranked = golden.by_score(cls_attention(data.attentions(b)[-1]), 36)
+        ranked = golden.by_score(golden.cls_attention(data.attentions(b)[-1]), 36)
         stay = [n for n in ranked if n in tokens.indices[b].tolist()]
         assert golden.by_score(tokens.scores[b].tolist(), 10) == stay
         assert stay[:5] == ranked[:5]

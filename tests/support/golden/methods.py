@@ -59,15 +59,23 @@ def visionzip(hidden, attention, keys, num_heads, dominant, contextual):
     return patches, torch.stack(rows)
 
 
-def received(attention):
-    """Per patch, the mean over the heads and over all queries, [CLS] among them. `attention` [H, 1 + N, 1 + N]."""
+def cls_attention(attention):
+    """The [CLS] row over the patches, the mean over the heads."""
+    return [sum(head[0, n].item() for head in attention) / len(attention) for n in range(1, len(attention[0]))]
+
+
+def received(attention, cls=True):
+    """Per patch, the mean over the heads and over all queries, [CLS] among them. `attention` [H, 1 + N, 1 + N].
+
+    Without `cls` it is [H, N, N].
+    """
     heads = [head.tolist() for head in attention]
     queries = len(heads[0])
-    return [sum(row[n] for head in heads for row in head) / len(heads) / queries for n in range(1, queries)]
+    return [sum(row[n] for head in heads for row in head) / len(heads) / queries for n in range(int(cls), queries)]
 
 
-def keep_received(hidden, attention, keep):
-    kept = sorted(by_score(received(attention), keep))
+def ranked(hidden, scores, keep):
+    kept = sorted(by_score(scores, keep))
     return kept, hidden[1:][kept]
 
 
@@ -131,22 +139,23 @@ def divprune(hidden, projected, keep):
 
 
 def hiprune(hidden, middle, deep, columns, keep, alpha=0.1):
-    """`middle` and `deep` are the attentions of the object layer and of the feature layer."""
-    first, last = received(middle), received(deep)
-    kept = by_score(first, round(keep * alpha / 5))
+    """`middle` and `deep` are what patches receive in the object layer and in the feature layer."""
+    kept = by_score(middle, round(keep * alpha / 5))
     for anchor in list(kept):
         for near in (anchor - 1, anchor + 1, anchor - columns, anchor + columns):
-            near = min(max(near, 0), len(last) - 1)
+            near = min(max(near, 0), len(deep) - 1)
             if near not in kept:
                 kept.append(near)
-    others = [n for n in range(len(last)) if n not in kept]
-    kept += [others[place] for place in by_score([last[n] for n in others], keep - len(kept))]
+    others = [n for n in range(len(deep)) if n not in kept]
+    kept += [others[place] for place in by_score([deep[n] for n in others], keep - len(kept))]
     return sorted(kept), hidden[1:][sorted(kept)]
 
 
-def vispruner(hidden, attention, keep, share=0.5, cosine=None):
-    """`cosine` [N, N], where its rounding matters: of hundreds of patches two are equally near to another."""
-    scores = [sum(head[0, n].item() for head in attention) / len(attention) for n in range(1, len(hidden))]
+def vispruner(hidden, scores, keep, share=0.5, cosine=None):
+    """`scores` are the attention of [CLS].
+
+    `cosine` [N, N] is given where its rounding matters: of hundreds of patches two are equally near to another.
+    """
     cosine = cosines(hidden[1:]) if cosine is None else cosine
     order = by_score(scores, len(scores))
     important = order[: int(keep * share)]
