@@ -411,7 +411,7 @@ def test_towers(built, tower, case):
     check_features(*built(tower=tower), case, transcription)
 
 
-WITHOUT_CLS = [case for case in CASES if not METHODS[case.split()[0]].needs_cls() and case != "scope ensemble"]
+WITHOUT_CLS = [case for case in PIXELS_ONLY if not METHODS[case.split()[0]].needs_cls() and case != "scope ensemble"]
 
 
 @pytest.mark.parametrize("case", WITHOUT_CLS)
