@@ -16,7 +16,7 @@ from . import tuning
 
 def similarity(x: Tensor, y: Tensor, *, temperature: float | None = None) -> Tensor:
     """Launch one kernel, or two with a temperature: float32 [B, R, N] whose columns are contiguous."""
-    columns = _cosines(y, x)
+    columns = _cosines(x, left=y)
     num_images, num_columns, num_rows = columns.shape
     if temperature is not None:
         block_n, block_r = tuning.softmax_blocks()
@@ -37,15 +37,17 @@ def similarity(x: Tensor, y: Tensor, *, temperature: float | None = None) -> Ten
 
 def cosine_similarity(key: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
     """Launch the kernel: float32 [B, K, N]. Blocks of targets that lie beyond the counts are not written."""
-    return _cosines(key, key, targets, counts)
+    return _cosines(key, targets=targets, counts=counts)
 
 
-def _cosines(left: Tensor, right: Tensor, targets: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
-    """The cosine similarity of the tokens of `left`, or of its targets, to those of `right`."""
+def _cosines(
+    right: Tensor, *, left: Tensor | None = None, targets: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
+    """The cosine similarity of the tokens of `left`, or of the targets among those of `right`, to those of `right`."""
     num_images, num_tokens, num_features = right.shape
-    num_targets = left.shape[1] if targets is None else targets.shape[1]
+    num_targets = targets.shape[1] if left is None else left.shape[1]
     similarity = torch.empty((num_images, num_targets, num_tokens), dtype=torch.float32, device=right.device)
-    block_k, block_n, block_c, num_warps = tuning.similarity_blocks(right.element_size())
+    block_k, block_n, block_c, num_warps = tuning.similarity_blocks(right.element_size(), left is None)
     grid = (num_images * triton.cdiv(num_targets, block_k) * triton.cdiv(num_tokens, block_n),)
     with torch.cuda.device_of(right):
         _similarity_kernel[grid](
@@ -56,12 +58,11 @@ def _cosines(left: Tensor, right: Tensor, targets: Tensor | None = None, counts:
             counts,
             similarity,
             # strides
-            *left.stride(),
+            *((0, 0, 0) if left is None else left.stride()),
             *right.stride(),
             *((0, 0) if targets is None else targets.stride()),
             0 if counts is None else counts.stride(0),
             # scalars
-            left.shape[1],
             num_tokens,
             num_targets,
             # constexprs
@@ -134,7 +135,6 @@ def _similarity_kernel(
     targets_stride_k,
     counts_stride_b,
     # scalars
-    num_left,
     num_tokens,
     num_targets,
     # constexprs
@@ -144,20 +144,21 @@ def _similarity_kernel(
     BLOCK_C: tl.constexpr,
     NUM_FEATURES: tl.constexpr,
 ):
-    """Cosine similarity of the targets among the left tokens to all right ones.
+    """Cosine similarity of all left tokens, or of the targets among the right ones, to all right ones.
 
     ::
 
-        similarity[b, k, n] = left[b, t] · right[b, n] / (max(|left[b, t]|, ε) · max(|right[b, n]|, ε))
-        t = targets[b, k],  ε = 1e-12
+        similarity[b, k, n] = left[b, k] · right[b, n] / (max(|left[b, k]|, ε) · max(|right[b, n]|, ε)),   ε = 1e-12
+        left[b, k] = right[b, targets[b, k]] if there are targets
 
     Parameters
     ----------
-    left_ptr, right_ptr : fp32 | fp16 | bf16 [B, M, C], [B, N, C]
+    left_ptr : fp32 | fp16 | bf16 [B, K, C], or None if there are targets
+    right_ptr : the same dtype [B, N, C]
         Strides between images, tokens and features. Products in 16 bit are summed in fp32; those in fp32 are IEEE. With
         WIDEN, 16 bit become fp32, too: Triton's interpreter has no bfloat16 arithmetic.
     targets_ptr : int64 [B, K], or None
-        Strides between images and targets. One outside [0, M) is a token of zeros. None: t = k.
+        Strides between images and targets. One outside [0, N) is a token of zeros.
     counts_ptr : int64 [B], or None
         Stride between images. Blocks of rows that lie wholly beyond it are not written.
     similarity_ptr : fp32 [B, K, N], contiguous
@@ -175,14 +176,18 @@ def _similarity_kernel(
     first = (target_block % target_blocks) * BLOCK_K
     k = first + tl.arange(0, BLOCK_K)
     n = (tl.program_id(0) % token_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    t = k.to(tl.int64)
-    if targets_ptr is not None:
-        t = tl.load(targets_ptr + b * targets_stride_b + t * targets_stride_k, mask=k < num_targets, other=-1)
-    left_ptr += b * left_stride_b
     right_ptr += b * right_stride_b
+    if targets_ptr is None:
+        t = k.to(tl.int64)
+        left_ptr += b * left_stride_b
+        is_target = (k < num_targets)[:, None]
+    else:
+        target_ptrs = targets_ptr + b * targets_stride_b + k.to(tl.int64) * targets_stride_k
+        t = tl.load(target_ptrs, mask=k < num_targets, other=-1)
+        left_ptr, left_stride_n, left_stride_c = right_ptr, right_stride_n, right_stride_c
+        is_target = ((t >= 0) & (t < num_tokens))[:, None]
 
     # masks
-    is_target = ((t >= 0) & (t < num_left))[:, None]
     in_row = (n < num_tokens)[None, :]
 
     if first < load_count(counts_ptr, counts_stride_b, b, num_targets):

@@ -174,12 +174,13 @@ def mean_blocks(num_heads: int) -> tuple[int, int]:
     return min(32, triton.next_power_of_2(num_heads)), 64
 
 
-def similarity_blocks(element_size: int) -> tuple[int, int, int, int]:
-    """BLOCK_K, BLOCK_N, BLOCK_C, and the number of warps, for similarities.
+def similarity_blocks(element_size: int, targets: bool) -> tuple[int, int, int, int]:
+    """BLOCK_K, BLOCK_N, BLOCK_C, and the number of warps, for similarities of targets or of two sets of tokens.
 
-    fp32 stays off the tensor cores and keeps operands in registers: smaller tiles.
+    fp32 stays off the tensor cores and keeps operands in registers: smaller tiles. Two sets have twice the strides,
+    for which a thread of 8 warps has too few registers on sm_100.
     """
-    return (32, 32, 16, 4) if element_size == 4 else (32, 64, 64, 8)
+    return (32, 32, 16, 4) if element_size == 4 else (32, 64, 64, 8 if targets else 4)
 
 
 def maxmin_blocks(num_tokens: int) -> tuple[int, int, int]:

@@ -135,15 +135,16 @@ def variants(target_name: str):
     # PruMerge has counts, VisionZip has none.
     counted = {"targets_ptr": "*i64", "counts_ptr": "*i64"}
     for size, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
-        k, n, c, warps = tuning.similarity_blocks(size)
-        blocks = {"WIDEN": False, "BLOCK_K": k, "BLOCK_N": n, "BLOCK_C": c, "NUM_FEATURES": 1024}
-        pointers = {"left_ptr": "*P", "right_ptr": "*P", "similarity_ptr": "*fp32"}
-        for name, extra, constant in (("", counted, {}), (" all", {}, dict.fromkeys(counted))):
+        all_left = {"left_ptr": "*P"}, dict.fromkeys(counted)
+        for name, extra, constant in (("", counted, {"left_ptr": None}), (" all", *all_left)):
+            k, n, c, warps = tuning.similarity_blocks(size, extra is counted)
+            blocks = {"WIDEN": False, "BLOCK_K": k, "BLOCK_N": n, "BLOCK_C": c, "NUM_FEATURES": 1024}
+            pointers = {"right_ptr": "*P", "similarity_ptr": "*fp32"} | extra
             yield Variant(
                 "similarity._similarity_kernel",
                 f"{8 * size} bit{name}",
                 dtypes,
-                pointers | extra,
+                pointers,
                 blocks | constant,
                 warps,
                 num_stages=2,
