@@ -276,6 +276,7 @@ CASES = [
             ("small", 36, {}),
             ("small", 12, {"ignore": (7, 5, 0, 8)}),
             ("small", 9, {"temperature": 0.1, "text_temperature": 0.3, "alpha": 2.0}),
+            ("small", 9, {"alpha": 20}),
             ("oblong", 1, {}),
             ("576", 32, {}),
         )
