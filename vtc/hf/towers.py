@@ -13,6 +13,7 @@ class TowerSpec(NamedTuple):
     layers: str  # path to its list of layers
     cls: bool = True  # whether a [CLS] token comes first
     registers: str = ""  # the config's name for the number of register tokens that follow it
+    passes_on: bool = True  # whether its attention modules hand arguments of `forward` to the attention function
 
     def num_registers(self, config: Any) -> int:
         """The number of register tokens; the model has placeholders for them, as for patches."""
@@ -49,7 +50,7 @@ TOWERS = {
     "dinov2": TowerSpec("DINOv2", "encoder.layer"),
     "dinov2_with_registers": TowerSpec("DINOv2 with registers", "encoder.layer", registers="num_register_tokens"),
     "vit": TowerSpec("ViT", "layers"),
-    "siglip_vision_model": TowerSpec("SigLIP", "encoder.layers", cls=False),
+    "siglip_vision_model": TowerSpec("SigLIP", "encoder.layers", cls=False, passes_on=False),
 }
 
 
