@@ -66,6 +66,7 @@ class Quality(Provenance):
     options: dict[str, Any]  # of `vtc.compress`, besides the method and keep
     keep: int  # the setting
     tokens: float  # actually kept per image, on average
+    token_layers: float  # the same, averaged over the layers of the language model; see `vtc.config.token_layers`
     questions: int
     split: str
     accuracy: Share
@@ -184,6 +185,7 @@ def figures(
     agreed = None if full is None else sum(a.text == b.text for a, b in zip(answers, full, strict=True))
     return {
         "tokens": round(statistics.fmean(answer.visual_tokens or 0 for answer in answers), 1),
+        "token_layers": round(statistics.fmean(answer.token_layers or 0 for answer in answers), 1),
         "accuracy": wilson(sum(mine), len(mine)),
         "families": {family: wilson(sum(oks), len(oks)) for family, oks in families.items() if oks},
         "agreement": None if agreed is None else wilson(agreed, len(mine)),

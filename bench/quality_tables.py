@@ -53,8 +53,10 @@ def _nominal(r: Quality) -> str:
 
 
 def _tokens(r: Quality) -> str:
-    """The number of tokens that were kept, if it differs from `keep`."""
-    return "" if abs(r.tokens - r.keep) < 0.5 else f" ({r.tokens:.0f} tokens)"
+    """The number of tokens that were kept, if it differs from `keep`, and the mean over the layers if that does."""
+    parts = [] if abs(r.tokens - r.keep) < 0.5 else [f"{r.tokens:.0f} tokens"]
+    parts += [] if abs(r.token_layers - r.tokens) < 0.5 else [f"{r.token_layers:.0f} a layer"]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _families(records: list[Quality]) -> str:

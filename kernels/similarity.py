@@ -1,4 +1,4 @@
-"""Cosine similarity of targets to all tokens, and weighted sums of tokens: shared by both merges.
+"""similarity: cosine similarity of tokens, or its softmax. And what both merges share with it.
 
 Every merged token is a weighted sum of the tokens of x, so merging takes three steps: the cosine similarity of each
 target to every token [B, K, N], from it the weights [B, R, N], and their product with x. No tensor has a feature axis,
@@ -14,29 +14,58 @@ from torch import Tensor
 from . import tuning
 
 
+def similarity(x: Tensor, y: Tensor, *, temperature: float | None = None) -> Tensor:
+    """Launch one kernel, or two with a temperature: float32 [B, R, N] whose columns are contiguous."""
+    columns = _cosines(y, x)
+    num_images, num_columns, num_rows = columns.shape
+    if temperature is not None:
+        block_n, block_r = tuning.softmax_blocks()
+        with torch.cuda.device_of(x):
+            _softmax_kernel[(num_images * triton.cdiv(num_rows, block_r),)](
+                # tensors
+                columns,
+                # scalars
+                num_columns,
+                num_rows,
+                1 / temperature,
+                # constexprs
+                BLOCK_N=block_n,
+                BLOCK_R=block_r,
+            )
+    return columns.mT
+
+
 def cosine_similarity(key: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
     """Launch the kernel: float32 [B, K, N]. Blocks of targets that lie beyond the counts are not written."""
-    num_images, num_tokens, num_features = key.shape
-    num_targets = targets.shape[1]
-    similarity = torch.empty((num_images, num_targets, num_tokens), dtype=torch.float32, device=key.device)
-    block_k, block_n, block_c, num_warps = tuning.similarity_blocks(key.element_size())
+    return _cosines(key, key, targets, counts)
+
+
+def _cosines(left: Tensor, right: Tensor, targets: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+    """The cosine similarity of the tokens of `left`, or of its targets, to those of `right`."""
+    num_images, num_tokens, num_features = right.shape
+    num_targets = left.shape[1] if targets is None else targets.shape[1]
+    similarity = torch.empty((num_images, num_targets, num_tokens), dtype=torch.float32, device=right.device)
+    block_k, block_n, block_c, num_warps = tuning.similarity_blocks(right.element_size())
     grid = (num_images * triton.cdiv(num_targets, block_k) * triton.cdiv(num_tokens, block_n),)
-    with torch.cuda.device_of(key):
+    with torch.cuda.device_of(right):
         _similarity_kernel[grid](
             # tensors
-            key,
+            left,
+            right,
             targets,
             counts,
             similarity,
             # strides
-            *key.stride(),
-            *targets.stride(),
+            *left.stride(),
+            *right.stride(),
+            *((0, 0) if targets is None else targets.stride()),
             0 if counts is None else counts.stride(0),
             # scalars
+            left.shape[1],
             num_tokens,
             num_targets,
             # constexprs
-            WIDEN=tuning.INTERPRETED and key.dtype == torch.bfloat16,
+            WIDEN=tuning.INTERPRETED and right.dtype == torch.bfloat16,
             BLOCK_K=block_k,
             BLOCK_N=block_n,
             BLOCK_C=block_c,
@@ -89,18 +118,23 @@ def load_count(counts_ptr, counts_stride_b, b, num_targets):
 @triton.jit
 def _similarity_kernel(
     # tensors
-    key_ptr,
+    left_ptr,
+    right_ptr,
     targets_ptr,
     counts_ptr,
     similarity_ptr,
     # strides
-    key_stride_b,
-    key_stride_n,
-    key_stride_c,
+    left_stride_b,
+    left_stride_n,
+    left_stride_c,
+    right_stride_b,
+    right_stride_n,
+    right_stride_c,
     targets_stride_b,
     targets_stride_k,
     counts_stride_b,
     # scalars
+    num_left,
     num_tokens,
     num_targets,
     # constexprs
@@ -110,28 +144,28 @@ def _similarity_kernel(
     BLOCK_C: tl.constexpr,
     NUM_FEATURES: tl.constexpr,
 ):
-    """Cosine similarity of the targets' keys to all keys.
+    """Cosine similarity of the targets among the left tokens to all right ones.
 
     ::
 
-        similarity[b, k, n] = key[b, t] · key[b, n] / (max(|key[b, t]|, ε) · max(|key[b, n]|, ε))
+        similarity[b, k, n] = left[b, t] · right[b, n] / (max(|left[b, t]|, ε) · max(|right[b, n]|, ε))
         t = targets[b, k],  ε = 1e-12
 
     Parameters
     ----------
-    key_ptr : fp32 | fp16 | bf16 [B, N, C]
-        Strides between images, tokens and features. Products of 16-bit keys are summed in fp32; those of fp32 keys are
-        IEEE. With WIDEN, 16-bit keys become fp32, too: Triton's interpreter has no bfloat16 arithmetic.
-    targets_ptr : int64 [B, K]
-        Strides between images and targets. One outside [0, N) has a key of zeros.
+    left_ptr, right_ptr : fp32 | fp16 | bf16 [B, M, C], [B, N, C]
+        Strides between images, tokens and features. Products in 16 bit are summed in fp32; those in fp32 are IEEE. With
+        WIDEN, 16 bit become fp32, too: Triton's interpreter has no bfloat16 arithmetic.
+    targets_ptr : int64 [B, K], or None
+        Strides between images and targets. One outside [0, M) is a token of zeros. None: t = k.
     counts_ptr : int64 [B], or None
         Stride between images. Blocks of rows that lie wholly beyond it are not written.
     similarity_ptr : fp32 [B, K, N], contiguous
-        Written. NaN where a key holds NaN or inf.
+        Written. NaN where a token holds NaN or inf.
 
     Program (b·ceil(K / BLOCK_K) + i)·ceil(N / BLOCK_N) + j processes BLOCK_K targets and BLOCK_N tokens of one image,
     BLOCK_C of the C = NUM_FEATURES features at a time. It sums both squared norms together with the product. All
-    programs read B·K·N·C·(1/BLOCK_K + 1/BLOCK_N) keys, after the first time from L2, and write 4·B·K·N bytes.
+    programs read B·K·N·C·(1/BLOCK_K + 1/BLOCK_N) elements, after the first time from L2, and write 4·B·K·N bytes.
     """
     # offsets
     target_blocks = tl.cdiv(num_targets, BLOCK_K)
@@ -141,12 +175,14 @@ def _similarity_kernel(
     first = (target_block % target_blocks) * BLOCK_K
     k = first + tl.arange(0, BLOCK_K)
     n = (tl.program_id(0) % token_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    target_ptrs = targets_ptr + b * targets_stride_b + k.to(tl.int64) * targets_stride_k
-    t = tl.load(target_ptrs, mask=k < num_targets, other=-1)
-    key_ptr += b * key_stride_b
+    t = k.to(tl.int64)
+    if targets_ptr is not None:
+        t = tl.load(targets_ptr + b * targets_stride_b + t * targets_stride_k, mask=k < num_targets, other=-1)
+    left_ptr += b * left_stride_b
+    right_ptr += b * right_stride_b
 
     # masks
-    is_target = ((t >= 0) & (t < num_tokens))[:, None]
+    is_target = ((t >= 0) & (t < num_left))[:, None]
     in_row = (n < num_tokens)[None, :]
 
     if first < load_count(counts_ptr, counts_stride_b, b, num_targets):
@@ -158,10 +194,10 @@ def _similarity_kernel(
             c = block * BLOCK_C + tl.arange(0, BLOCK_C)
             in_key = c < NUM_FEATURES
             c = c.to(tl.int64)
-            target_offsets = t[:, None] * key_stride_n + c[None, :] * key_stride_c
-            token_offsets = n[None, :] * key_stride_n + c[:, None] * key_stride_c
-            target = tl.load(key_ptr + target_offsets, mask=is_target & in_key[None, :], other=0.0)
-            token = tl.load(key_ptr + token_offsets, mask=in_key[:, None] & in_row, other=0.0)
+            target_offsets = t[:, None] * left_stride_n + c[None, :] * left_stride_c
+            token_offsets = n[None, :] * right_stride_n + c[:, None] * right_stride_c
+            target = tl.load(left_ptr + target_offsets, mask=is_target & in_key[None, :], other=0.0)
+            token = tl.load(right_ptr + token_offsets, mask=in_key[:, None] & in_row, other=0.0)
             if WIDEN:
                 target = target.to(tl.float32)
                 token = token.to(tl.float32)
@@ -176,6 +212,71 @@ def _similarity_kernel(
         similarity_ptr += b * num_targets * num_tokens
         out_offsets = k[:, None].to(tl.int64) * num_tokens + n[None, :]
         tl.store(similarity_ptr + out_offsets, product / norms, mask=(k < num_targets)[:, None] & in_row)
+
+
+@triton.jit
+def _softmax_kernel(
+    # tensors
+    similarity_ptr,
+    # scalars
+    num_columns,
+    num_rows,
+    scale,
+    # constexprs
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Softmax over the columns, in place.
+
+    ::
+
+        similarity[b, n, r] = softmax_n(scale · similarity[b, n, r])
+
+    Parameters
+    ----------
+    similarity_ptr : fp32 [B, N, R], contiguous
+        Overwritten. A row r that holds NaN becomes NaN.
+
+    Program b·ceil(R / BLOCK_R) + i processes BLOCK_R rows of one image, BLOCK_N columns at a time. All programs
+    together read 8·B·N·R bytes, half of them from L2, and write 4·B·N·R.
+    """
+    # offsets
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    row_blocks = tl.cdiv(num_rows, BLOCK_R)
+    b = (tl.program_id(0) // row_blocks).to(tl.int64)
+    r = (tl.program_id(0) % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_N)
+    row_ptrs = similarity_ptr + b * num_columns * num_rows + r[None, :]
+
+    # masks
+    in_rows = (r < num_rows)[None, :]
+
+    # loads and compute: the maximum and the sum of each row in each of BLOCK_N lanes
+    lane_max = tl.full((BLOCK_N, BLOCK_R), float("-inf"), tl.float32)
+    lane_sum = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    start = 0
+    while start < num_columns:
+        n = (start + column).to(tl.int64)[:, None]
+        mask = (n < num_columns) & in_rows
+        logits = tl.load(row_ptrs + n * num_rows, mask=mask, other=float("-inf")) * scale
+        highest = tl.maximum(lane_max, logits)
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        lane_sum = lane_sum * tl.exp2((lane_max - shift) * LOG2_E) + tl.exp2((logits - shift) * LOG2_E)
+        lane_max = highest
+        start += BLOCK_N
+    row_max = tl.max(lane_max, axis=0)
+    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    row_sum = tl.sum(lane_sum * tl.exp2((lane_max - row_max[None, :]) * LOG2_E), axis=0)
+
+    # store
+    start = 0
+    while start < num_columns:
+        n = (start + column).to(tl.int64)[:, None]
+        mask = (n < num_columns) & in_rows
+        logits = tl.load(row_ptrs + n * num_rows, mask=mask, other=0.0) * scale
+        share = tl.exp2((logits - row_max[None, :]) * LOG2_E) / row_sum[None, :]
+        tl.store(row_ptrs + n * num_rows, share, mask=mask)
+        start += BLOCK_N
 
 
 @triton.jit
@@ -268,7 +369,3 @@ def _weighted_sum_kernel(
     # store: sums after the used ones are 0 in a block with used ones, too
     mixed = tl.where((r < used)[:, None], mixed, 0.0)
     tl.store(features_ptr + r[:, None] * num_features + d[None, :], mixed, mask=in_outputs & in_features)
-
-
-def similarity(*args, **kwargs):
-    raise NotImplementedError

@@ -154,12 +154,46 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+def received_blocks(num_features: int, element_size: int, strided: bool = False) -> tuple[int, int, int, int, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_D, and the numbers of warps and of stages, for the sums of attention's columns.
+
+    Four programs share a Hopper SM: on it the exponentials take longer than everything else. With head dims above 64,
+    loads ahead of their use would need more shared memory than a gfx942 has. fp32 stays off the tensor cores and keeps
+    operands in registers: smaller tiles. Strided inputs need an address for each element.
+    """
+    if element_size == 4:
+        return 32, 32, 16, 8, 1
+    block_d = min(128, max(16, triton.next_power_of_2(num_features)))  # 16 is the least that tensor cores take
+    if strided:
+        return 32, 32, block_d, 4, 2
+    return 64, 64, block_d, 4, 2 if block_d <= 64 else 1
+
+
+def mean_blocks(num_heads: int) -> tuple[int, int]:
+    """BLOCK_H, BLOCK_C for the mean over heads: few columns a program, so that one image has several."""
+    return min(32, triton.next_power_of_2(num_heads)), 64
+
+
 def similarity_blocks(element_size: int) -> tuple[int, int, int, int]:
     """BLOCK_K, BLOCK_N, BLOCK_C, and the number of warps, for similarities.
 
     fp32 stays off the tensor cores and keeps operands in registers: smaller tiles.
     """
     return (32, 32, 16, 4) if element_size == 4 else (32, 64, 64, 8)
+
+
+def maxmin_blocks(num_tokens: int) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_N, and the number of warps for max-min distance: the whole row, and 8192 similarities at a time.
+
+    So many are in flight together, as one program reads all similarities of its image.
+    """
+    block_n = triton.next_power_of_2(num_tokens)
+    return max(1, min(16, 8192 // block_n)), block_n, 4 if block_n <= 512 else 8
+
+
+def softmax_blocks() -> tuple[int, int]:
+    """BLOCK_N, BLOCK_R for the softmax of similarities: few rows a program, so that one image has several."""
+    return 64, 32
 
 
 def nearest_blocks() -> tuple[int, int]:
@@ -176,3 +210,18 @@ def mix_block(num_tokens: int) -> tuple[int, int]:
 def weighted_sum_blocks() -> tuple[int, int, int]:
     """BLOCK_R, BLOCK_N, BLOCK_D for weighted sums of tokens, in fp32."""
     return 32, 16, 32
+
+
+def coverage_blocks(num_rows: int, num_columns: int) -> tuple[int, int, int, int, int]:
+    """BLOCK_R, BLOCK_L, BLOCK_M, BLOCK_G, BLOCK_W for greedy coverage.
+
+    BLOCK_R is 1024, as the order of the sums has it, or fewer where the other rows are 0. A warp has whole tiles of
+    BLOCK_L rows and whole strata of BLOCK_M·BLOCK_W columns, so that sums and maxima need no other warp.
+
+    More strata take fewer rounds, but evaluate more columns. For 64 of 576 columns of the bundled model's features
+    (softmax): 8 take 395 rounds and 2,636 evaluations, 16 take 232 and 3,083, 32 take 152 and 4,010.
+    """
+    block_r, block_n = min(1024, triton.next_power_of_2(num_rows)), triton.next_power_of_2(num_columns)
+    block_g = min(16, block_n)
+    block_w = min(32, block_n // block_g)
+    return block_r, min(128, block_r), block_n // (block_g * block_w), block_g, block_w

@@ -38,7 +38,7 @@ def test_defaults():
         ({"ratio": float("nan")}, "0 < ratio <= 1, got nan"),
         ({"ratio": "0.5"}, "0 < ratio <= 1, got '0.5'"),
         ({"ratio": True}, "0 < ratio <= 1, got True"),
-        ({"method": "tome"}, "'vtc-cls', 'fastervlm', .*'fastv', 'random', 'pool', 'none', got 'tome'"),
+        ({"method": "tome"}, "'vtc-cls', 'fastervlm', .*'fastv', 'random', 'pool', 'downsample', 'none', got 'tome'"),
         ({"fused": 1}, "True, False or None .*got 1"),
         ({"prune_layer": -1}, "prune_layer.*at least 0, got -1"),
         (
@@ -47,6 +47,25 @@ def test_defaults():
         ),
         ({"prune_layer": 0, "method": "fastv"}, "'fastv' scores inside .*got prune_layer=0; use prune_layer=2"),
         ({"backend": "cuda"}, "'auto', 'triton', 'torch', got 'cuda'"),
+        ({"schedule": []}, r"pairs of integers .*such as \[\(0, 96\), \(16, 32\)\], got \[\]"),
+        ({"schedule": "0:96"}, "pairs of integers .*got '0:96'"),
+        ({"schedule": [(0, 96, 3)]}, "pairs of integers"),
+        ({"schedule": [(0, 96.0)]}, "pairs of integers"),
+        ({"schedule": [(False, 96)]}, "pairs of integers"),
+        ({"schedule": 96}, "pairs of integers"),
+        ({"schedule": [(-1, 96)]}, r"must ascend from 0 or more, got \[-1\]"),
+        ({"schedule": [(0, 96), (0, 32)]}, r"layers of a schedule must ascend .*got \[0, 0\]"),
+        ({"schedule": [(16, 96), (0, 32)]}, r"layers of a schedule must ascend .*got \[16, 0\]"),
+        ({"schedule": [(0, 32), (16, 32)]}, r"tokens of a schedule must descend .*got \[32, 32\]"),
+        ({"schedule": [(0, 32), (16, 96)]}, r"tokens of a schedule must descend .*got \[32, 96\]"),
+        ({"schedule": [(0, 0)]}, "descend to 1 or more"),
+        ({"schedule": [(0, 9)], "keep": 9}, "schedule=.* and keep, which it replaces"),
+        ({"schedule": [(0, 9)], "ratio": 0.5}, "schedule=.* and ratio, which it replaces"),
+        ({"schedule": [(2, 9)], "prune_layer": 2}, "schedule=.* and prune_layer, which it replaces"),
+        ({"schedule": [(0, 9), (2, 3)], "method": "pool"}, "'pool' does not keep .*'vtc-cls', 'fastervlm', 'random'"),
+        ({"schedule": [(2, 9), (3, 3)], "method": "fastv"}, "'fastv' does not keep the patches .*use one pair"),
+        ({"schedule": [(2, 9), (3, 3)], "method": "random"}, "'random' does not prune inside .*begins at layer 0"),
+        ({"schedule": [(0, 9)], "method": "fastv"}, r"'fastv' scores inside .*got schedule=\[\(0, 9\)\]"),
     ],
 )
 def test_bad_values(options, says):
@@ -178,6 +197,7 @@ def test_options_are_a_mapping(options):
         VTCConfig.of(keep=7, start_layer=1),
         VTCConfig.of(method="random", seed=4, ratio=0.5),
         VTCConfig.of(method="visionzip", contextual=None),
+        VTCConfig(schedule=[[0, 96], (np.int64(16), torch.tensor(32))]),
     ],
 )
 def test_round_trips(config):
@@ -241,3 +261,45 @@ def test_keep_is_never_clamped():
     assert kept_count(VTCConfig(keep=576), 576) == 576
     with pytest.raises(ValueError, match=r"keep=577, but .* only 576 visual tokens.*at most 576.*keep=144"):
         kept_count(VTCConfig(keep=577), 576)
+
+
+def test_a_schedule_says_what_keep_and_prune_layer_do():
+    staged = VTCConfig(schedule=[(0, 96), (16, 32)])
+    assert staged.schedule == ((0, 96), (16, 32))
+    assert (staged.prune_after, staged.prunes_inside, staged.stages(576)) == (0, True, ((0, 96), (16, 32)))
+    assert kept_count(staged, 576) == 96
+    with pytest.raises(ValueError, match="keeps 96 visual tokens at first, but an image of this model has only 25"):
+        kept_count(staged, 25)
+    one, same = VTCConfig(schedule=[(2, 64)]), VTCConfig(keep=64, prune_layer=2)
+    for config in (one, same):
+        assert (config.prune_after, config.prunes_inside, config.stages(576)) == (2, True, ((2, 64),))
+    assert VTCConfig(keep=64).stages(576) == ((0, 64),)
+    assert not VTCConfig(keep=64).prunes_inside
+    assert not VTCConfig(schedule=[(0, 64)]).prunes_inside
+
+
+def test_a_new_schedule_replaces_the_budget_and_a_new_budget_the_schedule():
+    stages = ((0, 96), (16, 32))
+    assert VTCConfig(keep=3, prune_layer=2).updated(schedule=stages) == VTCConfig(schedule=stages)
+    assert VTCConfig(ratio=0.5, kv="full").updated(schedule=stages) == VTCConfig(schedule=stages, kv="full")
+    for budget in ({"keep": 3}, {"ratio": 0.5}, {"prune_layer": 2}):
+        assert VTCConfig(schedule=stages).updated(**budget) == VTCConfig(**budget)
+    assert VTCConfig(schedule=stages).updated(schedule=None) == VTCConfig()
+    assert VTCConfig(schedule=stages).updated(method="random").schedule == stages
+
+
+@pytest.mark.parametrize(
+    ("stages", "layers", "expected"),
+    [
+        (((0, 64),), 32, 64),
+        (((2, 64),), 32, 96),  # FastV
+        (((0, 96), (16, 32)), 32, 64),
+        (((0, 128), (12, 64), (24, 16)), 32, 76),  # TOPS, published as 64
+        (((0, 37.5),), 4, 37.5),
+        (((2, 16),), 4, 296),
+    ],
+)
+def test_token_layers(stages, layers, expected):
+    assert module.token_layers(576, stages, layers) == expected
+    of_each = [([kept for start, kept in stages if start <= layer] or [576])[-1] for layer in range(layers)]
+    assert sum(of_each) / layers == expected

@@ -14,7 +14,7 @@ from vtc.hf.encode import Selection
 from vtc.hf.families import family_of, find_llava
 from vtc.hf.settings import Run, Settings
 from vtc.hf.status import Status, status_of
-from vtc.hf.views import plan_of, require, require_pixels
+from vtc.hf.views import asked, plan_of, require, require_pixels
 from vtc.methods import METHODS, Method, class_of
 
 _log = logging.getLogger("vtc")
@@ -128,8 +128,8 @@ def compress(model: torch.nn.Module, **options: Any) -> Iterator[Run]:
 def select(model: torch.nn.Module, inputs: Mapping[str, Any] | torch.Tensor, **options: Any) -> Selection:
     """Return which patches of each image `generate()` would keep, and their scores.
 
-    A method that selects before the language model needs the images only. One that selects inside the language model,
-    by the question, needs all inputs: the prompts are read up to the layer that selects, and not answered.
+    Most methods need the images only. One that selects by the question needs all inputs. If it does so inside the
+    language model, the prompts are read up to the layer that selects, and not answered.
 
     Parameters
     ----------
@@ -157,15 +157,19 @@ def select(model: torch.nn.Module, inputs: Mapping[str, Any] | torch.Tensor, **o
         if isinstance(inputs, Mapping) and name not in inputs:
             raise ValueError(f"the inputs have no {name}, only {', '.join(inputs) or 'nothing'}; pass an image, too")
         pixels: Any = inputs[name] if isinstance(inputs, Mapping) else inputs
-        _require_pixels(current, pixels)
-        if class_of(current.config.method).prunes_only_language():
+        method, question = class_of(current.config.method), None
+        if method.needs_prompt():
             if not isinstance(inputs, Mapping) or inputs.get("input_ids") is None:
                 raise ValueError(
-                    f"method {current.config.name!r} selects patches by the question, inside the language model; "
-                    "pass all of the processor's inputs, input_ids among them: vtc.select(model, inputs)"
+                    f"method {current.config.name!r} selects patches by the question; pass all of the processor's "
+                    "inputs, input_ids among them: vtc.select(model, inputs)"
                 )
-            return prune.select(model, current, inputs)
-        selection = encode.select(current, pixels, plan_of(current, "whole", pixels))
+            if not method.prunes_only_language():
+                pixels, question = asked(current, dict(inputs))
+        _require_pixels(current, pixels)
+        if method.prunes_only_language():
+            return prune.select(model, current, dict(inputs))
+        selection = encode.select(current, pixels, plan_of(current, "whole", pixels), question)
     if selection is None:
         raise ValueError(f"method {current.config.name!r} selects patches, but gave no indices or no scores")
     _require_scores(selection)

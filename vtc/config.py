@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ from vtc import methods, ops
 from vtc.methods import METHODS, Method, class_of
 from vtc.methods.checks import check_integer, check_one_of, plain
 
+Stages = tuple[tuple[int, int], ...]  # pairs (language-model layer, visual tokens per image from this layer on)
+
 KV = ("compact", "full")
 TILES = ("mass", "equal")
+POSITIONS = ("packed", "original")
 DEFAULT_KEEP = 128
 DEFAULT_RATIO = 0.25  # of images with at most DEFAULT_KEEP tokens
 DEFAULT_PRUNE_LAYER = 2  # of methods that prune inside the language model only, as in FastV's paper
@@ -47,12 +50,26 @@ class VTCConfig:
     prune_layer : int, optional
         0: tokens are dropped before the language model. r > 0: they are dropped after its r-th layer ("vtc-cls",
         "coverage", "scope" and "fastv"). None: 2 with "fastv", 0 otherwise.
+    schedule : sequence of (int, int), optional
+        Tokens are dropped in stages: pairs (layer, tokens), such as [(0, 96), (16, 32)]. From each layer of the
+        language model on, an image has so many visual tokens; layer 0 is before the language model. Layers ascend and
+        tokens descend, both strictly. Each stage keeps those of the one before that have the largest scores, with the
+        lower index where two are equal. One pair (r, K) is `keep=K, prune_layer=r`; several need a method that keeps
+        the patches with the largest scores. It stands in place of `keep`, `ratio` and `prune_layer`. Stored as a tuple
+        of tuples.
     kv : str, optional
         For `prune_layer` > 0, what the KV cache keeps in the layers before it. "compact": the kept tokens, so that all
         layers are equally short. "full": everything. None: "full" with "fastv", as in its paper, "compact" otherwise.
+        With a `schedule`, "compact" makes all layers as short as those of its last stage.
     tiles : str
         How the tiles of an image (LLaVA-NeXT) share its `keep`. "mass": in proportion to the sum of each tile's scores.
         "equal": the same number each.
+    positions : str
+        The positions of tokens that are dropped before the language model. "packed": 0, 1, 2, ... of what stays, as in
+        the code of all published methods for LLaVA. "original": each token that stays has the position that it had in
+        the full prompt, text after an image goes on where the full prompt would, and new tokens go on after its last
+        position, so that the full length counts towards the language model's positions (GAP, arXiv 2506.21873). A
+        token that is no patch gets a place of its own: token i of K that of patch floor((2i + 1)·N / (2K)).
     backend : str
         "auto", "triton" or "torch"; see `vtc.ops`.
     fused : bool, optional
@@ -66,16 +83,19 @@ class VTCConfig:
     Raises
     ------
     ValueError
-        If a value is of the wrong type or out of range, if both `keep` and `ratio` are given, if `method` and
-        `prune_layer` do not go together, or if an option is not one of the method's.
+        If a value is of the wrong type or out of range, if both `keep` and `ratio` are given, or either or
+        `prune_layer` with a `schedule`, if `method` does not go together with `prune_layer` or `schedule`, or if an
+        option is not one of the method's.
     """
 
     method: str | Method = "vtc-cls"
     keep: int | None = None
     ratio: float | None = None
     prune_layer: int | None = None
+    schedule: Stages | None = None
     kv: str | None = None
     tiles: str = "mass"
+    positions: str = "packed"
     backend: str = "auto"
     fused: bool | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
@@ -85,9 +105,13 @@ class VTCConfig:
             object.__setattr__(self, name, plain(getattr(self, name)))
         class_of(self.method)
         check_one_of("tiles", self.tiles, TILES)
+        check_one_of("positions", self.positions, POSITIONS)
         check_one_of("backend", self.backend, ops.BACKENDS)
         if self.kv is not None:
             check_one_of("kv", self.kv, KV)
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", _checked_schedule(self.schedule))
+            self._check_schedule_alone()
         self._check_prune_layer()
         if self.keep is not None and self.ratio is not None:
             raise ValueError(f"got both keep={self.keep!r} and ratio={self.ratio!r}; give one of them")
@@ -104,7 +128,8 @@ class VTCConfig:
         methods.check_options(self.method, self.options)
         if isinstance(self.method, Method):
             self._take_apart(self.method)
-        self.build_method()  # checks the values
+        built = self.build_method()  # checks the values
+        object.__setattr__(self, "options", {name: getattr(built, name) for name in self.options})  # as it stores them
         if self.reselects and self.kv == "compact":
             raise ValueError(
                 'reselect=True needs all tokens in the KV cache, got kv="compact"; use kv="full" or reselect=False'
@@ -126,16 +151,34 @@ class VTCConfig:
     def _check_prune_layer(self) -> None:
         if self.prune_layer is not None:
             check_integer("prune_layer", self.prune_layer, 0)
-        if self.prune_layer and "language" not in class_of(self.method).prunes:
+        given = self.prune_layer is not None or self.schedule is not None
+        got = f"prune_layer={self.prune_layer}" if self.schedule is None else f"schedule={list(self.schedule)}"
+        if given and self.prune_after and "language" not in class_of(self.method).prunes:
             able = [name for name, method in METHODS.items() if "language" in method.prunes]
             raise ValueError(
-                f"method {self.name!r} does not prune inside the language model, got prune_layer={self.prune_layer}; "
-                f"use prune_layer=0, or one of {', '.join(map(repr, able))}"
+                f"method {self.name!r} does not prune inside the language model, got {got}; use "
+                f"{'prune_layer=0' if self.schedule is None else 'a schedule that begins at layer 0'}, or one of "
+                f"{', '.join(map(repr, able))}"
             )
-        if self.prune_layer == 0 and class_of(self.method).prunes_only_language():
+        if given and not self.prune_after and class_of(self.method).prunes_only_language():
             raise ValueError(
-                f"method {self.name!r} scores inside the language model, got prune_layer=0; use "
+                f"method {self.name!r} scores inside the language model, got {got}; use "
                 f"prune_layer={DEFAULT_PRUNE_LAYER}, as its paper does, or another layer"
+            )
+
+    def _check_schedule_alone(self) -> None:
+        """Raise ValueError if `schedule` stands beside what it replaces, or the method cannot drop in stages."""
+        beside = [name for name in IN_SCHEDULE if getattr(self, name) is not None]
+        if beside:
+            raise ValueError(
+                f"got schedule={list(self.schedule or ())} and {' and '.join(beside)}, which it replaces; give either"
+            )
+        if len(self.schedule or ()) > 1 and not class_of(self.method).keeps_patches():
+            able = [name for name, method in METHODS.items() if method.keeps_patches()]
+            raise ValueError(
+                f"method {self.name!r} does not keep the patches with the largest scores, so it cannot drop them in "
+                f"stages, got schedule={list(self.schedule or ())}; use one pair, or one of "
+                f"{', '.join(map(repr, able))}"
             )
 
     @classmethod
@@ -161,14 +204,31 @@ class VTCConfig:
 
     @property
     def prune_after(self) -> int:
-        """The language-model layer after which tokens are dropped, from 1; 0: before the first."""
+        """The language-model layer after which tokens are first dropped, from 1; 0: before the first."""
+        if self.schedule is not None:
+            return self.schedule[0][0]
         if self.prune_layer is not None:
             return self.prune_layer
         return DEFAULT_PRUNE_LAYER if class_of(self.method).prunes_only_language() else 0
 
     @property
+    def prunes_inside(self) -> bool:
+        """Whether tokens are dropped inside the language model, at first or in a later stage."""
+        return self.prune_after > 0 or len(self.schedule or ()) > 1
+
+    def stages(self, num_tokens: int) -> Stages:
+        """Pairs (layer, K): from this layer of the language model on, K visual tokens of `num_tokens` stay.
+
+        Raises
+        ------
+        ValueError
+            As `kept_count`.
+        """
+        return ((self.prune_after, kept_count(self, num_tokens)), *(self.schedule or ())[1:])
+
+    @property
     def kept_kv(self) -> str:
-        """What the KV cache keeps in the layers before `prune_after`, "compact" or "full"."""
+        """What the KV cache keeps in the layers before those that prune, "compact" or "full"."""
         return class_of(self.method).kv if self.kv is None else self.kv
 
     @property
@@ -185,12 +245,17 @@ class VTCConfig:
     def without_effect(self) -> dict[str, str]:
         """Settings and options that have no effect with the others, and why, as a clause."""
         found = self.build_method().without_effect()
-        return found if self.prune_after else {"kv": "nothing is dropped inside the language model"} | found
+        if self.prune_after:
+            return {
+                "positions": "tokens that are dropped inside the language model leave the others' as they are"
+            } | found
+        return found if self.prunes_inside else {"kv": "nothing is dropped inside the language model"} | found
 
     def updated(self, /, **changes: Any) -> "VTCConfig":
         """Return a copy with `changes`: shared fields, and options of the (new) method.
 
-        A new `keep` replaces an old `ratio`, and a new `ratio` an old `keep`. A `backend` counts before that of a
+        A new `keep` replaces an old `ratio`, and a new `ratio` an old `keep`. A new `schedule` replaces these and an
+        old `prune_layer`, and a new value of any of the three an old `schedule`. A `backend` counts before that of a
         method object, and a new object's before the old `backend`, unless it is "auto". Another method starts with its
         own defaults; the same method keeps the options that are not changed.
 
@@ -213,6 +278,10 @@ class VTCConfig:
             shared["ratio"] = None
         elif "ratio" in shared and shared.get("keep") is None:
             shared["keep"] = None
+        if shared.get("schedule") is not None:
+            shared = dict.fromkeys(IN_SCHEDULE) | shared
+        elif any(shared.get(name) is not None for name in IN_SCHEDULE):
+            shared["schedule"] = None
         if isinstance(method, Method):
             if "backend" in shared:
                 method = shared["method"] = _with_backend(method, shared["backend"])
@@ -225,16 +294,23 @@ class VTCConfig:
     def to_dict(self) -> dict[str, Any]:
         """The shared fields and the given options side by side; `VTCConfig.of(**config.to_dict()) == config`.
 
-        A method of a class that is not in `vtc.methods.METHODS` is in it as the object.
+        A method of a class that is not in `vtc.methods.METHODS` is in it as the object. The schedule is in it as lists,
+        as in JSON.
         """
-        return {**{name: getattr(self, name) for name in SHARED}, **self.options}
+        shared = {name: getattr(self, name) for name in SHARED}
+        if self.schedule is not None:
+            shared["schedule"] = [list(pair) for pair in self.schedule]
+        return {**shared, **self.options}
 
 
+IN_SCHEDULE = ("keep", "ratio", "prune_layer")  # what a schedule says in its own way
 SHARED = tuple(field.name for field in dataclasses.fields(VTCConfig) if field.name != "options")
 
 
 def kept_count(config: VTCConfig, num_tokens: int) -> int:
     """Number of visual tokens kept of an image's `num_tokens`: `keep`, or ceil(ratio * num_tokens), at least 1.
+
+    Of a `schedule`, what its first stage keeps.
 
     "fastv" and "divprune" round as their authors do: round(ratio * num_tokens), and a half to the even number. If
     neither is given: 128, or a quarter of at most 128 tokens, which is logged once.
@@ -242,10 +318,17 @@ def kept_count(config: VTCConfig, num_tokens: int) -> int:
     Raises
     ------
     ValueError
-        If `config.keep` is larger than `num_tokens`.
+        If `config.keep`, or what the schedule keeps at first, is larger than `num_tokens`.
     """
     keep, ratio = config.keep, config.ratio
-    if keep is None and ratio is None:
+    if config.schedule is not None:
+        keep = config.schedule[0][1]
+        if keep > num_tokens:
+            raise ValueError(
+                f"schedule={list(config.schedule)} keeps {keep} visual tokens at first, but an image of this model has "
+                f"only {num_tokens}; begin with fewer"
+            )
+    elif keep is None and ratio is None:
         keep, ratio = (DEFAULT_KEEP, None) if num_tokens > DEFAULT_KEEP else (None, DEFAULT_RATIO)
         if ratio and config.compresses and not torch.compiler.is_compiling():
             _say_default(num_tokens)
@@ -260,6 +343,28 @@ def kept_count(config: VTCConfig, num_tokens: int) -> int:
             f"set keep to at most {num_tokens}, e.g. vtc.configure(model, keep={max(num_tokens // 4, 1)}), or use ratio"
         )
     return keep
+
+
+def token_layers(num_tokens: float, stages: Sequence[tuple[int, float]], num_layers: int) -> float:
+    """Visual tokens of an image, averaged over the layers of the language model: what it costs there.
+
+    FastV's 64 of 576 after layer 2 of 32 are (2 · 576 + 30 · 64) / 32 = 96.
+
+    Parameters
+    ----------
+    num_tokens : float
+        Visual tokens before the first stage.
+    stages : sequence of (int, float)
+        Pairs (layer, tokens from this layer on), in ascending order, as `VTCConfig.stages`.
+    num_layers : int
+        Layers of the language model.
+    """
+    total, tokens, start = 0.0, num_tokens, 0
+    for layer, kept in (*stages, (num_layers, 0)):
+        end = min(layer, num_layers)
+        total += (end - start) * tokens
+        tokens, start = kept, end
+    return total / num_layers
 
 
 def kept_per_view(config: VTCConfig, num_tokens: int, views: int, view_tokens: int) -> int:
@@ -288,6 +393,24 @@ def _say_default(num_tokens: int) -> None:
 def _with_backend(method: Method, backend: str) -> Method:
     check_one_of("backend", backend, ops.BACKENDS)
     return method if method.backend == backend else method.changed(backend=backend)
+
+
+def _checked_schedule(given: Any) -> Stages:
+    """The schedule as a tuple of tuples of Python's integers; ValueError if it is none."""
+    is_list = isinstance(given, (list, tuple)) and all(isinstance(pair, (list, tuple)) for pair in given)
+    stages = tuple(tuple(map(plain, pair)) for pair in given) if is_list else ()
+    if not stages or any(
+        len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in pair) for pair in stages
+    ):
+        raise ValueError(
+            f"schedule must be pairs of integers (layer, tokens), such as [(0, 96), (16, 32)], got {given!r}"
+        )
+    layers, counts = zip(*stages, strict=True)
+    if layers[0] < 0 or list(layers) != sorted(set(layers)):
+        raise ValueError(f"the layers of a schedule must ascend from 0 or more, got {list(layers)} in {given!r}")
+    if counts[-1] < 1 or list(counts) != sorted(set(counts), reverse=True):
+        raise ValueError(f"the tokens of a schedule must descend to 1 or more, got {list(counts)} in {given!r}")
+    return stages  # type: ignore[return-value]
 
 
 def _is_number(value: object) -> bool:

@@ -105,7 +105,8 @@ class Plan(NamedTuple):
         num_tokens = grid[0] * grid[1] + num_registers
         kept = 0 if shares_keep else kept_count(config, num_tokens)
         outputs = 0 if shares_keep else method.num_outputs(num_tokens, kept)
-        scored, received = (each(max(feature_layers), depth) for each in (method.scored_layers, method.received_layers))
+        scored = method.scored_layers(max(feature_layers), depth)
+        received = method.received_layers(max(feature_layers), depth)
         return cls(config, method, grid, num_tokens, kept, outputs, feature_layers, scored, pool, received)
 
 
@@ -146,8 +147,13 @@ def share_out(scores: Tensor, layout: Tensor, how: str) -> Tensor:
 
 def patch_grid(vision: Any, size: Sequence[int] | None = None) -> tuple[int, int]:
     """Rows and columns of patches of a view of `size` (height, width), by default that of the vision config."""
-    sides, patch = _pair(vision.image_size) if size is None else size, _pair(vision.patch_size)
+    sides, patch = _pair(vision.image_size) if size is None else size, patch_size(vision)
     return sides[0] // patch[0], sides[1] // patch[1]
+
+
+def patch_size(vision: Any) -> tuple[int, int]:
+    """Height and width of a patch in pixels."""
+    return _pair(vision.patch_size)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -410,7 +410,7 @@ def coverage(
     for _ in range(k):
         gain = _sum_of_rows(torch.where(cover > covered, cover - covered, 0.0))
         if weight is not None:
-            gain = torch.where(weight > 0, weight * gain, 0.0)
+            gain = torch.where((weight > 0) & (gain > 0), weight * gain, 0.0)  # inf times 0 is NaN
         order.append(_first_largest(gain, rest, allowed))
         rest = rest.scatter(1, order[-1], False)
         chosen = cover.gather(2, order[-1].unsqueeze(1).expand(-1, num_rows, 1))
@@ -517,7 +517,10 @@ def received(
         if mask is not None:
             logits = logits.masked_fill(~mask, float("-inf"))
         shift = logits.logsumexp(dim=2) if lse is None else lse[:, head]
-        total += ((logits - shift.unsqueeze(2)).exp() * share.unsqueeze(1)).sum(dim=1)  # type: ignore[union-attr]
+        probs = (logits - shift.unsqueeze(2)).exp() * share.unsqueeze(1)  # type: ignore[union-attr]
+        if mask is not None:  # again: the NaN of one segment must not reach another
+            probs = probs.masked_fill(~mask, 0.0)
+        total += probs.sum(dim=1)
     return (total / query.shape[1])[:, skip:].contiguous()
 
 

@@ -21,7 +21,7 @@ from bench.accuracy import Accuracy
 
 Shape = dict[str, int]
 SCORED = 3  # vision layers whose [CLS] probabilities are combined
-NEED_GPU = ("triton", "triton-fused", "sdpa+cls_probs", "topk+compact")
+NEED_GPU = ("triton", "triton-fused", "triton-no-lse", "sdpa+cls_probs", "topk+compact")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,8 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
         known = round(share * 50 * (0.5 if setting.options.get("ensemble") == "min" else 1))
         kept = {"none": 576.0, "prumerge": 29.3}.get(setting.method, setting.keep)
         texts = [question.answer if i < known else "?" for i, (_, question) in enumerate(task.asked)]
-        return [Answer(line, text, kept) for line, text in enumerate(texts)]
+        layers = (576 + kept) / 2 if "prune_layer" in setting.options else kept
+        return [Answer(line, text, kept, token_layers=layers) for line, text in enumerate(texts)]
 
     monkeypatch.setattr(quality, "answer_all", play)
     records = quality.run(
@@ -59,6 +60,7 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
         *(("all tokens", 576, 576), ("vtc-cls", 64, 64), ("vtc-cls", 16, 16), ("prumerge", 64, 29.3)),
         *(("random", 64, 64), ("random", 16, 16), ("vtc-cls prune_layer=2", 64, 64), ("vtc-cls prune_layer=2", 16, 16)),
     ]
+    assert [r.token_layers for r in records[:8]] == [576, 64, 16, 29.3, 64, 16, 320, 296]
     full, ours, _, _, random = records[:5]
     assert (full.accuracy[0], ours.accuracy[0], random.accuracy[0]) == (1.0, 0.8, 0.2)
     assert (full.agreement, ours.difference) == (None, None)
@@ -71,7 +73,8 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     assert swept == [("ensemble_layers", n) for n in (1, 2, 4, 5)] + [("ensemble", e) for e in ("mean", "max", "min")]
     text = quality_tables.tables(records)
     assert re.search(r"\| random +\| 20\.0 ± ", text)
-    assert re.search(r"\| prumerge +\| 60\.0 ± \d+\.\d \(29 tokens\) \| +\|", text)
+    assert re.search(r"\| vtc-cls prune_layer=2 +\| 80\.0 ± \d+\.\d \(320 a layer\) \|", text)
+    assert re.search(r"\| prumerge +\| 60\.0 ± \d+\.\d \(29 tokens\) +\| +\|", text)
     methods, settings = re.findall(r"^Against vtc-cls .* own\): (.*)$", text, re.MULTILINE)
     assert methods == "worse: prumerge, random; no clear difference: vtc-cls prune_layer=2."
     assert settings.startswith("worse: vtc-cls ensemble=min; no clear difference: vtc-cls ensemble_layers=1, ")

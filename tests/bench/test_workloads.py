@@ -68,6 +68,8 @@ WRONG = {
         ((1,), lambda x: x * (torch.arange(x.shape[2]) > 3)),
         ((1,), lambda x: x.roll(1, dims=2)),
     ],
+    "similarity": [((), lambda x: x * 1.001), ((), first_row(float("nan"))), ((), lambda x: x.flip(2))],
+    "coverage": [((0,), lambda x: x.flip(1)), ((1,), lambda x: x.flip(1)), ((0,), lambda x: x.int())],
     "select": [
         ((0,), first_row(0)),
         ((0,), lambda x: x.flip(1)),
@@ -75,6 +77,8 @@ WRONG = {
         ((1,), lambda x: x.int()),
         ((2,), lambda x: x * 1.001),
     ],
+    "maxmin": [((0,), lambda x: x.flip(1)), ((1,), lambda x: x.sort(1).values), ((1,), lambda x: x.int())],
+    "received": [((), lambda x: x * 1.001), ((), first_row(float("nan"))), ((), lambda x: x[:, :-1])],
     "scored_layers": [
         ((0,), first_row(0)),
         ((1,), lambda x: x * 1.001),
@@ -107,7 +111,7 @@ def nbytes(x):
     return x.nbytes if isinstance(x, torch.Tensor) else sum(map(nbytes, x)) if isinstance(x, (tuple, list)) else 0
 
 
-@pytest.mark.parametrize("op", ["cls_attention", "topk"])
+@pytest.mark.parametrize("op", ["cls_attention", "maxmin", "topk"])
 def test_bytes_are_those_of_inputs_and_outputs(op):
     shape, inputs = inputs_of(op)
     result = WORKLOADS[op].providers()["reference"](*inputs)
@@ -139,6 +143,12 @@ def test_bytes_of_select_are_scores_results_and_the_kept_features_twice():
     features, indices, total = WORKLOADS["select"].providers()["reference"](scores, x, keep)
     moved = scores.nbytes + total.nbytes + indices.nbytes + 2 * features.nbytes
     assert WORKLOADS["select"].bytes_moved(shape, 4) == moved
+
+
+def test_bytes_of_received_are_queries_keys_and_the_result():
+    shape, inputs = inputs_of("received")
+    result = WORKLOADS["received"].providers()["reference"](*inputs)
+    assert WORKLOADS["received"].bytes_moved(shape, 4) == nbytes(inputs[:2]) + nbytes(inputs[2]) + nbytes(result)
 
 
 def test_shapes_are_those_of_the_models():

@@ -53,7 +53,7 @@ def test_the_answer_about_two_images_is_that_of_both(loaded, model_dir, tmp_path
     with torch.no_grad(), vtc.compress(model, keep=20):
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    assert found["compressed"] == {"visual_tokens": 20, "answer": answer}
+    assert found["compressed"] == {"visual_tokens": 20, "token_layers": 20, "answer": answer}
 
 
 def test_an_image_on_standard_input(model_dir, picture):

@@ -23,7 +23,7 @@ def journal(folder, writer=0, writers=1, **changes):
 
 
 def answers(*lines):
-    return [Answer(line, f"text {line}", 8.0, 20, 2) for line in lines]
+    return [Answer(line, f"text {line}", 8.0, 20, 2, token_layers=8.0) for line in lines]
 
 
 def write(folder, *lines, writer=0, writers=1):
@@ -62,6 +62,7 @@ def test_a_line_has_the_task_the_id_the_answer_and_the_fingerprint(tmp_path):
         "generate_seconds": 0.0,
         "prepare_seconds": 0.0,
         "skipped": None,
+        "token_layers": 8.0,
         "fingerprint": journal(tmp_path).digest,
     }
     assert json.loads((tmp_path / "run.json").read_text()) == FINGERPRINT

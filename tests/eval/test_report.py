@@ -40,7 +40,8 @@ def result(task="gqa", method="none", keep=None, value=60.0, **changes):
         "fingerprint": {"protocol": "llava", "dtype": "float16", "batch_size": 1},
         "environment": {"torch": "2.13.0", "device": "cuda:0", "gpu": "GPU A", "date": "2026-01-02T03:04:05+00:00"},
     }
-    return Result(**{**fields, **changes})
+    fields |= changes
+    return Result(**{"token_layers": fields["visual_tokens"], **fields})
 
 
 def cells(table, method, tokens=None):
@@ -247,7 +248,7 @@ def test_published_times_are_per_question():
 def test_rows_are_ordered_by_baseline_tokens_and_method():
     order = [("floor", None), ("vtc-cls", 64), ("fastv", 64), ("vtc-cls", 128), ("prumerge", 256), ("none", None)]
     results = [result("gqa", method, keep) for method, keep in order]
-    results[4] = replace(results[4], visual_tokens=37.6)  # prumerge ignores `keep`
+    results[4] = replace(results[4], visual_tokens=37.6, token_layers=37.6)  # prumerge ignores `keep`
     found = [(row.name, row.tokens) for row in rows_of(results)]
     assert found == [
         ("none", "576"), ("vtc-cls", "128"), ("vtc-cls", "64"), ("fastv", "64"), ("prumerge", "38"), ("floor", "0")
@@ -538,3 +539,25 @@ def test_a_command_that_is_killed_while_it_writes_leaves_the_results_of_before(t
     with pytest.raises(KeyboardInterrupt):
         write([result(), result("pope")], tmp_path)
     assert read(tmp_path / "results.jsonl") == [result()]
+
+
+def test_tokens_that_differ_between_layers_stand_beside_the_budget():
+    """FastV's 64 are 96 on average: all 576 pass the first 2 of 32 layers."""
+    fastv = [result(task, "fastv", 64, token_layers=96.0) for task in ("gqa", "pope")]
+    (row,) = rows_of(fastv)
+    assert row.tokens == "64; 96 a layer"
+    assert rows_of([replace(fastv[0], visual_tokens=64.4), replace(fastv[1], token_layers=97.2)])[0].tokens == (
+        "64; 96 to 97 a layer"
+    )
+    note = "a layer: visual tokens of an image, averaged over the layers of the language model."
+    for table in (score_table(fastv), figure_table(fastv[:1]), time_table(fastv)):
+        assert note in table.notes
+    for table in (score_table([result()]), figure_table([result()]), time_table([result()])):
+        assert note not in table.notes
+    assert csv_rows(fastv[0])[0]["token_layers"] == 96.0
+    line = fastv[0].to_json()
+    assert Result.from_json(line) == fastv[0]
+    old = json.loads(line)
+    del old["token_layers"]
+    assert Result.from_json(json.dumps(old)).token_layers is None
+    assert rows_of([replace(fastv[0], token_layers=None)])[0].tokens == "64"

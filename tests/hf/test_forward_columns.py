@@ -343,9 +343,9 @@ def test_every_method_has_the_callers_columns(built, case):  # noqa: F811
     call = padded(rows, "both") | {"pixel_values": inputs(rows)["pixel_values"]}
     with vtc.compress(model, **method_options(case)):
         logits = model(**call).logits
-    merged = case.split()[0] in ("pool", "visionzip", "prumerge", "prumerge+")
+    merged = case.split()[0] in ("pool", "downsample", "visionzip", "prumerge", "prumerge+")
     for i, own in enumerate(row_images(rows, call["pixel_values"])):
-        reduced = [METHODS[case][1](Seen(eager, image)) for image in own]
+        reduced = [METHODS[case][1](Seen(eager, image, row=rows[i])) for image in own]
         features = [eager.model.multi_modal_projector(each.float()) for _, each in reduced]
         kept = [set(range(len(each))) if merged else set(patches) for patches, each in reduced]
         embeds = golden.splice_features(eager, rows[i], [(TOKENS, each) for each in features])

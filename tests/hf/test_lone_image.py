@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vtc
 from vtc.hf import generate
 from vtc.hf.lone_image import LoneImage
-from vtc.hf.prompt import Prompt
+from vtc.hf.prompt import Patches, Prompt
 
 IMAGE, VIDEO, PAD = 90, 91, 0
 TEXT = st.lists(st.integers(1, 80), max_size=5)
@@ -34,13 +34,16 @@ def both(ids, mask, tokens):
     tokens=st.integers(1, 9),
     count=st.integers(1, 10),
     mask=st.sampled_from([*MASKS]),
-    is_lazy=st.booleans(),
+    kind=st.sampled_from(["mask", "function", "patches"]),
     is_merged=st.booleans(),
     positions=st.sampled_from(["none", "given", "packed"]),
     counted=st.booleans(),
+    original=st.booleans(),
     data=st.data(),
 )
-def test_the_same_as_for_any_prompt(before, after, tokens, count, mask, is_lazy, is_merged, positions, counted, data):
+def test_the_same_as_for_any_prompt(
+    before, after, tokens, count, mask, kind, is_merged, positions, counted, original, data
+):
     ids = torch.tensor([[*before, *[IMAGE] * tokens, *after]])
     mask, count = MASKS[mask](ids), min(count, tokens + 1)
     if is_merged or count > tokens:
@@ -48,12 +51,14 @@ def test_the_same_as_for_any_prompt(before, after, tokens, count, mask, is_lazy,
     else:
         chosen = data.draw(st.permutations(range(tokens)))[:count]
         kept = torch.tensor([number in chosen for number in range(tokens)])
-    lazy = (lambda: kept) if is_lazy and kept is not None else kept
+    lazy = kept
+    if kept is not None and kind != "mask":
+        lazy = Patches(kept.nonzero().T, tokens) if kind == "patches" else lambda: kept
     given = None if positions == "none" else torch.arange(3, 3 + ids.shape[1])[None]
-    more = {"pad": PAD, "counted": counted, "packed": positions == "packed" and mask is None}
+    more = {"pad": PAD, "counted": counted, "packed": positions == "packed" and mask is None, "original": original}
     results = []
     for prompt, own in zip(both(ids, mask, tokens), (lazy, kept), strict=True):
-        shortening = prompt.shortening({IMAGE: [(tokens, count)]}, {IMAGE: own})
+        shortening = prompt.shortening({IMAGE: [(tokens, count)]}, {IMAGE: own}, original)
         results.append((shortening, prompt.shortened(shortening, mask, given, **more)))
     (lone, short), (any_, expected) = results
     assert short.keys() == expected.keys()
@@ -125,6 +130,19 @@ def test_three_kernels_and_one_read(monkeypatch):
         prompt.shortened(shortening, mask)
     assert kernels.names == ["cat", "cat", "new_ones"]
     assert reads == [(1, 10)]
+
+
+def test_original_positions_take_four_more_kernels():
+    ids = torch.tensor([[1, IMAGE, IMAGE, IMAGE, 2]])
+    mask = torch.ones_like(ids)
+    with Kernels() as kernels:
+        prompt = LoneImage.read(ids, mask, {IMAGE: [3]})
+        kept = Patches(torch.tensor([[0, 2]]), 3)
+        shortening = prompt.shortening({IMAGE: [(3, 2)]}, {IMAGE: kept}, True)
+        short = prompt.shortened(shortening, mask, original=True)
+    more = ["arange", "arange", "add", "cat"]
+    assert [name for name in kernels.names if name != "lift_fresh"] == ["cat", *more, "cat", "new_ones"]
+    assert short["position_ids"].tolist() == [[0, 1, 3, 4]]
 
 
 def test_neither_ids_nor_mask_are_the_callers():

@@ -31,9 +31,12 @@ SEED = 28  # of images whose counts differ
 
 
 class Seen:
-    """What the stock model's tower leaves of one image `[3, height, width]`, float64 and unsplit."""
+    """What the stock model's tower leaves of one image `[3, height, width]`, float64 and unsplit.
 
-    def __init__(self, model, image, feature_layer=DEPTH - 1):
+    `row` are the ids of the prompt that it is in.
+    """
+
+    def __init__(self, model, image, feature_layer=DEPTH - 1, row=()):
         tower, self.queries, self.keys = model.model.vision_tower, [], []
         hooks = []
         for name, part in tower.named_modules():
@@ -41,19 +44,20 @@ class Seen:
                 if name.endswith(ends):
                     hooks.append(part.register_forward_hook(lambda *a, outputs=outputs: outputs.append(a[-1][0])))
         with torch.no_grad():
-            out = tower(image[None], output_hidden_states=True, output_attentions=True)
+            size = {"interpolate_pos_encoding": True} if image.shape[-1] != 14 * GRID else {}
+            out = tower(image[None], output_hidden_states=True, output_attentions=True, **size)
         for hook in hooks:
             hook.remove()
         layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
         self.hidden = torch.cat([out.hidden_states[layer][0] for layer in layers], -1).double()
         self.attentions = [layer[0].double() for layer in out.attentions]
         self.queries, self.keys = ([x.double() for x in each] for each in (self.queries, self.keys))
-        self.image, self.end = image, max(layers)
+        self.image, self.layers, self.end, self.model = image, layers, max(layers), model
+        text = [token for token in row if token != IMAGE]
+        self.words = model.get_input_embeddings()(torch.tensor(text, dtype=torch.long)).detach().double()
         self.cls = len(self.attentions[0][0]) != GRID * GRID
-        if not self.cls:  # transcriptions expect its row
+        if not self.cls and len(self.hidden) == GRID * GRID:  # transcriptions expect its row
             self.hidden = torch.cat([torch.zeros_like(self.hidden[:1]), self.hidden])
-        with torch.no_grad():
-            self.projected = model.model.multi_modal_projector(self.hidden[1:].float()).double()
         assert len(self.queries) == len(self.keys) == DEPTH
 
     def before_the_last(self, count):
@@ -74,6 +78,11 @@ class Seen:
     def last(self):
         return self.hidden, self.queries[-1], self.keys[-1]
 
+    @property
+    def projected(self):
+        """The patches after the projector."""
+        return projected(self.model, self.hidden[1:]).double()
+
 
 def random(seen, seed=0):
     scores = golden_methods.random_scores(seen.image, len(seen.hidden) - 1, seed)
@@ -84,6 +93,11 @@ def random(seen, seed=0):
 def visionzip(seen, dominant, contextual):
     f = seen.end - 1
     return golden_methods.visionzip(seen.hidden, seen.attentions[f], seen.keys[f], 4, dominant, contextual)
+
+
+def downsampled(seen):
+    small = golden_methods.downsampled(seen.image, 14 * 3, 14 * 3)
+    return Seen(seen.model, small, seen.layers).hidden[-KEEP:]  # without [CLS]
 
 
 def hiprune(seen, keep, alpha=0.1):
@@ -124,9 +138,18 @@ CASES = {
         lambda s: golden_methods.hiprune(s.hidden, s.received(3), s.received(s.end - 1), GRID, KEEP, 0.6),
     ),
     "received": ({}, lambda s: golden_methods.ranked(s.hidden, s.received(s.end - 1), KEEP)),
+    "mmtok": ({}, lambda s: golden_methods.mmtok(s.hidden, s.projected, s.words, KEEP)),
+    "mmtok alpha": (
+        {"alpha": 0, "text_temperature": 0.1},
+        lambda s: golden_methods.mmtok(s.hidden, s.projected, s.words, KEEP, 0, 0.2, 0.1),
+    ),
+    "cdpruner": ({}, lambda s: golden_methods.cdpruner(s.hidden, s.projected, s.words, KEEP)),
     "random": ({"seed": 3}, lambda s: random(s, 3)),
     "pool": ({}, lambda s: (None, golden_methods.pool(s.hidden, (GRID, GRID), KEEP))),
+    "downsample": ({}, lambda s: (None, downsampled(s))),
 }
+BY_QUESTION = [case for case in CASES if METHODS[case.split()[0]].needs.question]
+PIXELS_ONLY = [case for case in CASES if case not in BY_QUESTION]
 
 
 def options(case):
@@ -166,7 +189,8 @@ def call():
 
 @pytest.fixture(scope="module")
 def seen(eager, call):
-    return [Seen(eager, image) for image in call["pixel_values"]]
+    rows = [ids(*row, seed=i) for i, row in enumerate(ROWS) for part in row if part == "image"]
+    return [Seen(eager, image, row=row) for image, row in zip(call["pixel_values"], rows, strict=True)]
 
 
 @torch.no_grad()
@@ -207,7 +231,9 @@ def test_the_images_are_worth_testing_with(seen):
     """Methods differ, and so do the counts of an adaptive one within the batch: or the tests could not fail."""
     for case in ADAPTIVE:
         assert len({len(CASES[case][1](s)[1]) for s in seen}) > 1, case
-    kept = {case: tuple(tuple(CASES[case][1](s)[0]) for s in seen) for case in CASES if case != "pool"}
+    kept = {
+        case: tuple(tuple(CASES[case][1](s)[0]) for s in seen) for case in CASES if case not in ("pool", "downsample")
+    }
     same = [("prumerge", "prumerge neighbors")]  # these differ in what is merged
     assert len(set(kept.values())) >= len(kept) - len(same)
 
@@ -254,7 +280,7 @@ def test_other_caches(model, eager, call, seen, case, how):
     check_generated(model.generate(**call, **detailed(**how)), call, eager, spliced(eager, seen, CASES[case][1]))
 
 
-@pytest.mark.parametrize("case", ["prumerge", "prumerge+ adaptive", "visionzip"])
+@pytest.mark.parametrize("case", ["prumerge", "prumerge+ adaptive", "visionzip", "downsample"])
 def test_beams(model, eager, call, seen, case):
     """One image a prompt, which every transformers can copy; images of different counts."""
     vtc.enable(model, **options(case))
@@ -272,7 +298,7 @@ def test_beams(model, eager, call, seen, case):
         assert torch.equal(out[2 * i : 2 * i + 2, len(rows[0]) :], alone)
 
 
-@pytest.mark.parametrize("case", ADAPTIVE)
+@pytest.mark.parametrize("case", [*ADAPTIVE, "mmtok", "cdpruner", "downsample"])
 def test_a_second_turn(model, eager, call, seen, case):
     vtc.enable(model, **options(case))
     first = model.generate(**call, **detailed())
@@ -298,7 +324,7 @@ def test_a_further_image_takes_the_method_of_the_conversation(model, call):
         assert torch.equal(model.generate(**copy.deepcopy(more), max_new_tokens=2), expected)
 
 
-@pytest.mark.parametrize("case", ["prumerge", "prumerge+", "visionzip", "pool"])
+@pytest.mark.parametrize("case", ["prumerge", "prumerge+", "visionzip", "pool", "downsample", "mmtok", "cdpruner"])
 def test_loss_and_gradients(model, eager, call, seen, case):
     """To the projector, of prompts whose lengths differ by what their images keep."""
     labels = call["input_ids"].masked_fill((call["attention_mask"] == 0) | (call["input_ids"] == IMAGE), -100)
@@ -412,6 +438,7 @@ def test_feature_layers(built, case, layer):
 
 
 ON_SEVERAL = ["fastervlm", "visionzip", "coverage", "scope", "divprune", "vispruner", "hiprune", "random", "pool"]
+ON_SEVERAL += ["downsample"]
 
 
 @pytest.mark.parametrize("case", ON_SEVERAL)
@@ -459,7 +486,8 @@ def test_a_tower_without_cls_is_explained(built, method):
     model, _ = built(tower="siglip_vision_model", vision_feature_select_strategy="full")
     says = (
         rf"method '{re.escape(method)}' needs a vision tower with a \[CLS\] token, and SigLIP has none; methods that "
-        r"work with it: 'coverage', 'scope', 'divprune', .*'none', e.g. vtc.configure\(model, method='coverage'\)"
+        r"work with it: 'coverage', 'scope', 'mmtok', 'divprune', 'cdpruner', 'hiprune', 'received', 'fastv', "
+        r"'random', 'pool', 'downsample', 'none', e.g. vtc.configure\(model, method='coverage'\)"
     )
     with pytest.raises(ValueError, match=says):
         vtc.configure(model, keep=KEEP, method=method)
@@ -642,10 +670,10 @@ def test_a_view_with_too_few_tokens_is_explained(built):
 def test_merging_across_tiles_and_frames_is_explained(built, family, method):
     model, _ = built(family)
     zips = "'visionzip', " if family == "llava_next" else ""
-    new = "'coverage', 'scope', 'divprune', 'vispruner', 'hiprune', 'received', "
     says = (
         rf"method '{re.escape(method)}' makes new tokens .* several views; "
-        f"methods that work with it: 'vtc-cls', 'fastervlm', {zips}{new}'random', 'none'"
+        f"methods that work with it: 'vtc-cls', 'fastervlm', {zips}'coverage', 'scope', 'mmtok', 'divprune', "
+        "'cdpruner', 'vispruner', 'hiprune', 'received', 'random', 'downsample', 'none'"
     )
     with pytest.raises(ValueError, match=says):
         vtc.configure(model, keep=KEEP, method=method)
@@ -724,10 +752,10 @@ def test_attention_to_a_placeholder_of_two_tokens_is_their_sum(model, eager, cal
     golden.close(attention.sum(-1), torch.ones(1, 4, len(row)))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "pool"])
+@pytest.mark.parametrize("case", [case for case in CASES if METHODS[case.split()[0]].selects])
 def test_select(model, call, seen, case):
     """Ascending patches; of what a method merges those that stay; -1 after the patches of an image with fewer."""
-    selection = vtc.select(model, call["pixel_values"], **options(case))
+    selection = vtc.select(model, call if case in BY_QUESTION else call["pixel_values"], **options(case))
     assert selection.scores.shape == (4, TOKENS)
     for b, image in enumerate(seen):
         kept = sorted(CASES[case][1](image)[0])
@@ -741,7 +769,7 @@ def test_select(model, call, seen, case):
     assert drawn.tobytes() == vtc.overlay(picture, alone, side=84).tobytes()
 
 
-@pytest.mark.parametrize("method", ["pool", "none"])
+@pytest.mark.parametrize("method", ["pool", "downsample", "none"])
 def test_nothing_to_select(model, call, method):
     with pytest.raises(ValueError, match=rf"'{method}' selects no patches.*select patches: 'vtc-cls', 'fastervlm'"):
         vtc.select(model, call["pixel_values"], keep=KEEP, method=method)
@@ -762,7 +790,9 @@ def test_a_method_that_says_it_selects_and_does_not(model, call, monkeypatch):
 
 
 @pytest.mark.supported("Compiling", "image encoding in one graph")
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ADAPTIVE and case != "prumerge neighbors"])
+@pytest.mark.parametrize(
+    "case", [case for case in PIXELS_ONLY if case not in ADAPTIVE and case != "prumerge neighbors"]
+)
 def test_image_encoding_compiles_into_one_graph(call, case):
     model = models.build(DEPTH)  # a new one: transformers leaves hooks on a tower that has run as the stock one
     vtc.enable(model, **options(case))

@@ -57,10 +57,12 @@ class Setting(NamedTuple):
     keep: int
     layer: int = 0
     kv: str = "compact"
+    positions: str = "packed"
 
     @property
     def options(self):
-        return {"method": self.method, "keep": self.keep, "prune_layer": self.layer, "kv": self.kv}
+        rest = {"prune_layer": self.layer, "kv": self.kv, "positions": self.positions}
+        return {"method": self.method, "keep": self.keep, **rest}
 
     @property
     def kind(self):
@@ -77,6 +79,7 @@ SETTINGS = [
     *(Setting("random", keep) for keep in (1, 9)),
     *(Setting("visionzip", keep) for keep in (4, 9, TOKENS)),
     *(Setting("pool", keep) for keep in (1, 4)),
+    *(Setting(method, keep, positions="original") for method, keep in (("vtc-cls", 4), ("visionzip", 9), ("pool", 4))),
     *(Setting("fastv", keep, layer, kv) for keep in (1, 9) for layer, kv in ((1, "full"), (2, "full"), (1, "compact"))),
     Setting("fastv", TOKENS, 2),
     *(Setting("vtc-cls", 9, layer, kv) for layer, kv in ((1, "full"), (2, "compact"))),
@@ -105,6 +108,8 @@ def visual(setting, image):
     """Of one image, the numbers of the placeholders that stay, and the projected features that fill them."""
     outputs, keep = seen(image), setting.keep
     kept: Any = range(keep)
+    if setting.positions == "original":  # tokens that are no patches are spread
+        kept = [(2 * number + 1) * TOKENS // (2 * keep) for number in range(keep)]
     if setting.kind != "short":
         kept, features = range(TOKENS), outputs.hidden[1:]
     elif setting.method == "vtc-cls":
@@ -160,7 +165,8 @@ def expected(setting, row, images, kept=None, prompt=0):
             own = visual(setting, left.pop(0))[0] if is_image else {0}
             stays += [number in own for number in range(TOKENS if is_image else 1)]
             at += TOKENS if is_image else 1
-        logits = golden.logits(eager, embeddings(setting, row, images))
+        columns = [column for column, own in enumerate(stays) if own] if setting.positions == "original" else None
+        logits = golden.logits(eager, embeddings(setting, row, images), columns)
     else:
         kept = [each for each in kept if each < prompt]
         embeds = embeddings(STOCK, row[:prompt], images)

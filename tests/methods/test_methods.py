@@ -9,15 +9,18 @@ import pytest
 import torch
 from support.golden import methods as golden
 from support.kernels import DEVICE, DTYPES
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedTokenizerFast
 
 from vtc import methods, ops, tiny
 from vtc.config import SHARED, VTCConfig
-from vtc.methods import METHODS, VisionOutputs
+from vtc.methods import METHODS, Question, VisionOutputs
 from vtc.methods.prumerge import _fraction_count, _outliers, top_and_step
+from vtc.methods.question import FUNCTION_WORDS, ignored_ids, sum_of_tokens, word_weights
 from vtc.tiny.scenes import balanced_questions
 
-GREEDY = ["coverage", "scope", "divprune", "vispruner"]
+GREEDY = ["coverage", "scope", "mmtok", "divprune", "cdpruner", "vispruner"]
 LAYERS = 3  # scored, the last of them the feature layer; one more has keys and queries
 
 
@@ -51,7 +54,24 @@ class Images:
             pixel_values=self.pixel_values[images].to(DEVICE) if needs.pixels else None,
             received=torch.stack(received) if needs.received else None,
             projected=self.projected[images].to(DEVICE, dtype) if needs.projected else None,
+            question=self.question_of(images, dtype) if needs.question else None,
         )
+
+    def question_of(self, images=slice(None), dtype=torch.float32):
+        """Questions of 9, 2, 1 and 6 text tokens, of 9 ids; other tokens are in between and behind."""
+        generator = torch.Generator().manual_seed(9)
+        table = torch.randn(9, self.projected.shape[2], generator=generator)
+        is_text = torch.tensor([[1] * 9 + [0], [0, 1, 0, 1] + [0] * 6, [1] + [0] * 9, [1, 0] + [1] * 5 + [0] * 3])
+        ids = torch.arange(40).view(4, 10) * 7 % 9
+        each = table[ids].to(dtype), ids, is_text.bool()
+        return Question(*(x[: len(self.hidden)][images].to(DEVICE) for x in each))
+
+    def words(self, image, ignore=()):
+        """The embeddings of the words that count, float64 [m, E]."""
+        embeddings, ids, is_text = (x[image].cpu() for x in self.question_of())
+        text = [t for t in range(len(ids)) if is_text[t]]
+        left = [t for t in text if ids[t] not in ignore] or text
+        return embeddings[left].double()
 
     def attentions(self, image, layers=range(LAYERS)):
         """Full probabilities [H, 1 + N, 1 + N] of the layers, float64."""
@@ -132,6 +152,15 @@ def visionzip(data, b, dominant, contextual):
     return golden.visionzip(hidden, data.attentions(b)[-1], key, data.num_heads, dominant, contextual)
 
 
+def mmtok(data, b, keep, ignore=(), **options):
+    words = data.words(b, ignore)
+    return golden.mmtok(data.hidden[b].double(), data.projected[b].double(), words, keep, **options)
+
+
+def cdpruner(data, b, keep, ignore=()):
+    return golden.cdpruner(data.hidden[b].double(), data.projected[b].double(), data.words(b, ignore), keep)
+
+
 def saliency(data, b, layers, of):
     """The sum over the last `layers`."""
     each = [of(attention) for attention in data.attentions(b)[-layers:]]
@@ -154,6 +183,8 @@ def hiprune(data, b, keep, object_layer=2, alpha=0.1):
     middle, deep = (golden.received(attentions[layer]) for layer in (object_layer - 1, -1))
     return golden.hiprune(data.hidden[b].double(), middle, deep, data.grid[1], keep, alpha)
 
+
+ON_TENSORS = [name for name in METHODS if name not in ("fastv", "downsample")]  # the latter changes the pixels
 
 # Data, method, keep, and its transcription for image b.
 CASES = [
@@ -237,6 +268,26 @@ CASES = [
     *(
         (name, METHODS["pool"](), keep, lambda d, b, k=keep: (None, golden.pool(d.hidden[b].double(), d.grid, k)))
         for name, keep in (("small", 9), ("small", 17), ("oblong", 4), ("bundled", 128))
+    ),
+    *(
+        (name, METHODS["mmtok"](**options), keep, lambda d, b, k=keep, o=options: mmtok(d, b, k, **o))
+        for name, keep, options in (
+            ("small", 9, {}),
+            ("small", 36, {}),
+            ("small", 12, {"ignore": (7, 5, 0, 8)}),
+            ("small", 9, {"temperature": 0.1, "text_temperature": 0.3, "alpha": 2.0}),
+            ("oblong", 1, {}),
+            ("576", 32, {}),
+        )
+    ),
+    *(
+        (name, METHODS["cdpruner"](**options), keep, lambda d, b, k=keep, o=options: cdpruner(d, b, k, **o))
+        for name, keep, options in (
+            ("small", 9, {}),
+            ("small", 10, {"ignore": (7, 5, 0, 8)}),
+            ("oblong", 1, {}),
+            ("oblong", 11, {}),
+        )
     ),
     ("small", METHODS["none"](), 5, lambda d, b: (None, d.hidden[b, 1:].double())),
 ]
@@ -338,7 +389,9 @@ def test_a_bad_image_stays_within_its_promise(images):
             assert torch.equal(bad.features[b], good.features[b])
 
 
-@pytest.mark.parametrize("name", ["coverage", "scope", "divprune", "vispruner", "hiprune", "received"])
+@pytest.mark.parametrize(
+    "name", ["coverage", "scope", "mmtok", "divprune", "cdpruner", "vispruner", "hiprune", "received"]
+)
 def test_a_bad_image_keeps_as_many_patches_and_harms_no_other(name, images):
     method, names = METHODS[name](), ("hidden", "cls_probs", "received", "projected")
     outputs = images("small").outputs(method)
@@ -365,7 +418,7 @@ def test_prumerge_plus_for_other_numbers(keep):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "fastv"])
+@pytest.mark.parametrize("name", ON_TENSORS)
 def test_features_have_the_dtype_of_the_hidden_states(name, dtype, images):
     data = images("oblong")
     method = METHODS[name]()
@@ -392,13 +445,15 @@ def test_kernels_choose_the_same(name, images):
     torch.testing.assert_close(one.features, other.features, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "fastv"])
+@pytest.mark.parametrize("name", ON_TENSORS)
 def test_nothing_waits_for_the_device(name, images):
     """Fake tensors have shapes and no values: whatever asks for one, as `.item()` does, is an error."""
     outputs = images("small").outputs(METHODS[name]())
     real = METHODS[name]().reduce(outputs, 9)
     with FakeTensorMode() as mode:
         fake = VisionOutputs(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in outputs))
+        if outputs.question is not None:
+            fake = fake._replace(question=Question(*map(mode.from_tensor, outputs.question)))
         tokens = METHODS[name]().reduce(fake, 9)
     for one, other in zip(real, tokens, strict=True):
         assert (one is None) == (other is None)
@@ -406,7 +461,7 @@ def test_nothing_waits_for_the_device(name, images):
 
 
 @pytest.mark.filterwarnings("error:.*custom operator:UserWarning")  # outputs that alias
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "fastv"])
+@pytest.mark.parametrize("name", ON_TENSORS)
 def test_compilers_trace_through(name, images):
     outputs = images("oblong").outputs(METHODS[name]())
     torch._dynamo.reset()  # methods share `reduce`, and a function is compiled a few times at most
@@ -489,7 +544,7 @@ def test_every_method_is_registered_once_and_documented():
                 found[value.name] = value
                 assert value.__doc__
                 assert value.scores
-                assert value.paper or value.name in ("received", "random", "pool", "none")
+                assert value.paper or value.name in ("received", "random", "pool", "downsample", "none")
                 assert value.paper in value.__doc__
                 for field in dataclasses.fields(value):
                     assert field.name == "backend" or f"{field.name} :" in value.__doc__, f"{value.name}: {field.name}"
@@ -525,6 +580,13 @@ def test_build():
         ("prumerge", {"neighbors": 0}, "neighbors.*at least 1, got 0"),
         ("prumerge+", {"adaptive_count": None}, "adaptive_count must be True or False, got None"),
         ("prumerge+", {"neighbors": 0}, "neighbors.*at least 1, got 0"),
+        ("mmtok", {"temperature": 0}, "temperature must be a number above 0, got 0"),
+        ("mmtok", {"text_temperature": float("nan")}, "text_temperature must be a number above 0, got nan"),
+        ("mmtok", {"alpha": -1}, "alpha must be a number of at least 0, got -1"),
+        ("mmtok", {"ignore": 5}, r"ignore must be a tuple of token ids, .* got 5; vtc.methods.question.ignored_ids"),
+        ("cdpruner", {"ignore": (1, True)}, r"ignore must be a tuple of token ids, .* got \(1, True\)"),
+        ("cdpruner", {"ignore": [-1]}, r"ignore must be a tuple of token ids, .* got \[-1\]"),
+        ("cdpruner", {"ignore": "the"}, "ignore must be a tuple of token ids, .* got 'the'"),
         ("coverage", {"temperature": 0}, "temperature must be a number above 0, got 0"),
         ("coverage", {"temperature": float("inf")}, "temperature must be a number above 0, got inf"),
         ("coverage", {"temperature": "0.2"}, "temperature must be a number above 0, got '0.2'"),
@@ -541,6 +603,15 @@ def test_a_method_checks_its_options(name, options, says):
         METHODS[name](**options)
     with pytest.raises(ValueError, match=says):
         VTCConfig.of(method=name, **options)
+
+
+def test_ignored_tokens_are_a_tuple_wherever_they_come_from():
+    """A saved config holds a list."""
+    for method in ("mmtok", "cdpruner"):
+        one, other = (VTCConfig.of(method=method, ignore=ids) for ids in ((3, 5), [3, 5]))
+        assert one == other
+        assert other.options == {"ignore": (3, 5)}
+        assert VTCConfig.of(**other.to_dict()).build_method().ignore == (3, 5)
 
 
 def test_options_are_the_fields_without_the_backend():
@@ -669,15 +740,17 @@ def test_what_a_method_needs():
     assert {name for name, method in METHODS.items() if method.needs_cls()} == {
         *("vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "vispruner")
     }
+    assert [name for name, method in METHODS.items() if method.needs_prompt()] == ["mmtok", "cdpruner", "fastv"]
     language = {"vtc-cls", "coverage", "scope", "fastv"}
     assert {name for name, method in METHODS.items() if "language" in method.prunes} == language
     assert [name for name, method in METHODS.items() if method.prunes_only_language()] == ["fastv"]
     assert {name for name, method in METHODS.items() if method.keeps_patches()} == {
-        *("vtc-cls", "fastervlm", "coverage", "scope", "divprune", "vispruner", "hiprune", "received", "random")
+        *("vtc-cls", "fastervlm", "coverage", "scope", "mmtok", "divprune", "cdpruner", "vispruner", "hiprune"),
+        *("received", "random"),
     }
-    joint = {"coverage", "scope", "divprune", "vispruner"}
+    joint = {"coverage", "scope", "mmtok", "divprune", "cdpruner", "vispruner"}
     assert {name for name, method in METHODS.items() if method.joint} == joint
-    assert {name for name, method in METHODS.items() if method.per_view} == {"visionzip", "hiprune"}
+    assert {name for name, method in METHODS.items() if method.per_view} == {"visionzip", "hiprune", "downsample"}
     assert {name for name, method in METHODS.items() if method.adaptive} == {"prumerge", "prumerge+"}
 
 
@@ -704,3 +777,116 @@ def test_missing_outputs_are_explained(name, images):
 def test_too_few_tokens_are_explained(method, keep, message, images):
     with pytest.raises(ValueError, match=message):
         method.reduce(images("small").outputs(method), keep)
+
+
+def test_words_of_a_question(images):
+    """What is ignored does not count, unless nothing is left; without any text there is nothing to weigh."""
+    question = images("small").question_of()
+    assert question.ids[0].tolist() == [0, 7, 5, 3, 1, 8, 6, 4, 2, 0]
+    weights = word_weights(question, (7, 5))
+    assert weights.dtype == torch.float32
+    assert weights[0].tolist() == [1 / torch.tensor(7.0)] + [0, 0] + [1 / torch.tensor(7.0)] * 6 + [0]
+    own = [question.ids[1, t].item() for t in (1, 3)]
+    everything = torch.tensor([0, 0.5, 0, 0.5] + [0] * 6)
+    assert torch.equal(word_weights(question, ())[1].cpu(), everything)
+    assert torch.equal(word_weights(question, tuple(own))[1].cpu(), everything)
+    assert word_weights(question, (own[0],))[1].tolist() == [0, 0, 0, 1] + [0] * 6
+    assert not word_weights(question._replace(is_text=torch.zeros_like(question.is_text)), ()).any()
+
+
+@pytest.mark.parametrize("name", ["mmtok", "cdpruner"])
+def test_a_prompt_without_text_still_selects(name, images):
+    outputs = images("small").outputs(METHODS[name]())
+    silent = outputs.question._replace(is_text=torch.zeros_like(outputs.question.is_text))
+    tokens = METHODS[name]().reduce(outputs._replace(question=silent), 9)
+    assert all(len(set(row)) == 9 for row in tokens.indices.tolist())
+    assert tokens.scores.isfinite().all()
+    if name == "mmtok":
+        assert torch.equal(tokens.indices, METHODS["coverage"]().reduce(outputs, 9).indices)
+
+
+@pytest.mark.parametrize("name", ["mmtok", "cdpruner"])
+def test_an_image_does_not_depend_on_the_length_of_other_questions(name, images):
+    data = images("small")
+    outputs = data.outputs(METHODS[name]())
+    many = METHODS[name]().reduce(outputs, 12)
+    for b in range(4):
+        alone = outputs.of_views(slice(b, b + 1))
+        length = int(alone.question.is_text[0].nonzero().max()) + 1
+        short = alone._replace(question=Question(*(x[:, :length] for x in alone.question)))
+        one = METHODS[name]().reduce(short, 12)
+        assert torch.equal(one.scores[0], many.scores[b])  # the same order
+
+
+@pytest.mark.parametrize("length", range(1, 10))
+def test_zeros_at_the_end_of_a_sum_change_no_bit(length):
+    terms = torch.randn(3, length, 50, generator=torch.Generator().manual_seed(length), device="cpu")
+    padded = torch.nn.functional.pad(terms, (0, 0, 0, 7))
+    assert torch.equal(sum_of_tokens(terms), sum_of_tokens(padded))
+    torch.testing.assert_close(sum_of_tokens(terms), terms.sum(1))
+
+
+def test_cdpruner_takes_no_patch_twice(images):
+    """Also when the chosen ones span the others: then the lowest index is next. A tie goes to the lower index, too."""
+    method, outputs = METHODS["cdpruner"](), images("oblong").outputs(METHODS["cdpruner"]())
+    assert [row.tolist() for row in method.reduce(outputs, 21).indices] == [list(range(21))] * 2  # of 12 features
+    same = outputs._replace(projected=outputs.projected[:, :1].expand(-1, 21, -1))
+    assert method.reduce(same, 5).indices.tolist() == [[0, 1, 2, 3, 4]] * 2
+    twins = outputs._replace(projected=torch.cat([outputs.projected[:, :7]] * 3, 1))
+    assert (method.reduce(twins, 6).indices < 7).all()  # the least relevant one is hardly more than rounding
+    bad = outputs._replace(projected=outputs.projected.where(torch.arange(2)[:, None, None] == 0, torch.nan))
+    kept = method.reduce(bad, 9)
+    assert torch.equal(kept.indices[0], method.reduce(outputs, 9).indices[0])
+    assert len(set(kept.indices[1].tolist())) == 9
+
+
+def test_cdpruner_scales_the_relevance_of_each_image_alone(images):
+    outputs = images("small").outputs(METHODS["cdpruner"]())
+    relevance = METHODS["cdpruner"]().relevance(outputs)
+    assert (relevance.amin(1) > 0).all()
+    assert (relevance.amin(1) < 1e-4).all()
+    torch.testing.assert_close(relevance.amax(1).cpu(), torch.ones(4))
+
+
+def test_ignored_ids_of_the_bundled_tokenizer():
+    _, processor = tiny.load()
+    tokenizer = processor.tokenizer
+    ids = ignored_ids(tokenizer)
+    assert ids == tuple(sorted(set(ids)))
+    assert set(tokenizer.all_special_ids) <= set(ids)
+    left = [token for token, number in tokenizer.get_vocab().items() if number not in ids]
+    assert {"colour", "circle", "many", "left", "above", "red", "two", "user"} <= set(left)
+    assert not {"the", "what", "is", "how", "?", ".", ":", "of", "<s>"} & set(left)
+    assert set(ignored_ids(tokenizer, ["USER:", "colour"])) - set(ids) == {
+        tokenizer.convert_tokens_to_ids(word) for word in ("user", "colour")
+    }
+    assert ignored_ids(tokenizer, "USER:") == ignored_ids(tokenizer, ["USER:"])
+
+
+def test_ignored_ids_of_a_tokenizer_that_knows_spaces_and_lines():
+    """A word has a token of its own after a space, at the beginning of a line, and for each case."""
+    words = [
+        "▁The",
+        "▁the",
+        "The",
+        "the",
+        "▁dog",
+        "What",
+        "▁What",
+        "▁",
+        "\n",
+        "?",
+        "▁a",
+        "▁red",
+        "ques",
+        "tion",
+        "▁THE",
+    ]
+    made = Tokenizer(models.Unigram([("<unk>", -10.0), *((word, -1.0) for word in words)], unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    ids = ignored_ids(tokenizer)
+    found = set(tokenizer.convert_ids_to_tokens(ids))
+    assert {"<unk>", "▁The", "▁the", "▁THE", "The", "the", "What", "▁What", "?", "▁a", "\n"} <= found
+    assert not {"▁dog", "▁red", "ques", "tion"} & found  # parts of "question" are in other words
+    assert "question" in FUNCTION_WORDS

@@ -12,6 +12,7 @@ from vtc.ops import dispatch
 
 QUERY, KEY = torch.randn(2, 3, 8), torch.randn(2, 3, 10, 8)
 SCORES, TOKENS, INDICES = torch.randn(2, 10), torch.randn(2, 10, 4), torch.tensor([[0, 9], [3, 4]])
+COSINES = TOKENS @ TOKENS.mT
 MASK, COUNTS = torch.arange(10).expand(2, -1) > 1, torch.tensor([9, 5])
 
 
@@ -127,6 +128,39 @@ MERGE = [
             lambda: merge_neighbors(counts=COUNTS - 6),
             r"counts must lie in \[0, K \+ 1\) = \[0, 3\), got values from -1 to 3",
         ),
+        (lambda: ops.maxmin(COSINES[0], 2), r"similarity must be float32 \[B, R, N\] .*, got torch.float32 \[10, 10\]"),
+        (lambda: ops.maxmin(COSINES.half(), 2), "maxmin: similarity must be float32 .*, got torch.float16"),
+        (lambda: ops.maxmin(COSINES[:, 1:], 2), r"similarity must be \[B, N, N\], got \[2, 9, 10\]"),
+        (lambda: ops.maxmin(torch.zeros(1, 1, 4097), 2), "4097 columns, and the kernel takes 4096"),
+        (lambda: ops.maxmin(COSINES, 11), "1 <= k <= N = 10, got 11"),
+        (lambda: ops.maxmin(COSINES, 0), "got 0"),
+        (lambda: ops.maxmin(COSINES, 2, allowed=MASK.int()), r"bool \[B, N\] = \[2, 10\], got torch.int32"),
+        (lambda: ops.maxmin(COSINES, 2, counts=COUNTS[:1]), r"int64 \[B\] = \[2\], got torch.int64 \[1\]"),
+        (
+            lambda: ops.maxmin(COSINES, 2, counts=COUNTS),
+            r"counts must lie in \[1, k\] = \[1, 2\], got values from 5 to 9",
+        ),
+        (lambda: ops.maxmin(COSINES, 9, counts=COUNTS - 5), "got values from 0 to 4"),
+        (lambda: ops.maxmin(COSINES, 2, allowed=MASK.to("meta")), "similarity on cpu, .*allowed on meta"),
+        (lambda: ops.received(KEY, KEY[:, :2]), r"of one shape, .*got \[2, 3, 10, 8\] and \[2, 2, 10, 8\]"),
+        (lambda: ops.received(KEY[:, :, :0], KEY[:, :, :0]), "at least one head, token and feature, got"),
+        (lambda: ops.received(KEY, KEY.half()), "one dtype, .*got torch.float32 and torch.float16"),
+        (lambda: ops.received(KEY, KEY, skip=10), "0 <= skip < N = 10, got 10"),
+        (lambda: ops.received(KEY, KEY, skip=True), "got True"),
+        (lambda: ops.received(KEY, KEY, scale=float("inf")), "finite number or None, got inf"),
+        (
+            lambda: ops.received(KEY, KEY, lse=KEY[..., 0].half()),
+            r"float32 \[B, H, N\] = \[2, 3, 10\], got torch.float16",
+        ),
+        (lambda: ops.received(KEY, KEY, lse=KEY[:, :, 1:, 0]), r"got torch.float32 \[2, 3, 9\]"),
+        (lambda: ops.received(KEY, KEY, cu_seqlens=COUNTS), "needs B = 1 and skip = 0, got B = 2 and skip = 0"),
+        (lambda: ops.received(KEY[:1], KEY[:1], skip=1, cu_seqlens=COUNTS), "got B = 1 and skip = 1"),
+        (lambda: ops.received(KEY[:1], KEY[:1], cu_seqlens=SCORES[0]), r"int64 \[S \+ 1\], got torch.float32 \[10\]"),
+        (lambda: ops.received(KEY[:1], KEY[:1], cu_seqlens=COUNTS[:1]), r"got torch.int64 \[1\]"),
+        (lambda: ops.received(KEY[:1], KEY[:1], cu_seqlens=COUNTS), "must ascend from 0 to N = 10, got .*9, 5.* 5"),
+        (lambda: ops.received(KEY[:1], KEY[:1], cu_seqlens=torch.tensor([0, 9])), "from 0 to N = 10"),
+        (lambda: ops.received(KEY[:1], KEY[:1], cu_seqlens=torch.tensor([0, 7, 6, 10])), "ascend"),
+        (lambda: ops.received(KEY, KEY.to("meta")), "one device, got query on cpu, key on meta"),
         *(
             (functools.partial(call, merge), message)
             for call, message in MERGE
@@ -168,6 +202,10 @@ def calls(num_images=2):
             x,
         ),
         "merge_nearest": (lambda x, backend: ops.merge_nearest(x, *merged, backend=backend)[0], x),
+        "maxmin": (lambda x, backend: ops.maxmin(x, 3, backend=backend)[1], randn(9, 9)),
+        "received": (lambda x, backend: ops.received(x, key, skip=1, backend=backend), randn(2, 10, 16)),
+        "similarity": (lambda x, backend: ops.similarity(x, x[:, 2:], temperature=0.2, backend=backend), randn(9, 12)),
+        "coverage": (lambda x, backend: ops.coverage(x, 3, backend=backend)[1], randn(9, 12)),
     }
 
 
@@ -252,7 +290,9 @@ def test_no_axis_of_a_grid_grows_beyond_its_limit(num_images, num_heads, num_tok
     launch["compact_kv"](cache[:32], cache[32:], indices)
     launch["merge_nearest"](hidden, hidden, indices, scores)
     launch["merge_neighbors"](hidden, hidden, indices, scores, neighbors=2)
-    assert len({name for name, _ in grids}) == 13 - (num_features > 256)
+    launch["maxmin"](scores[:, :600, None].expand(-1, -1, min(600, num_tokens)), 4)
+    launch["received"](*cache[:2])
+    assert len({name for name, _ in grids}) == 17 - (num_features > 256)
     for name, grid in grids:
         assert grid[0] < 2**31, name
         assert all(blocks <= 65_535 for blocks in grid[1:]), f"{name}{grid}"

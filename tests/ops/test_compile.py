@@ -137,8 +137,20 @@ def variants(target_name: str):
     for size, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
         k, n, c, warps = tuning.similarity_blocks(size)
         blocks = {"WIDEN": False, "BLOCK_K": k, "BLOCK_N": n, "BLOCK_C": c, "NUM_FEATURES": 1024}
-        pointers = counted | {"key_ptr": "*P", "similarity_ptr": "*fp32"}
-        yield Variant("similarity._similarity_kernel", f"{8 * size} bit", dtypes, pointers, blocks, warps, num_stages=2)
+        pointers = {"left_ptr": "*P", "right_ptr": "*P", "similarity_ptr": "*fp32"}
+        for name, extra, constant in (("", counted, {}), (" all", {}, dict.fromkeys(counted))):
+            yield Variant(
+                "similarity._similarity_kernel",
+                f"{8 * size} bit{name}",
+                dtypes,
+                pointers | extra,
+                blocks | constant,
+                warps,
+                num_stages=2,
+            )
+    n, r = tuning.softmax_blocks()
+    pointers = {"similarity_ptr": "*fp32"}
+    yield Variant("similarity._softmax_kernel", "", ("fp32",), pointers, {"BLOCK_N": n, "BLOCK_R": r})
     row = {"targets_ptr": "*i64", "weight_ptr": "*fp32"}
     for num_tokens in (576, 16384):
         n, warps = tuning.mix_block(num_tokens)
@@ -158,6 +170,50 @@ def variants(target_name: str):
             "similarity._weighted_sum_kernel", name, FLOATS, pointers | counts, blocks | constant, num_stages=1
         )
 
+    pointers = {"similarity_ptr": "*fp32", "indices_ptr": "*i64", "order_ptr": "*i64"}
+    for num_tokens, extra in ((576, {}), (576, {"allowed_ptr": "*u8", "counts_ptr": "*i64"}), (4096, {})):
+        m, n, warps = tuning.maxmin_blocks(num_tokens)
+        blocks = {"BLOCK_M": m, "BLOCK_N": n} | dict.fromkeys({"allowed_ptr", "counts_ptr"} - set(extra))
+        name = f"N={num_tokens}{' allowed, counts' if extra else ''}"
+        yield Variant("maxmin._maxmin_kernel", name, ("fp32",), pointers | extra, blocks, warps)
+
+    row = {"query_ptr": "*P", "key_ptr": "*P", "lse_ptr": "*fp32"}
+    for num_features, packed in ((64, False), (80, False), (128, False), (80, True)):
+        for size, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
+            for dense in (True, False):
+                m, n, d, warps, stages = tuning.received_blocks(num_features, size, not dense)
+                blocks = {"WIDEN": False, "DENSE": dense, "FAR": False, "NUM_FEATURES": num_features}
+                blocks |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d, **({} if packed else {"spans_ptr": None})}
+                step = 16 * num_features if dense else 2 * 16 * num_features + 1
+                blocks |= {"query_stride_n": step, "key_stride_n": step}
+                name = f"D={num_features} {8 * size} bit{' packed' if packed else ''}{'' if dense else ' strided'}"
+                spans = {"spans_ptr": "*i32"} if packed else {}
+                for kernel, out, block in (("_lse_kernel", {}, n), ("_sums_kernel", {"sums_ptr": "*fp32"}, m)):
+                    blocks |= {"NUM_BLOCKS": 0 if packed else -(-577 // block)}
+                    pointers = row | out | spans
+                    yield Variant(f"received.{kernel}", name, dtypes, pointers, dict(blocks), warps, stages, (dense,))
+    h, c = tuning.mean_blocks(16)
+    pointers = {"sums_ptr": "*fp32", "result_ptr": "*fp32"}
+    for name, spans, constant in (("packed", {"spans_ptr": "*i32"}, {}), ("H=16", {}, {"spans_ptr": None})):
+        blocks = {"BLOCK_H": h, "BLOCK_C": c} | constant
+        yield Variant("received._mean_kernel", name, ("fp32",), pointers | spans, blocks)
+
+    # MMTok has neither weights nor counts. Beyond 1024 rows the terms of a lane are added one after the other.
+    pointers = {
+        "cover_ptr": "*fp32",
+        "cover_stride_n": "i64",
+        "covered_ptr": "*fp32",
+        "indices_ptr": "*i64",
+        "order_ptr": "*i64",
+    }
+    given = {"weight_ptr": "*fp32", "allowed_ptr": "*u8", "counts_ptr": "*i64"}
+    for num_rows, num_columns, extra in ((576, 576, {}), (576, 576, given), (1024, 4096, given), (4096, 4096, given)):
+        r, lanes, m, g, w = tuning.coverage_blocks(num_rows, num_columns)
+        blocks = {"BLOCK_R": r, "BLOCK_L": lanes, "BLOCK_M": m, "BLOCK_G": g, "BLOCK_W": w}
+        blocks |= {"NUM_BLOCKS": -(-num_rows // r)} | dict.fromkeys(set(given) - set(extra))
+        name = f"R={num_rows} N={num_columns}{' weight allowed counts' if extra else ''}"
+        yield Variant("coverage._coverage_kernel", name, ("fp32",), pointers | extra, blocks, 8)
+
 
 def compile_variant(variant: Variant, dtype: str, dense: bool, target_name: str):
     """Compile as for tensors whose last axis is contiguous and that are 16-byte aligned; or, not dense, for any."""
@@ -169,13 +225,14 @@ def compile_variant(variant: Variant, dtype: str, dense: bool, target_name: str)
     kernel = getattr(importlib.import_module(f"vtc_kernels.{module}"), function)
     types = variant.types
     signature = {a: "i64" if "stride" in a else "i32" for a in kernel.arg_names}
-    signature |= {"scale": "fp32"} if "scale" in signature else {}
+    signature |= dict.fromkeys({"scale", "lse_scale"} & {*signature}, "fp32")
     signature |= {argument: concrete(kind, dtype) for argument, kind in types.items()}
     constants, attributes = dict(variant.constexprs), {}
     if dense:
         strides = [a for a in kernel.arg_names if "_stride_" in a]
         following = [*strides, ""][1:]
         ends = [a for a, b in zip(strides, following, strict=True) if a.split("_")[0] != b.split("_")[0]]
+        ends = [end for end in ends if end not in types]
         constants |= dict.fromkeys(ends, 1)
         aligned = [*types, *(set(strides) - set(ends))]
         for argument in set(aligned) - set(constants) - {"x_strides", "num_features"}:

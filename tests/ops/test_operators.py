@@ -25,6 +25,10 @@ def samples():
         "compact_kv": ([key, key + 1], indices),
         "merge_neighbors": (tokens.clone().requires_grad_(), tokens.half(), indices, scores, 3, indices[:, 0] % 3),
         "merge_nearest": (tokens.clone().requires_grad_(), tokens.half(), indices, scores),
+        "maxmin": (tokens @ tokens.mT, 4, mask, indices[:, 0] + 1),
+        "received": (*attention[:2], None, 1, attention[2].logsumexp(dim=3), None),
+        "similarity": (tokens, tokens[:, 2:], 0.2),
+        "coverage": (key[:, 0].mT, 3, scores, mask, indices[:, 0] % 3 + 1),
     }
 
 
@@ -59,6 +63,9 @@ def whole_path(query, key, value, hidden, cache):
     counts = indices[:, 0] * 0 + 2
     merged, mix = ops.merge_neighbors(hidden, hidden, indices, totals, neighbors=2, counts=counts)
     joined, _ = ops.merge_nearest(hidden, hidden, indices, totals)
+    distinct, order = ops.maxmin(hidden @ hidden.mT, 3)
+    bounds = torch.arange(3, device=DEVICE) * 5
+    shares = ops.received(query, key, skip=1) + ops.received(query[:1], key[:1], cu_seqlens=bounds)[:, 1:]
     return (
         out,
         scores,
@@ -71,6 +78,9 @@ def whole_path(query, key, value, hidden, cache):
         front,
         mix,
         sums,
+        distinct,
+        order,
+        shares,
     )
 
 

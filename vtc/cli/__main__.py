@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,6 +47,10 @@ KV = Annotated[
         show_default="full with fastv, else compact",
     ),
 ]
+Positions = Annotated[
+    str | None,
+    typer.Option(help="Of the tokens that stay: packed, or original, those of the full prompt.", show_default="packed"),
+]
 Model = Annotated[str, typer.Option(help="Directory or hub id of a LLaVA model.", callback=_not_empty)]
 Options = Annotated[
     list[str] | None,
@@ -58,6 +62,13 @@ PruneLayer = Annotated[
 ]
 Ratio = Annotated[float | None, typer.Option(help="Share of the visual tokens to keep, instead of --keep.")]
 Revision = Annotated[str | None, typer.Option(help="Of the model on the hub.")]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYER:TOKENS,…",
+        help="Drop them in stages, instead of --keep: 0:96,16:32 is 96 before the language model, 32 after layer 16.",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="random: the seed.", show_default="0")]
 StartLayer = Annotated[
     int | None, typer.Option(help="vtc-cls: the first scored vision layer, instead of --ensemble-layers.")
@@ -108,7 +119,9 @@ def run(
     keep: Keep = None,
     ratio: Ratio = None,
     prune_layer: PruneLayer = None,
+    schedule: Schedule = None,
     kv: KV = None,
+    positions: Positions = None,
     ensemble_layers: EnsembleLayers = None,
     start_layer: StartLayer = None,
     seed: Seed = None,
@@ -132,10 +145,18 @@ def run(
     Prints the answer; with --compare, a table with the answers of the compressed and the uncompressed model.
     """
     from vtc.cli import run as asking
-    from vtc.cli.options import options_of
+    from vtc.cli.options import options_of, schedule_of
 
-    flags = {"keep": keep, "ratio": ratio, "prune_layer": prune_layer, "kv": kv, "ensemble_layers": ensemble_layers}
-    flags |= {"method": method, "start_layer": start_layer, "seed": seed, "backend": backend}
+    flags: dict[str, Any] = {"keep": keep, "ratio": ratio, "prune_layer": prune_layer, "kv": kv}
+    flags |= {
+        "ensemble_layers": ensemble_layers,
+        "schedule": schedule_of(schedule),
+        "method": method,
+        "positions": positions,
+        "start_layer": start_layer,
+        "seed": seed,
+        "backend": backend,
+    }
     asking.run(
         asking.Request(
             images,
@@ -204,7 +225,9 @@ def evaluate(
     keep: Annotated[int | None, typer.Option(help="Visual tokens to keep of an image.", show_default="128")] = None,
     ratio: Ratio = None,
     prune_layer: PruneLayer = None,
+    schedule: Schedule = None,
     kv: KV = None,
+    positions: Positions = None,
     ensemble_layers: EnsembleLayers = None,
     start_layer: StartLayer = None,
     seed: Seed = None,
@@ -253,7 +276,7 @@ def evaluate(
     are in --out. A run that was interrupted goes on where it stopped.
     """
     from vtc.cli import eval as evaluation
-    from vtc.cli.options import options_of
+    from vtc.cli.options import options_of, schedule_of
 
     folder = Path(data) if data is not None else None
     chosen = evaluation.tasks_of(tasks or [], everything, folder)
@@ -265,8 +288,14 @@ def evaluate(
         results = [evaluation.score_file(chosen[0], Path(answers), partial)]
     else:
         quieten(model)
-        flags = {"ratio": ratio, "prune_layer": prune_layer, "kv": kv, "ensemble_layers": ensemble_layers}
-        flags |= {"start_layer": start_layer, "seed": seed, "backend": backend}
+        flags: dict[str, Any] = {
+            "ratio": ratio,
+            "prune_layer": prune_layer,
+            "kv": kv,
+            "ensemble_layers": ensemble_layers,
+        }
+        flags |= {"positions": positions, "start_layer": start_layer, "seed": seed, "backend": backend}
+        flags |= {"schedule": schedule_of(schedule)}
         given = options_of(option or [], **flags)
         settings = evaluation.settings_of(method, methods, all_methods, sweep, baselines, keep, given)
         options = evaluation.Options(

@@ -68,7 +68,7 @@ def settings_of(
         left to run.
     """
     if methods is None and not all_methods and swept is None:
-        fixed = ignores_keep(method, options) or "ratio" in options
+        fixed = ignores_keep(method, options) or "ratio" in options or "schedule" in options
         chosen = keep if fixed or keep is not None else DEFAULT_KEEP
         return [Setting(method, {"keep": chosen, **options})]
     if keep is not None and swept is not None:
@@ -82,7 +82,7 @@ def settings_of(
     keeps: list[int | None] = [keep]
     if swept is not None:
         keeps = [*_keeps(swept)]
-    elif keep is None and "ratio" not in options:
+    elif keep is None and "ratio" not in options and "schedule" not in options:
         keeps = [DEFAULT_KEEP]
     return sweep([NONE, *compared, FLOOR] if baselines else compared, keeps, **options)
 

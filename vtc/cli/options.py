@@ -8,7 +8,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 # Those with a flag of their own; the others are --option NAME=VALUE.
-FLAGS = ("method", "keep", "ratio", "prune_layer", "kv", "start_layer", "ensemble_layers", "seed", "backend")
+FLAGS = (
+    "method",
+    "keep",
+    "ratio",
+    "prune_layer",
+    "schedule",
+    "kv",
+    "positions",
+    "start_layer",
+    "ensemble_layers",
+    "seed",
+    "backend",
+)
 # In messages of the API:
 BEGIN = r"(?<![\w'\"./\\-])"  # of a name that stands alone
 VALUE = r"'[^']*'|\"[^\"]*\"|-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|[\w-]*\w\+?)"
@@ -34,7 +46,7 @@ def options_of(given: Sequence[str], **flags: Any) -> dict[str, Any]:
             raise ValueError(f"--option takes name=value with a name among {names}, got {text!r}")
         if name in found:
             raise ValueError(f"{name} is given twice, as {found[name]!r} and in --option {text}; give it once")
-        found[name] = _value(value)
+        found[name] = schedule_of(value) if name == "schedule" else _value(value)
     return found
 
 
@@ -43,6 +55,22 @@ def _known() -> set[str]:
     from vtc.methods import METHODS
 
     return {*SHARED, *(option for method in METHODS.values() for option in method.options())}
+
+
+def schedule_of(text: str | None) -> list[tuple[int, int]] | None:
+    """The pairs of `--schedule 0:96,16:32`.
+
+    Raises
+    ------
+    ValueError
+        If it is written in another way.
+    """
+    if text is None:
+        return None
+    pairs = [pair.split(":") for pair in text.split(",")]
+    if not all(len(pair) == 2 and all(number.strip().isdecimal() for number in pair) for pair in pairs):
+        raise ValueError(f"--schedule takes pairs layer:tokens, such as 0:96,16:32, got {text!r}")
+    return [(int(layer), int(tokens)) for layer, tokens in pairs]
 
 
 def _value(text: str) -> Any:

@@ -162,8 +162,9 @@ def compare(
     -------
     dict
         `method`; `prune_layer`; `compressed` and `uncompressed` (None if not `timed`), each with `visual_tokens` per
-        image, `answer` and, if `timed`, `time_to_first_token_ms` (median, min, max) and `kv_cache_bytes`; `backend`, by
-        operation; `noisy`, a warning about the times or None.
+        image, `token_layers`, their mean over the layers of the language model, `answer` and, if `timed`,
+        `time_to_first_token_ms` (median, min, max) and `kv_cache_bytes`; `backend`, by operation; `noisy`, a warning
+        about the times or None.
     """
     import vtc
     from vtc.eval.answerer import Answerer
@@ -177,10 +178,11 @@ def compare(
     settings = [Setting(config.method, own), Setting()]
 
     def answered(setting: Setting) -> dict[str, Any]:
-        texts, _, tokens = answerer.generate(inputs, setting, max_new_tokens=length)
+        texts, _, budget = answerer.generate(inputs, setting, max_new_tokens=length)
+        tokens, over_layers = budget or (0, 0)
         if not setting.compresses:  # then they are those of the prompt
-            tokens = int(tokens or 0) // len(inputs["pixel_values"])
-        return {"visual_tokens": tokens, "answer": texts[0]}
+            tokens = over_layers = int(tokens) // len(inputs["pixel_values"])
+        return {"visual_tokens": tokens, "token_layers": round(over_layers, 2), "answer": texts[0]}
 
     short, full, warning = answered(settings[0]), None, None
     with vtc.compress(model, **options):
@@ -210,7 +212,7 @@ def table_of(result: dict[str, Any]) -> tuple[str, tuple[str, ...], list[tuple[s
     rows: list[tuple[str, ...]] = [
         (
             name,
-            f"{side['visual_tokens']:g}",
+            _tokens(side),
             cell(side["time_to_first_token_ms"]),
             f"{side['kv_cache_bytes'] / 2**20:.2f} MiB",
             " ".join(side["answer"].split()),
@@ -218,6 +220,15 @@ def table_of(result: dict[str, Any]) -> tuple[str, tuple[str, ...], list[tuple[s
         for name, side in (("all tokens", result["uncompressed"]), (result["method"], result["compressed"]))
     ]
     return result["question"], columns, rows
+
+
+def _is_even(side: dict[str, Any]) -> bool:
+    """Whether all layers of the language model have the same number of visual tokens."""
+    return bool(side["token_layers"] == side["visual_tokens"])
+
+
+def _tokens(side: dict[str, Any]) -> str:
+    return f"{side['visual_tokens']:g}" + ("" if _is_even(side) else f"; {side['token_layers']:g} a layer")
 
 
 def footnotes(result: dict[str, Any]) -> list[str]:
@@ -229,9 +240,10 @@ def footnotes(result: dict[str, Any]) -> list[str]:
     if result["device"] == "cpu":
         where += f", {counted(result['cpu_threads'], 'thread')}"
     tokens = "Visual tokens: of each image. " if len(result["images"]) > 1 else ""
+    layers = "" if _is_even(result["compressed"]) else "A layer: on average over the layers of the language model. "
     return [
-        f"{tokens}Time to first token: median (fastest-slowest) of {RUNS} warm runs, in turns, on {where}, from pixels "
-        "to token. KV cache: after the prompt.",
+        f"{tokens}{layers}Time to first token: median (fastest-slowest) of {RUNS} warm runs, in turns, on {where}, "
+        "from pixels to token. KV cache: after the prompt.",
         *([result["noisy"]] if result["noisy"] else []),
     ]
 
@@ -246,7 +258,9 @@ def _print(request: Request, result: dict[str, Any]) -> None:
             typer.echo(line)
     else:
         typer.echo(result["compressed"]["answer"])
-        note(counted(result["compressed"]["visual_tokens"], "visual token"))
+        side = result["compressed"]
+        more = "" if _is_even(side) else f"; {side['token_layers']:g} on average over the layers of the language model"
+        note(counted(side["visual_tokens"], "visual token") + more)
 
 
 def _draw(files: dict[str, Path], images: list[Image.Image], model: Any, inputs: Any, options: dict[str, Any]) -> Any:

@@ -70,7 +70,8 @@ def _texts(demo: Demo) -> tuple[str, str]:
     if method.prunes_only_language():
         layers = VTCConfig(method=name).prune_after
         return title, f"what {name} keeps for this question; dark patches end after {layers} layers."
-    return title, f"what {name} keeps of it; the language model never sees the dark patches."
+    of = "for this question" if method.needs.question else "of it"
+    return title, f"what {name} keeps {of}; the language model never sees the dark patches."
 
 
 def _chosen(demo: Demo) -> str:

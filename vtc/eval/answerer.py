@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -18,6 +18,16 @@ from vtc.eval.question import Answer, Question
 from vtc.eval.setting import Setting
 from vtc.hf.settings import Run
 from vtc.images import ImageError
+
+
+class Budget(NamedTuple):
+    """Visual tokens of an image: those that stay at last, and the mean over the language model's layers.
+
+    See `vtc.config.token_layers`.
+    """
+
+    visual_tokens: float
+    token_layers: float
 
 
 @dataclass
@@ -101,24 +111,37 @@ class Answerer:
         each = (time.perf_counter() - begun) / size
         prompts = batch.inputs["attention_mask"].sum(1).tolist()
         return [
-            Answer(line, text, kept, prompt, count, size, round(each, 6), round(batch.seconds / size, 6))
+            Answer(
+                line,
+                text,
+                kept.visual_tokens if kept else None,
+                prompt,
+                count,
+                size,
+                round(each, 6),
+                round(batch.seconds / size, 6),
+                token_layers=round(kept.token_layers, 2) if kept else None,
+            )
             for line, text, prompt, count in zip(batch.lines, texts, prompts, new, strict=True)
         ]
 
     def generate(
         self, inputs: dict[str, Tensor], setting: Setting, **arguments: Any
-    ) -> tuple[list[str], list[int], float | None]:
-        """Texts, numbers of new tokens, and the visual tokens kept of an image, for prepared inputs.
+    ) -> tuple[list[str], list[int], Budget | None]:
+        """Texts, numbers of new tokens, and the visual tokens of an image, for prepared inputs.
 
         `arguments` go to the model's `generate()`. Decoding is greedy unless they say otherwise.
         """
         out, run = self._run(inputs, setting, **arguments)
         new = out.cpu()[:, inputs["input_ids"].shape[1] :]  # waits for the device
         texts = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
-        kept = None if run is None else run.tokens_after
+        kept = None
+        if run is not None and run.tokens_after is not None and run.token_layers is not None:
+            kept = Budget(run.tokens_after, run.token_layers)
         if run is None and "pixel_values" in inputs:
             image = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-            kept = (inputs["input_ids"] == image).sum().item() / len(inputs["input_ids"])
+            tokens = (inputs["input_ids"] == image).sum().item() / len(inputs["input_ids"])
+            kept = Budget(tokens, tokens)
         return texts, [self._length(row) for row in new], kept
 
     def log_likelihoods(

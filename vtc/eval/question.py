@@ -114,6 +114,9 @@ class Answer:
         Reading and preparing the image and the prompt, of the batch, divided by `batch`; it may overlap generation.
     skipped : str, optional
         Why it was not asked: its image cannot be read. `text` is then empty.
+    token_layers : float, optional
+        Visual tokens of its image, averaged over the layers of the language model; see `vtc.config.token_layers`. None
+        without an image, and in journals from before it was noted.
     """
 
     line: int
@@ -125,3 +128,4 @@ class Answer:
     generate_seconds: float = 0.0
     prepare_seconds: float = 0.0
     skipped: str | None = None
+    token_layers: float | None = None

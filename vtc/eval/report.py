@@ -105,6 +105,7 @@ def csv_rows(result: Result) -> list[dict[str, Any]]:
         "options": json.dumps(result.options),
         "keep": keep,
         "visual_tokens": result.visual_tokens,
+        "token_layers": result.token_layers,
         **{name: result.fingerprint.get(name) for name in ("protocol", "dtype", "batch_size")},
     }
     rest = {

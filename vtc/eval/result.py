@@ -91,6 +91,9 @@ class Result:
         Versions, device and date of the last answers, and the GPUs of all.
     files : tuple of str
         The answers, and the files for servers and judges.
+    token_layers : float, optional
+        Visual tokens of an image, averaged over the layers of the language model; see `vtc.config.token_layers`. None
+        in results from before it was noted.
     """
 
     task: str
@@ -111,6 +114,7 @@ class Result:
     fingerprint: dict[str, Any]
     environment: dict[str, Any]
     files: tuple[str, ...] = ()
+    token_layers: float | None = None
 
     @property
     def main(self) -> Figure | None:

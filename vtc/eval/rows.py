@@ -41,14 +41,33 @@ class Row:
         return sorted({round(r.visual_tokens) for r in self.results.values() if r.visual_tokens is not None})
 
     @property
+    def token_layers(self) -> list[int]:
+        """Visual tokens, averaged over the layers of the language model, over the tasks: where not what was kept."""
+        results = (r for r in self.results.values() if r.token_layers is not None)
+        return sorted({round(r.token_layers or 0) for r in results if r.token_layers != r.visual_tokens})
+
+    @property
     def tokens(self) -> str:
-        """What was asked for, and in brackets what was kept if that differs."""
+        """What was asked for, in brackets what was kept if that differs, and the mean over the layers likewise."""
         if self.method == FLOOR:
             return "0"
-        kept = " to ".join(map(str, dict.fromkeys((*self.measured[:1], *self.measured[-1:]))))
+        kept = _range(self.measured)
         if self.keep is None:
-            return kept or MISSING
-        return f"{self.keep} ({kept})" if self.measured and self.measured != [self.keep] else str(self.keep)
+            text = kept or MISSING
+        else:
+            text = f"{self.keep} ({kept})" if self.measured and self.measured != [self.keep] else str(self.keep)
+        return f"{text}; {_range(self.token_layers)} a layer" if self.token_layers else text
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """ "64", or "53 to 66": the least and the most of sorted numbers."""
+    return " to ".join(map(str, dict.fromkeys((*numbers[:1], *numbers[-1:]))))
+
+
+def layer_note(rows: Sequence[Row]) -> list[str]:
+    """The note of a table in which tokens differ between the layers of the language model."""
+    text = "a layer: visual tokens of an image, averaged over the layers of the language model."
+    return [text] if any(row.token_layers for row in rows) else []
 
 
 def rows_of(results: Sequence[Result]) -> list[Row]:

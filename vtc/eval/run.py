@@ -222,6 +222,7 @@ class Run:
             files += self.task.submission(answers, made, f"{Path(self.spec.model).name}-{self.setting.label}")
         sessions = self._sessions()
         kept = [answer.visual_tokens for answer in journal if answer.visual_tokens is not None]
+        over_layers = [answer.token_layers for answer in journal if answer.token_layers is not None]
         notes = list(score.notes)
         if self.job.max_new_tokens != self.task.max_new_tokens:
             notes.append(f"answers end at {self.job.max_new_tokens} tokens, not at {self.task.max_new_tokens}")
@@ -246,6 +247,7 @@ class Run:
             fingerprint=self.fingerprint,
             environment=self._environment(sessions),
             files=tuple(map(str, files)),
+            token_layers=round(statistics.fmean(over_layers), 2) if over_layers else None,
         )
 
     def _smaller_batches(self, journal: Journal) -> int:

@@ -41,6 +41,8 @@ class Setting:
             config = VTCConfig.of(method=self.method, **self.options)
             object.__setattr__(self, "method", config.method)
             own = config.method.given() if isinstance(config.method, Method) else config.options
+            if config.schedule is not None:  # as it comes back from a record
+                own = {"schedule": config.to_dict()["schedule"], **own}
             object.__setattr__(self, "options", {**self.options, **own})
 
     @property
@@ -64,7 +66,10 @@ class Setting:
         parts = [self.name]
         if self.keep is not None:
             parts.append(f"{self.keep:g}" if isinstance(self.keep, float) else str(self.keep))
-        rest = (f"{name}={value}" for name, value in self.options.items() if name not in ("keep", "ratio"))
+        given = {name: value for name, value in self.options.items() if name not in ("keep", "ratio")}
+        if "schedule" in given:
+            given["schedule"] = "+".join("-".join(map(str, stage)) for stage in given["schedule"])
+        rest = (f"{name}={_short(value)}" for name, value in given.items())
         return re.sub(r"[^\w.+=-]", "_", "-".join([*parts, *rest]))
 
     def fingerprint(self) -> dict[str, Any]:
@@ -79,6 +84,12 @@ class Setting:
         own = {name: getattr(method, name) for name in method.options()}
         found = {**config.to_dict(), "method": self.name, "prune_layer": config.prune_after, **own}
         return found if isinstance(self.method, str) else found | {"code": _code(type(self.method))}
+
+
+def _short(value: Any) -> str:
+    """`value` as text, or a digest of one that is too long for a folder's name."""
+    text = str(value)
+    return text if len(text) <= 40 else hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _code(cls: type) -> str | None:

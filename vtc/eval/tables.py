@@ -8,7 +8,7 @@ from typing import NamedTuple
 from vtc.eval import published
 from vtc.eval.published import COLUMNS
 from vtc.eval.result import Result
-from vtc.eval.rows import MISSING, Row, caveats, common_and_rest, conditions, rows_of
+from vtc.eval.rows import MISSING, Row, caveats, common_and_rest, conditions, layer_note, rows_of
 from vtc.eval.setting import FLOOR, NONE
 
 HEADERS = dict(zip(COLUMNS, ("SciQA", "GQA", "TextVQA", "POPE", "MMB", "MMB-CN", "MMVet", "SEED"), strict=True))
@@ -77,7 +77,7 @@ def score_table(results: Sequence[Result]) -> Table:
     counts = [questions([r for r in results if r.task == task]) for task in tasks]
     lines.append(["questions", "", *counts, ""])
     columns = ["method", "tokens", *(HEADERS[task] for task in tasks), "Avg"]
-    notes = marks.legend()
+    notes = marks.legend() + layer_note(rows)
     for task in tasks:
         names = dict.fromkeys(r.main_name for r in results if r.task == task and r.main_name)
         notes.append(f"{HEADERS[task]}: {' or '.join(names) or 'no figure here'}.")
@@ -121,7 +121,8 @@ def figure_table(results: Sequence[Result]) -> Table:
     for note in dict.fromkeys(note for r in results for note in r.notes):
         owners = list(dict.fromkeys(r.label for r in results if note in r.notes))
         notes.append(f"{note}." if len(owners) == len(labels) else f"{', '.join(owners)}: {note}.")
-    return Table(titled(f"{title}, all figures of {results[0].model}", common), columns, lines, marks.legend() + notes)
+    notes = marks.legend() + layer_note(rows) + notes
+    return Table(titled(f"{title}, all figures of {results[0].model}", common), columns, lines, notes)
 
 
 def titled(title: str, common: str) -> str:

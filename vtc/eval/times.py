@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vtc.eval import published
 from vtc.eval.result import Result
-from vtc.eval.rows import MISSING, common_and_rest, incomplete, rows_of, tasks_of, time_conditions
+from vtc.eval.rows import MISSING, common_and_rest, incomplete, layer_note, rows_of, tasks_of, time_conditions
 from vtc.eval.setting import NONE
 from vtc.eval.tables import HEADERS, Marks, Table, is_last, published_name, titled
 
@@ -72,7 +72,7 @@ def time_table(results: Sequence[Result]) -> Table:
             missing = [MISSING] * 3
             whole = [_ms(theirs.per_question), faster, MISSING, MISSING, _seconds(theirs.seconds), MISSING]
             lines.append([header, *name, *missing, *whole])
-    notes = [*marks.legend(), *NOTES]
+    notes = [*marks.legend(), *layer_note([row for _, row in rows]), *NOTES]
     if any(row.first.timing.whole_seconds is None for _, row in rows):
         notes.append(
             "No whole time: a process was killed, and what it spent on unfinished answers is unknown, or the number of "

@@ -17,7 +17,7 @@ def family_refusal(family: Family, method: str | Method) -> str | None:
     about = class_of(method)
     if not family.is_one_view and about.prunes == ("language",):
         return f"prunes inside the language model, which cannot tell the tiles of an image of {family.name} apart"
-    by_view = about.per_view and not family.has_frames
+    by_view = about.per_view and not (family.has_frames and about.needs.keys)  # the keys of a frame are not pooled
     if not family.is_one_view and not about.keeps_patches() and not by_view and about.prunes:
         return f"makes new tokens of an image's patches, and a {family.name} image or video has several views"
     if family.stacked and about.adaptive:
@@ -55,11 +55,11 @@ def require(base: Any, config: Any, family: Family, tower: TowerSpec) -> None:
             f"method {config.name!r} {refusal}; methods that work with it: {', '.join(map(repr, work))}, e.g. "
             f"vtc.configure(model, method={work[0]!r})"
         )
-    if config.prune_after:
+    if config.prunes_inside:
         if not family.is_one_view:
             raise ValueError(
-                f"prune_layer={config.prune_after} needs models with one view per image, and {family.name} has "
-                "several; use prune_layer=0"
+                f"{prune_limits.asked(config)} needs models with one view per image, and {family.name} has several; "
+                f"{prune_limits.instead(config)}"
             )
         prune_limits.require(base.language_model, config)
 

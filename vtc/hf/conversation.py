@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -209,16 +209,24 @@ class ShortConversation(Conversation):
 
     @classmethod
     def of(
-        cls, full: Tensor, short: dict[str, Tensor], kept: Shortening | None, config: VTCConfig
+        cls,
+        full: Tensor,
+        short: dict[str, Tensor],
+        kept: Shortening | None,
+        config: VTCConfig,
+        last: Tensor | None = None,
     ) -> ShortConversation:
         """A conversation of the prompt `full` `[B, L]`, and the arguments `short` for transformers made from it.
 
-        `kept` tells which columns of `full` stay; None if all do.
+        `kept` tells which columns of `full` stay; None if all do. `last` `[B, 1]` are the positions of the last tokens,
+        if those may not stay and nevertheless count.
         """
         ids, mask, positions = (short.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
         if ids is None:
             raise ValueError("a conversation needs input_ids")
-        if positions is not None:
+        if last is not None:
+            position = last + 1
+        elif positions is not None:
             position = positions[:, -1:].expand(len(ids), 1) + 1
         elif mask is not None:
             position = mask.sum(1, keepdim=True)
@@ -316,8 +324,13 @@ class ShortConversation(Conversation):
             kept=torch.cat([self.columns.to(ids.device), generated, start + new.columns], 1),
             input_ids=torch.cat([self.input_ids.to(ids.device), ids[:, between], new.input_ids], 1),
             attention_mask=full_mask,
-            position=full_mask.sum(1, keepdim=True),
+            position=(mask if new.config.positions == "original" else full_mask).sum(1, keepdim=True),
         )
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """The positions `[B, L']` of the columns in the full prompt, of which `mask` `[B, L]` hides some."""
+        full = (mask.cumsum(1) - 1).gather(1, self.columns.to(mask.device))
+        return full.masked_fill(self._mask().to(mask.device) == 0, 0)
 
     def answered(self, sequences: Tensor, held: int) -> ShortConversation:
         """The same conversation with what was generated: `sequences` `[B * C, M]`, whose C copies are neighbours.
@@ -369,18 +382,49 @@ class ShortConversation(Conversation):
         return torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
 
 
+class Stage(NamedTuple):
+    """What a prompt has from one layer of the language model on.
+
+    Attributes
+    ----------
+    layer : int
+        r, the layer that pruned.
+    kept : int
+        S, the columns of the shortened prompt.
+    valid : Tensor[B, S], bool, or None
+        Which of them are not hidden by the mask; None if all are.
+    """
+
+    layer: int
+    kept: int
+    valid: Tensor | None
+
+    def mask(self, after: Tensor) -> Tensor:
+        """The mask `[B, S + T]` bool of the shortened prompt and `after` `[B, T]`."""
+        return _extended(self.valid, self.kept, after)
+
+
+def _extended(valid: Tensor | None, length: int, after: Tensor) -> Tensor:
+    before = after.new_ones(len(after), length) if valid is None else valid.to(after.device)
+    return torch.cat([before, after], 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class PrunedConversation(Conversation):
     """A conversation whose prompt was pruned inside the language model.
 
     Attributes
     ----------
-    layer, length, kept : int
-        r, the layer that pruned; L and S, the columns of the full and of the shortened prompt.
+    stages : tuple of Stage
+        In the order of their layers.
+    length : int
+        L, the columns of the full prompt in the caller's masks.
+    entered : int
+        M, the columns that entered the language model; L unless the prompt was shortened before it.
     compact : bool
-        Whether layers before r have S columns as well.
-    valid, real : Tensor[B, S] and Tensor[B, L], bool, or None
-        Which columns of the shortened and of the full prompt are not hidden by the mask; None if all are.
+        Whether all layers have as many columns of the prompt as those of the last stage.
+    real : Tensor[B, M], bool, or None
+        Which of the columns that entered are not hidden by the mask; None if all are.
     position : Tensor[B, 1], int64
         Of the first token after the prompt.
     method : Method or None
@@ -389,24 +433,41 @@ class PrunedConversation(Conversation):
         For `method`: which columns are image tokens.
     keep : Tensor[B], int64, or None
         For `method`: how many of them each row sees.
+    short : ShortConversation or None
+        If the prompt was shortened before the language model, too: what `generate()` needs to know for a further turn.
     """
 
-    layer: int
+    stages: tuple[Stage, ...]
     length: int
-    kept: int
+    entered: int
     compact: bool
-    valid: Tensor | None
     real: Tensor | None
     position: Tensor
     method: Any = None
     is_image: Tensor | None = None
     keep: Tensor | None = None
+    short: ShortConversation | None = None
 
     @property
     def num_rows(self) -> int:
         return len(self.position)
 
-    def extended_mask(self, after: Tensor) -> Tensor:
-        """The mask `[B, S + T]` bool of the shortened prompt and `after` `[B, T]`."""
-        before = after.new_ones(len(after), self.kept) if self.valid is None else self.valid.to(after.device)
-        return torch.cat([before, after], 1)
+    @property
+    def held(self) -> int:
+        """The columns of the prompt that the first layer holds."""
+        return self.stages[-1].kept if self.compact else self.entered
+
+    def of_rows(self, rows: Tensor) -> PrunedConversation:
+        stages = tuple(
+            each if each.valid is None else each._replace(valid=each.valid[rows.to(each.valid.device)])
+            for each in self.stages
+        )
+        short = self.short and self.short.of_rows(rows)
+        return dataclasses.replace(super().of_rows(rows), stages=stages, short=short)
+
+    def up_to(self, held: int) -> PrunedConversation:
+        return dataclasses.replace(self, short=self.short and self.short.up_to(held - self.held + self.entered))
+
+    def full_mask(self, after: Tensor) -> Tensor:
+        """The mask `[B, M + T]` bool of the prompt that entered the language model and `after` `[B, T]`."""
+        return _extended(self.real, self.entered, after)

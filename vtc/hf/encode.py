@@ -17,8 +17,8 @@ from vtc.hf import names
 from vtc.hf.attention import ClsScores
 from vtc.hf.settings import IMAGES, NAME, Settings
 from vtc.hf.towers import tower_of
-from vtc.methods import Tokens, VisionOutputs
-from vtc.plan import Plan
+from vtc.methods import Question, Tokens, VisionOutputs
+from vtc.plan import Plan, patch_size
 
 _NOTHING: Mapping[str, Any] = {}
 # The scores of the pass that runs in this context; hooks of a pass in another thread leave them alone.
@@ -47,15 +47,33 @@ class Selection(NamedTuple):
 
 
 def run_tower(
-    settings: Settings, views: Tensor, plan: Plan, tower_arguments: Mapping[str, Any] = _NOTHING
+    settings: Settings,
+    views: Tensor,
+    plan: Plan,
+    tower_arguments: Mapping[str, Any] = _NOTHING,
+    question: Question | None = None,
 ) -> tuple[VisionOutputs, list[str]]:
     """Run the vision tower on views `[T, 3, height, width]`, with more arguments of its `forward`.
 
-    Returns the outputs that the method needs, and the operations that computed the scores.
+    Returns the outputs that the method needs, and the operations that computed the scores. `question` is that of each
+    view, if the method needs it.
+
+    Raises
+    ------
+    ValueError
+        If the method needs the question and there is none, or the tower does not do what the method needs.
     """
     base, tower, needs = settings.base, settings.base.vision_tower, plan.method.required
+    if needs.question and question is None:
+        raise ValueError(
+            f"method {plan.method.name!r} selects patches by the question, and pixels alone have none; pass all of the "
+            "processor's inputs to generate(), forward() or vtc.select(model, inputs)"
+        )
     spec = tower_of(tower.config)
     scores = _scores(spec.attentions_of(tower), plan, spec.cls)
+    grid = plan.method.view_grid(plan.grid, plan.num_kept)
+    if grid != plan.grid:
+        views, tower_arguments = _resized(settings, views, plan, grid, tower_arguments)
     states = _hidden_states(tower, views, plan, scores, tower_arguments)
     features = states[0] if len(states) == 1 else torch.cat(states, -1)
     has_cls = spec.cls
@@ -65,13 +83,28 @@ def run_tower(
         features = base.vision_resampler(features)  # expects square frames, too
     query = scores.query if needs.query else None
     pixels = views if needs.pixels else None
-    outputs = VisionOutputs(
-        features, plan.grid, scores.cls_probs, scores.keys, query, pixels, has_cls, received=scores.received
+    vision = VisionOutputs(
+        features, grid, scores.cls_probs, scores.keys, query, pixels, has_cls, received=scores.received
     )
     if needs.projected:  # to choose by; the features are those of the kept tokens, which are projected again
         with torch.no_grad():
-            outputs = outputs._replace(projected=base.multi_modal_projector(outputs.patches))
-    return outputs, scores.ops
+            vision = vision._replace(projected=base.multi_modal_projector(vision.patches))
+    if question is not None and needs.question:  # the language model may be on another device
+        ids, is_text = question.ids.to(features.device), question.is_text.to(features.device)
+        vision = vision._replace(question=Question(question.embeddings.to(features), ids, is_text))
+    return vision, scores.ops
+
+
+def _resized(
+    settings: Settings, views: Tensor, plan: Plan, grid: tuple[int, int], tower_arguments: Mapping[str, Any]
+) -> tuple[Tensor, Mapping[str, Any]]:
+    """Views that have `grid` tokens, and the arguments with which the tower takes views of that size."""
+    config = settings.base.vision_tower.config
+    size = [tokens * plan.pool * patch for tokens, patch in zip(grid, patch_size(config), strict=True)]
+    # Contiguous: else PyTorch's memory format, and with it the order of the sums, would depend on the batch.
+    small = torch.nn.functional.interpolate(views.float().contiguous(), size=size, mode="bicubic", antialias=True)
+    option = tower_of(config).interpolation
+    return small.to(views.dtype), {**tower_arguments, option: True} if option else tower_arguments
 
 
 def _scores(attentions: list[Any], plan: Plan, cls: bool) -> ClsScores:
@@ -153,14 +186,18 @@ def _without_hooks(tower: Any) -> str:
 
 
 def reduce(
-    settings: Settings, views: Tensor, plan: Plan, tower_arguments: Mapping[str, Any] = _NOTHING
+    settings: Settings,
+    views: Tensor,
+    plan: Plan,
+    tower_arguments: Mapping[str, Any] = _NOTHING,
+    question: Question | None = None,
 ) -> tuple[Tokens, list[int]]:
     """Encode views `[T, 3, height, width]`: the reduced tokens before the projector, and how many each view has.
 
     An adaptive method synchronises with the device once here, to read the counts: the host needs them to shorten the
     prompt.
     """
-    vision, used = run_tower(settings, views, plan, tower_arguments)
+    vision, used = run_tower(settings, views, plan, tower_arguments, question)
     tokens = plan.method.reduce(vision, plan.num_kept)
     if tokens.features.shape[:2] != (len(views), plan.num_outputs):
         raise ValueError(
@@ -175,9 +212,9 @@ def reduce(
     return tokens, counts
 
 
-def select(settings: Settings, views: Tensor, plan: Plan) -> Selection | None:
+def select(settings: Settings, views: Tensor, plan: Plan, question: Question | None = None) -> Selection | None:
     """The patches kept of views `[T, 3, height, width]`, or None if the method selects no patches."""
-    tokens, _ = reduce(settings, views, plan)
+    tokens, _ = reduce(settings, views, plan, question=question)
     if tokens.indices is None or tokens.scores is None:
         return None
     indices, counts = tokens.indices, tokens.counts
@@ -198,8 +235,9 @@ def count(settings: Settings, plan: Plan, used: list[str], images: int, before: 
     if (run := settings.run) is None:
         IMAGES[settings.base] = IMAGES.get(settings.base, 0) + images
         return
-    run.tokens_before, run.tokens_after = before, after
-    run.images += images
+    first = (plan.config.prune_after, after)
+    stages = (first, *plan.config.schedule[1:]) if plan.config.schedule else (first,)
+    run.count_images(images, before, stages, settings.base.language_model.config.num_hidden_layers)
     device, backend = settings.base.vision_tower.device, plan.config.backend
     run.backend = {op: ops.backend_for(op, device, backend)[0] for op in operations(plan, used)}
 
@@ -208,9 +246,12 @@ def operations(plan: Plan, used: list[str]) -> list[str]:
     """The operations that a plan runs, of which `used` score the tower's layers."""
     ranked = () if plan.method.prunes_only_language() else used
     own = plan.method.operations
+    inside = plan.config.prunes_inside
     if plan.method.only_ranks() and (plan.config.prune_after or not plan.num_kept):
         own = ("topk", "compact")  # tokens are gathered later: after a layer, or from all tiles
     elif plan.method.joint and not plan.num_kept:
         own = (*own, "topk")  # of an image's placeholders those that stay
-    last = ("compact_kv",) if plan.config.prune_after and plan.config.kept_kv == "compact" else ()
+    elif inside and not plan.method.prunes_only_language():
+        own = (*own, "topk", "compact")
+    last = ("compact_kv",) if inside and plan.config.kept_kv == "compact" else ()
     return list(dict.fromkeys((*ranked, *own, *last)))

@@ -9,6 +9,7 @@ positions, caches, beams and decoding need no special handling. If tokens are dr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -17,12 +18,12 @@ from typing import Any
 import torch
 
 from vtc.config import VTCConfig
-from vtc.hf import conversation, names, prune, prune_decode, prune_limits
+from vtc.hf import conversation, names, positions, prune, prune_decode, prune_limits
 from vtc.hf.conversation import PrunedConversation, ShortConversation
 from vtc.hf.families import VisualInput
 from vtc.hf.lone_image import LoneImage
 from vtc.hf.prompt import FullPrompt, Prompt, Shortening, require_ids
-from vtc.hf.settings import Settings, is_on, running
+from vtc.hf.settings import Ending, Settings, is_on, running
 from vtc.hf.views import ImageOutputs, read, views_of
 
 Call = dict[str, Any]  # the arguments of a call by name; the KV cache is "cache"
@@ -49,8 +50,11 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
             return stock(**call)  # this model is the assistant of another, which has encoded the images
     settings = _continued(settings, note, images)
     has_beams = (_option(model, call, "num_beams") or 1) > 1
-    if isinstance(note, PrunedConversation) or (images and settings.config.prune_after):
+    inside = isinstance(note, PrunedConversation) or (images and settings.config.prunes_inside)
+    if inside:
         prune_limits.require_generate(settings, call, images, lambda name: _option(model, call, name))
+    pruned, note = (note, note.short) if isinstance(note, PrunedConversation) else (None, note)
+    if inside and (pruned is not None or settings.config.prune_after) and note is None:
         with _uncompiled(model):
             output = stock(**(_encoded(settings, call) if images else call))
         used = names.cache_of(output) if cache is None else cache
@@ -66,8 +70,12 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
     full: Any = call["input_ids"]
     if call.get("attention_mask") is None:
         call["attention_mask"] = _inferred_mask(model, call)
-    goes_on = running(settings) if note else contextlib.nullcontext()
-    call, note, _ = _shortened(settings, call, note)
+    past = note
+    call, note, _, last = _shortened(settings, call, past)
+    if last is not None:  # transformers goes on after the last position that it is given
+        ending = Ending(note.short_length - 1, call["position_ids"][:, -1:])
+        settings = settings._replace(ending=ending)
+        call["position_ids"] = torch.cat([call["position_ids"][:, :-1], last], 1)
     prompt = FullPrompt(full, call["input_ids"].shape[1])
     prompt.wrap(call)
     limit = _option(model, call, "max_length")
@@ -77,13 +85,26 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
         counts_new = name == "max_length" and _option(model, call, "max_new_tokens") is not None
         if (limit := _option(model, call, name)) and not counts_new:
             call[name] = max(limit - full.shape[1] + prompt.short_length, 0)
-    with conversation.filling(cache), goes_on:
+    with conversation.filling(cache), contextlib.ExitStack() as goes_on:
+        if inside:
+            goes_on.enter_context(_uncompiled(model))
+        if (past and not inside) or settings.ending:
+            goes_on.enter_context(running(settings))
+        if pruned is not None:  # in this call masks are in the columns that entered the language model
+            conversation.leave(cache, dataclasses.replace(pruned, length=pruned.entered, short=None))
         output = stock(**call)
     is_tensor = isinstance(output, torch.Tensor)
     sequences = prompt.restore(output if is_tensor else output.sequences)
     used = names.cache_of(output) if cache is None else cache
     if used is not None:
-        conversation.leave(used, None if has_beams else note.answered(sequences, conversation.length_of(used)))
+        began = pruned or conversation.read(used)
+        if isinstance(began, PrunedConversation):
+            length = pruned.length if pruned is not None else full.shape[1]
+            held = conversation.length_of(used) - began.held + began.entered
+            answered: Any = dataclasses.replace(began, length=length, short=note.answered(sequences, held))
+        else:
+            answered = note.answered(sequences, conversation.length_of(used))
+        conversation.leave(used, None if has_beams else answered)
     if is_tensor:
         return sequences
     output.sequences = sequences
@@ -111,7 +132,8 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
     if images and not pixels:
         _require_own(settings, call["mm_encoder_outputs"], note)
     settings, run = _continued(settings, note, images), settings.run
-    if isinstance(note, PrunedConversation) or (images and settings.config.prune_after):
+    inside_too = pixels and not settings.config.prune_after
+    if isinstance(note, PrunedConversation) or (images and settings.config.prunes_inside and not inside_too):
         if images:
             return prune.prefill(stock, settings, _encoded(settings, call) if pixels else call)
         outputs = prune_decode.decode(stock, settings, call, note)  # type: ignore[arg-type]
@@ -125,6 +147,8 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
         return outputs
     if run and images and ids is not None and not settings.config.compresses:
         run.count_prompt(ids.shape[1], ids.shape[1])
+    if images and not pixels and settings.config.positions == "original":  # a shortened prompt, from our generate()
+        call = positions.one_sample(settings, call)
     outputs = stock(**call)
     if run and images and (cache := names.cache_of(outputs)) is not None:
         run.count_cache(cache)
@@ -136,12 +160,17 @@ def _forward_images(stock: Stock, settings: Settings, call: Call) -> Any:
     if conversation.length_of(call.get("cache")):
         raise ValueError("images on top of a cache need the whole conversation; use generate()")
     returns_tuple = call.pop("return_dict", settings.base.config.return_dict) is False
-    call, note, shortening = _shortened(settings, call, None, in_forward=True)
-    outputs = stock(**call, return_dict=True)
+    note: Any
+    call, note, shortening, _ = _shortened(settings, call, None, in_forward=True)
+    inside, call = settings.config.prunes_inside, call | {"return_dict": True}
+    outputs = prune.prefill(stock, settings, call) if inside else stock(**call)
     cache = names.cache_of(outputs)
     if cache is not None:
+        pruned = conversation.read(cache) if inside else None
+        if isinstance(pruned, PrunedConversation):
+            note = dataclasses.replace(pruned, length=note.length, short=note)
         conversation.leave(cache, note)
-        if settings.run:
+        if settings.run and not inside:
             settings.run.count_cache(cache)
     if shortening:
         shortening.spread_outputs(outputs)
@@ -160,8 +189,8 @@ def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> A
     outputs = stock(**call)
     if settings.run is not None and not torch.compiler.is_compiling():
         features = outputs[1] if isinstance(outputs, tuple) else outputs.pooler_output
-        settings.run.images += len(features)
-        settings.run.tokens_before = settings.run.tokens_after = len(features[-1])
+        tokens, layers = len(features[-1]), settings.base.language_model.config.num_hidden_layers
+        settings.run.count_images(len(features), tokens, ((0, tokens),), layers)
     return outputs
 
 
@@ -235,8 +264,11 @@ def _warn_of_settings(before: str, now: str) -> None:
 
 def _shortened(
     settings: Settings, call: Call, past: ShortConversation | None, in_forward: bool = False
-) -> tuple[Call, ShortConversation, Shortening | None]:
+) -> tuple[Call, ShortConversation, Shortening | None, torch.Tensor | None]:
     """Encode the images of `call` and shorten its prompt: the arguments for transformers, and the note for the cache.
+
+    Then what of the prompt stays; and the position `[B, 1]` of its last token, if that may not stay and nevertheless
+    counts.
 
     In a further turn of `generate()`, the columns that the cache already holds come first. `past` is its conversation,
     or None if the cache holds nothing that was compressed.
@@ -245,7 +277,8 @@ def _shortened(
     ids: torch.Tensor = call["input_ids"]
     mask: Any = call.get("attention_mask")
     _require_tensor(call, "attention_mask")
-    positions, cache = call.get("position_ids"), call.get("cache")
+    given, cache = call.get("position_ids"), call.get("cache")
+    original, packed = settings.config.positions == "original", in_forward and _is_packed(settings, call)
     if mask is not None and mask.ndim == 2 and len(mask) == 1:
         mask = mask.expand(len(ids), -1)
     views = views_of(settings, call)
@@ -257,40 +290,52 @@ def _shortened(
         start = past.length + held - past.short_length
         past.require_whole(ids, start)
         _require_pixels(settings, call, start)
-        if positions is not None:
+        if given is not None:
             raise ValueError("position_ids cannot be given for a further turn; leave them to generate()")
     new_mask = None if mask is None else mask[:, start:]
 
     sizes = {token: [n for n, _ in views[visual].counts] for visual, token in tokens.items()}
     prompt = LoneImage.read(ids[:, start:], new_mask, sizes) or Prompt.read(ids[:, start:], new_mask, sizes)
+    for visual, each in views.items():
+        each.ask(prompt, sizes, tokens[visual])
     outputs = {visual.modality: each.encode() for visual, each in views.items()}  # an adaptive method sets the counts
     counts = {token: views[visual].counts for visual, token in tokens.items()}
-    shortening = prompt.shortening(counts, {token: views[visual].kept for visual, token in tokens.items()})
-    short = prompt.shortened(
+    shortening = prompt.shortening(counts, {token: views[visual].kept for visual, token in tokens.items()}, original)
+    shortened = functools.partial(
+        prompt.shortened,
         shortening,
         new_mask,
-        positions,
+        given,
         pad=_padding_token(settings),
         counted=in_forward,
-        packed=in_forward and _is_packed(settings, call),
+        packed=packed,
     )
+    short = shortened(original=original)
     full = ids[:, start:]
     # The note outlives the call, and a caller may use tensors again. What generate() returns replaces `full`.
     if shortening is None:
         short = {name: each.clone() for name, each in short.items()}
     if in_forward:
         full = full.clone()
-    note = ShortConversation.of(full, short, shortening, settings.config)
+    last = prompt.last_position(given, in_forward) if original and shortening is not None else None
+    note = ShortConversation.of(full, short, shortening, settings.config, last)
     if past:
         note = past.followed_by(note, ids, mask, start)
-        short = note.arguments
+        last = None if last is None else note.position - 1
+        short = note.arguments | ({"position_ids": note.positions(mask)} if original else {})
+    if original and note.kept is not None:
+        text = settings.base.language_model.config
+        if packed:
+            short |= positions.several_samples(text, shortened()["position_ids"], settings.base.dtype)
+        if ids.shape[1] > (limit := getattr(text, "max_position_embeddings", ids.shape[1])):
+            positions.warn_of_length(ids.shape[1], limit)
     if settings.run is not None:
         settings.run.count_prompt(ids.shape[1], note.short_length)
     replaced = ("input_ids", "attention_mask", "position_ids")
     call = {name: value for name, value in _without_pixels(settings, call).items() if name not in replaced} | short
     if outputs:
         call["mm_encoder_outputs"] = outputs
-    return call, note, shortening
+    return call, note, shortening, last
 
 
 def _past(

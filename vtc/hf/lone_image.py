@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vtc.hf.prompt import Counts, Kept, Prompt, Shortening, first_tokens
+from vtc.hf.prompt import Counts, Kept, Patches, Prompt, Shortening, placed_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +50,33 @@ class LoneImage:
             return None
         return cls(input_ids, token, first, count)
 
-    def shortening(self, counts: Mapping[int, Counts], kept: Mapping[int, Kept]) -> Shortening | None:
+    @property
+    def images(self) -> dict[int, list[int]]:
+        """As `Prompt.images`."""
+        return {self.token: [1]}
+
+    def text(self, sizes: Mapping[int, Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """As `Prompt.text`."""
+        ids = torch.cat([self.input_ids[:, : self.first], self.input_ids[:, self.first + self.num_placeholders :]], 1)
+        return (ids, torch.ones_like(ids, dtype=torch.bool)) if ids.shape[1] else self._any().text(sizes)
+
+    def shortening(
+        self, counts: Mapping[int, Counts], kept: Mapping[int, Kept], original: bool = False
+    ) -> Shortening | None:
         """As `Prompt.shortening`."""
         ((tokens, count),) = counts[self.token]
         if tokens == count:
             return None
-        length = self.input_ids.shape[1]
+        own, length, device = kept[self.token], self.input_ids.shape[1], self.input_ids.device
         # Without the ids: whoever passed them may overwrite them before `stays` is made.
-        stays = functools.partial(_stays, kept[self.token], self.first, tokens, count, length, self.input_ids.device)
-        return Shortening(stays, length - tokens + count, length - tokens + count)
+        stays = functools.partial(_stays, own, self.first, tokens, count, length, device, original)
+        shortening = Shortening(stays, length - tokens + count, length - tokens + count)
+        if original and isinstance(own, Patches) and own.indices.device == device:
+            before, after = (
+                torch.arange(*ends, device=device) for ends in ((self.first,), (self.first + tokens, length))
+            )
+            shortening.columns = torch.cat([before, own.indices[0] + self.first, after])[None]
+        return shortening
 
     def shortened(
         self,
@@ -68,19 +86,27 @@ class LoneImage:
         pad: int = 0,
         counted: bool = False,
         packed: bool = False,
+        original: bool = False,
     ) -> dict[str, Tensor]:
         """As `Prompt.shortened`."""
         if shortening is None or position_ids is not None or packed:
-            return self._any().shortened(shortening, mask, position_ids, pad, counted, packed)
+            return self._any().shortened(shortening, mask, position_ids, pad, counted, packed, original)
         ids, length = self.input_ids, shortening.longest
         after = ids.shape[1] - self.first - self.num_placeholders
         image = ids[:, self.first : self.first + 1].expand(1, length - self.first - after)
         short = {"input_ids": torch.cat([ids[:, : self.first], image, ids[:, ids.shape[1] - after :]], 1)}
-        if mask is not None:
-            short["attention_mask"] = mask.new_ones((1, length))
-            if counted:
-                short["position_ids"] = torch.arange(length, device=ids.device)[None]
+        if mask is not None or original:
+            short["attention_mask"] = (ids if mask is None else mask).new_ones((1, length))
+        if original:  # without padding, a column is the position
+            short["position_ids"] = shortening.columns
+        elif mask is not None and counted:
+            short["position_ids"] = torch.arange(length, device=ids.device)[None]
         return short
+
+    def last_position(self, given: Tensor | None, counted: bool) -> Tensor | None:
+        """As `Prompt.last_position`."""
+        ends_in_text = self.first + self.num_placeholders < self.input_ids.shape[1]
+        return None if ends_in_text else self._any().last_position(given, counted)
 
     def _any(self) -> Prompt:
         """The same prompt, as a `Prompt`."""
@@ -94,11 +120,13 @@ def _goes_with(mask: Tensor, input_ids: Tensor) -> bool:
     return mask.shape == input_ids.shape and mask.device == input_ids.device and not mask.is_floating_point()
 
 
-def _stays(kept: Kept, first: int, tokens: int, count: int, length: int, device: torch.device) -> Tensor:
+def _stays(
+    kept: Kept, first: int, tokens: int, count: int, length: int, device: torch.device, original: bool
+) -> Tensor:
     """`Shortening.stays` `[1, L]` of an image of `tokens` placeholders, from column `first` on."""
     flat = kept() if callable(kept) else kept
     if flat is None or flat.is_meta:  # which patches are kept is unknown
-        flat = first_tokens(tokens, count)
+        flat = placed_tokens(tokens, count, original)
     stays = torch.ones((1, length), dtype=torch.int64, device=device)
     stays[0, first : first + tokens] = flat.to(device, torch.int64)
     return stays

@@ -17,7 +17,23 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 Counts = Sequence[tuple[int, int]]  # of each image: N placeholders, of which K stay; or K > N tokens
-Kept = Tensor | Callable[[], Tensor] | None  # of each placeholder, image after image, whether it stays
+
+
+@dataclasses.dataclass(eq=False)  # torch.compile asks for a hash before the fields are there
+class Patches:
+    """The patches of images that stay: `indices` `[images, K]` int64, ascending, of `num_tokens` each."""
+
+    indices: Tensor
+    num_tokens: int
+
+    def __call__(self) -> Tensor:
+        """Of each placeholder, image after image, whether it stays: `[images * num_tokens]` bool."""
+        shape = (len(self.indices), self.num_tokens)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.indices.device)
+        return mask.scatter(1, self.indices, True).flatten()
+
+
+Kept = Tensor | Patches | Callable[[], Tensor] | None  # of each placeholder, image after image, whether it stays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +143,21 @@ class Prompt:
                 dropped = dropped[count:]
         return lengths
 
-    def shortening(self, counts: Mapping[int, Counts], kept: Mapping[int, Kept]) -> Shortening | None:
+    def text(self, sizes: Mapping[int, Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """The text of each row without its placeholders and padding, `[B, T]`, left-aligned, and where it is real.
+
+        T is the length of the longest, and at least 1. `sizes` are N of each image, as `read` got them.
+        """
+        length = max(1, *self.lengths({token: [(tokens, 0) for tokens in own] for token, own in sizes.items()}))
+        is_text = ~self.padding
+        for found in self.is_image.values():
+            is_text = is_text & ~found
+        columns = is_text.int().sort(dim=1, descending=True, stable=True).indices[:, :length]
+        return self.input_ids.gather(1, columns), (is_text & self.real).gather(1, columns)
+
+    def shortening(
+        self, counts: Mapping[int, Counts], kept: Mapping[int, Kept], original: bool = False
+    ) -> Shortening | None:
         """Which columns stay: all text, and K of each image's N placeholders. None if every K is N.
 
         Parameters
@@ -135,8 +165,10 @@ class Prompt:
         counts : mapping of int to sequence of (N, K)
             For each placeholder token, of each image.
         kept : mapping of int to Tensor, bool, or a function that makes it, or None
-            For each placeholder token, one value for each of its placeholders, image after image. None: the first K of
-            each image, for methods whose tokens are no patches.
+            For each placeholder token, one value for each of its placeholders, image after image. None, for methods
+            whose tokens are no patches: the first K of each image, or K spread over it.
+        original : bool
+            Whether the columns that stay keep their positions: then tokens that are no patches are spread.
 
         Raises
         ------
@@ -151,7 +183,7 @@ class Prompt:
             flat = flat() if callable(flat) else flat
             if flat is None or flat.is_meta:  # which patches are kept is unknown
                 self._require_whole_images(token, own)
-                flat = torch.cat([first_tokens(*each) for each in own] or [torch.zeros(0)])
+                flat = torch.cat([placed_tokens(*each, original) for each in own] or [torch.zeros(0)])
             stays = stays.masked_scatter(found, flat.to(found.device, stays.dtype))
         lengths = self.lengths(counts)
         return Shortening(stays, max(lengths), min(lengths))
@@ -164,10 +196,13 @@ class Prompt:
         pad: int = 0,
         counted: bool = False,
         packed: bool = False,
+        original: bool = False,
     ) -> dict[str, Tensor]:
         """The shortened `input_ids`, and where needed `attention_mask` and `position_ids`, each `[B, L']`.
 
         Padding gets the token `pad`, mask 0 and position 0. Without a shortening, the arguments are returned unchanged.
+        With `original` there are always positions, and a mask unless samples are `packed`: transformers would take a
+        row without one for several samples, because its positions have gaps.
 
         Parameters
         ----------
@@ -178,6 +213,8 @@ class Prompt:
             Whether to count positions that are not given, as `forward()` does. `generate()` infers them from the mask.
         packed : bool
             Whether the positions start again at each of several samples in a row, and no mask must hide that.
+        original : bool
+            Whether the positions are those in the full prompt.
         """
         given = {"attention_mask": mask, "position_ids": position_ids}
         for name, tensor in given.items():
@@ -193,14 +230,33 @@ class Prompt:
         short["input_ids"] = shortening.take(self.input_ids, pad)
         if mask is not None:
             short["attention_mask"] = shortening.take(mask, 0)
-        elif not (shortening.is_even or packed):
+        elif not packed and (original or not shortening.is_even):
             short["attention_mask"] = shortening.filled.long()
-        if position_ids is not None or (counted and "attention_mask" in short):
+        if original:
+            full = self.full_positions(counted) if position_ids is None else position_ids.expand(self.shape)
+            short["position_ids"] = shortening.take(full, 0)
+        elif position_ids is not None or (counted and "attention_mask" in short):
             short["position_ids"] = self.positions(shortening, position_ids, packed)
-        if packed:  # equal positions are samples of their own, so padding is no part of the row's first sample
+        if (
+            packed and not original
+        ):  # equal positions are samples of their own, so padding is no part of the row's first sample
             first = short["position_ids"].gather(1, shortening.filled.int().argmax(1, keepdim=True))
             short["position_ids"] = torch.where(shortening.filled, short["position_ids"], first)
         return short
+
+    def full_positions(self, counted: bool) -> Tensor:
+        """The positions `[B, L]` of the full prompt where none are given; that of padding is 0.
+
+        `counted`: those of `forward()` for each row alone. Else those of `generate()`, which counts no hidden token.
+        """
+        seen = ~self.padding if counted else self.real
+        return (seen.cumsum(1) - 1).masked_fill(~seen, 0)
+
+    def last_position(self, given: Tensor | None, counted: bool) -> Tensor | None:
+        """That of each row's last token, `[B, 1]`; None if it stays, so that it is in the short prompt, too."""
+        last = self.padding.shape[1] - 1 - (~self.padding).flip(1).int().argmax(1, keepdim=True)
+        full = self.full_positions(counted) if given is None else given.expand(self.shape)
+        return full.gather(1, last)
 
     def positions(self, shortening: Shortening, given: Tensor | None, packed: bool = False) -> Tensor:
         """The positions `[B, L']` of the short prompt: 0, 1, 2, ... in each row, or the `given` ones `[B or 1, L]`.
@@ -329,9 +385,16 @@ class Shortening:
         return self.spread(keys.transpose(1, 2)).transpose(1, 2)
 
 
-def first_tokens(tokens: int, count: int) -> Tensor:
-    """How often each of an image's `tokens` placeholders is there for `count` tokens, [tokens] int64."""
-    stays = (torch.arange(tokens) < count).long()
+def placed_tokens(tokens: int, count: int, spread: bool) -> Tensor:
+    """How often each of an image's `tokens` placeholders is there for `count` tokens, [tokens] int64.
+
+    The first ones are, or with `spread` those at floor((2i + 1) * tokens / (2 * count)) for i = 0, ..., count - 1. Of
+    more tokens than placeholders, those that are left over are at the last one.
+    """
+    numbers = torch.arange(min(count, tokens))
+    if spread and count < tokens:
+        numbers = (2 * numbers + 1) * tokens // (2 * count)
+    stays = torch.zeros(tokens, dtype=torch.int64).index_fill(0, numbers, 1)
     stays[-1:] += max(count - tokens, 0)
     return stays
 

@@ -7,6 +7,9 @@
 With `kv="full"`, layers before r keep the KV of all L columns and later layers have S. With `kv="compact"`, the dropped
 columns are removed from the former too, in one launch after the prefill: the cache has S columns in every layer.
 
+A schedule has several such stages, each with an r and an S of its own. It may have one before the language model, too:
+then the L columns are those of the prompt that was shortened there.
+
 With `reselect=True` of "fastv" nothing is removed, see `vtc.hf.prune_mask`. A note on the cache (`PrunedConversation`)
 tells decoding steps what they need.
 """
@@ -15,16 +18,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from vtc import methods, ops
-from vtc.config import kept_count
+from vtc.config import Stages
 from vtc.hf import conversation
-from vtc.hf.conversation import PrunedConversation
+from vtc.hf.conversation import PrunedConversation, Stage
 from vtc.hf.encode import Selection
 from vtc.hf.names import CACHE, cache_of
 from vtc.hf.prompt import Prompt, Shortening, require_ids
@@ -35,51 +38,81 @@ from vtc.hf.settings import Run, Settings, running
 from vtc.hf.views import plan_of
 
 
+class _Drop(NamedTuple):
+    """One stage: from `layer` on, each image has `keep` of the `tokens` that it had before.
+
+    `indices` `[images, keep]` int64 says which, None if the method selects. Rows then have `shortest` to `longest`
+    columns.
+    """
+
+    layer: int
+    tokens: int
+    keep: int
+    indices: Tensor | None
+    longest: int
+    shortest: int
+
+
 class _Prefill:
-    """The prefill of one prompt, layer by layer."""
+    """The prefill of one prompt, layer by layer.
+
+    An image has `num_tokens` placeholders. `stages` are pairs (layer, K). `selections` has the indices `[images, K]` of
+    the tokens that stay in each, of those before it; None if the method selects by the prompt.
+    """
 
     def __init__(
-        self, settings: Settings, prompt: Prompt, token: int, counts: list[tuple[int, int]], indices: Tensor | None
+        self,
+        settings: Settings,
+        prompt: Prompt,
+        token: int,
+        num_tokens: int,
+        stages: Stages,
+        selections: tuple[Tensor, ...] | None,
     ) -> None:
         self.config, self.text = settings.config, settings.base.language_model.config
         self.method = _method_of(settings)
         self.is_image, self.real, self.padding = prompt.is_image[token], prompt.real, prompt.padding
-        self.is_masked = prompt.is_padded or prompt.hides_images
-        self.images, (self.num_tokens, self.keep) = prompt.images[token], counts[0]
-        self.indices = None if indices is None else _expand_for_beams(indices, self.images)
-        lengths = prompt.lengths({token: counts})
-        self.longest, self.shortest = max(lengths), min(lengths)
+        self.is_masked, self.entered = prompt.is_padded or prompt.hides_images, prompt.real
+        self.drops, images = [], prompt.images[token]
+        before = num_tokens
+        for at, (layer, keep) in enumerate(stages):
+            indices = None if selections is None else _expand_for_beams(selections[at], images)
+            lengths = prompt.lengths({token: [(num_tokens, keep)] * sum(images)})
+            self.drops.append(_Drop(layer, before, keep, indices, max(lengths), min(lengths)))
+            before = keep
         self.last = LastToken(self.real, self.config.backend)
         self.shorter: dict[str, Any] = {}  # the arguments of layers from r on
         self.cache: Any = None
-        self.shortening: Shortening | None = None
-        self.note: PrunedConversation | None = None
+        self.done: list[tuple[Stage, Shortening]] = []
+        self.position: Any = None  # [B, 1] int64: of the first token after the prompt
 
     def before(self, number: int, layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The hidden states that layer `number` gets instead of `hidden`; its `arguments` are changed in place."""
-        if number == self.config.prune_after - 1 and self.indices is None:
-            self.last.read(layer, hidden, arguments)
-        if number == self.config.prune_after:
-            hidden = self._shorten(hidden, arguments)
-        if number >= self.config.prune_after:
-            arguments |= self.shorter
+        if len(self.done) < len(self.drops):
+            drop = self.drops[len(self.done)]
+            if number == drop.layer - 1 and drop.indices is None:
+                self.last.read(layer, hidden, arguments)
+            if number == drop.layer:
+                arguments |= self.shorter
+                hidden = self._shorten(drop, hidden, arguments)
+        arguments |= self.shorter
         return hidden
 
-    def _keep_mask(self, device: torch.device) -> Tensor:
+    def _keep_mask(self, drop: _Drop, device: torch.device) -> Tensor:
         """Which columns `[B, L]` bool stay."""
         is_image, text = self.is_image.to(device), ~self.padding.to(device)
-        if self.indices is not None:
-            return methods.keep_patches(is_image, self.indices.to(device), self.num_tokens) & text
-        scores = self.last.scores(self.cache, self.config.prune_after - 1, self.real)
-        keep = is_image.sum(1) // self.num_tokens * self.keep
+        if drop.indices is not None:
+            return methods.keep_patches(is_image, drop.indices.to(device), drop.tokens) & text
+        scores = self.last.scores(self.cache, drop.layer - 1, self.real)
+        keep = is_image.sum(1) // drop.tokens * drop.keep
         stays: Tensor = self.method.keep_prompt(scores.to(device), is_image, keep)
         return stays & text
 
-    def _shorten(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _shorten(self, drop: _Drop, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         batch, length = hidden.shape[:2]
         self.cache = arguments.get(CACHE)
         is_static(self.cache, self.config.kept_kv == "compact")
-        shortening = Shortening(self._keep_mask(hidden.device).long(), self.longest, self.shortest)
+        shortening = Shortening(self._keep_mask(drop, hidden.device).long(), drop.longest, drop.shortest)
         valid = (
             shortening.take(self.real.to(hidden.device), False) if self.is_masked or not shortening.is_even else None
         )
@@ -87,38 +120,61 @@ class _Prefill:
         cos, sin = (part.expand(batch, -1, -1).to(hidden.device) for part in arguments["position_embeddings"])
         inputs = (hidden, cos, sin, positions)
         hidden, cos, sin, kept = ops.compact(inputs, shortening.columns, backend=self.config.backend)
-        mask = causal_mask(self.text, hidden, valid, self.cache, self.config.prune_after)
+        mask = causal_mask(self.text, hidden, valid, self.cache, drop.layer)
         self.shorter = {"position_embeddings": (cos, sin), "position_ids": kept, "attention_mask": mask}
-        self.note = PrunedConversation(
-            layer=self.config.prune_after,
-            length=length,
-            kept=self.longest,
-            compact=self.config.kept_kv == "compact",
-            valid=valid,
-            real=self.real if self.is_masked else None,
-            position=positions[:, -1:] + 1,
-        )
-        self.shortening = shortening
+        if self.position is None:
+            self.position = positions[:, -1:] + 1
+        self.done.append((Stage(drop.layer, drop.longest, valid), shortening))
+        if len(self.done) < len(self.drops):  # what the next stage has to know of the columns
+            self.is_image = shortening.take(self.is_image.to(hidden.device), False)
+            self.padding = ~shortening.filled.expand(batch, -1)
+            self.real = ~self.padding if valid is None else valid
         return hidden
 
+    @property
+    def columns(self) -> list[int]:
+        """How many columns of the prompt each layer holds after `finish`."""
+        num_layers, kept = self.text.num_hidden_layers, [stage.kept for stage, _ in self.done]
+        if self.config.kept_kv == "compact":
+            return kept[-1:] * num_layers
+        starts = [stage.layer for stage, _ in self.done]
+        held = [self.entered.shape[1], *kept]
+        return [held[sum(start <= number for start in starts)] for number in range(num_layers)]
+
     def finish(self) -> None:
-        """After the last layer: with `kv="compact"` shorten the KV of the layers before r; leave the note."""
+        """After the last layer: with `kv="compact"` shorten the KV of the layers before the last r; leave the note."""
         if self.cache is None:
             return
         if self.config.kept_kv == "compact":
             self._compact_cache()
-        conversation.leave(self.cache, self.note)
+        note = PrunedConversation(
+            stages=tuple(stage for stage, _ in self.done),
+            length=self.entered.shape[1],
+            entered=self.entered.shape[1],
+            compact=self.config.kept_kv == "compact",
+            real=self.entered if self.is_masked else None,
+            position=self.position,
+        )
+        conversation.leave(self.cache, note)
 
     def _compact_cache(self) -> None:
-        length, by_device = self.is_image.shape[1], {}  # type: ignore[var-annotated]
-        if self.shortening is None:
-            raise RuntimeError("the layer that prunes did not run")
-        for layer in self.cache.layers[: self.config.prune_after]:
+        """Shorten what the layers before each stage hold to the columns of the last one."""
+        columns: Tensor | None = None
+        for number in reversed(range(len(self.done))):
+            stage, shortening = self.done[number]
+            columns = shortening.columns if columns is None else shortening.columns.gather(1, columns)
+            first, length = (self.done[number - 1][0].layer, self.done[number - 1][0].kept) if number else (0, 0)
+            self._compact_layers(self.cache.layers[first : stage.layer], length or self.entered.shape[1], columns)
+
+    def _compact_layers(self, own: Any, length: int, columns: Tensor) -> None:
+        """Keep these `columns` `[B, S]` of the `length` of the prompt that the layers hold."""
+        by_device: dict[torch.device, list[Any]] = {}
+        for layer in own:
             by_device.setdefault(layer.keys.device, []).append(layer)
         for device, layers in by_device.items():
             tensors = [[tensor[:, :, :length] for tensor in (layer.keys, layer.values)] for layer in layers]
             keys, values = zip(*tensors, strict=True)
-            short = ops.compact_kv(keys, values, self.shortening.columns.to(device), backend=self.config.backend)
+            short = ops.compact_kv(keys, values, columns.to(device), backend=self.config.backend)
             for layer, key, value in zip(layers, *short, strict=True):
                 if type(layer) is DynamicLayer:
                     layer.keys, layer.values = key, value
@@ -215,7 +271,7 @@ def _expand_for_beams(indices: Tensor, images: list[int]) -> Tensor:
 
 @functools.partial(torch.compiler.disable, reason="hooks on layers; use prune_layer=0 to compile forward()")
 def prefill(stock: Callable[..., Any], settings: Settings, call: dict[str, Any]) -> Any:
-    """Run the `forward` of the model without a head on a prompt with encoded images, pruned after layer `prune_after`.
+    """Run the `forward` of the model without a head on a prompt with encoded images, pruned inside it.
 
     Returns
     -------
@@ -234,29 +290,32 @@ def prefill(stock: Callable[..., Any], settings: Settings, call: dict[str, Any])
             "conversation and all of its images"
         )
     outputs = call["mm_encoder_outputs"][visual.modality]
-    indices = getattr(outputs, "kept_indices", None)
-    if indices is None and not methods.class_of(config.method).prunes_only_language():
+    selections = getattr(outputs, "selections", None)
+    if selections is None and not methods.class_of(config.method).prunes_only_language():
         raise ValueError("got mm_encoder_outputs, but VTC has to encode the images itself; pass pixel_values")
     sizes = [len(features) for features in outputs.pooler_output]
-    keep = kept_count(config, sizes[0])
-    if keep == sizes[0] and not isinstance(settings.run, _Selecting):
+    stages = tuple(stage for stage in config.stages(sizes[0]) if stage[0])
+    if stages[0][1] == sizes[0] and not isinstance(settings.run, _Selecting):
+        stages, selections = stages[1:], selections and selections[1:]
+    if not stages:
         return stock(**call)
     token, static = getattr(base.config, visual.token), bool(getattr(cache, "is_compileable", False))
     prompt = Prompt.read(call["input_ids"], call.get("attention_mask"), {token: sizes}, static)
     returns_tuple = call.pop("return_dict", base.config.return_dict) is False
     if config.reselects:
-        kept = torch.tensor(prompt.images[token], device=prompt.input_ids.device) * keep
+        kept = torch.tensor(prompt.images[token], device=prompt.input_ids.device) * stages[0][1]
         result = _prefill_masked(stock, settings, call, prompt, prompt.is_image[token], kept)
         return result.to_tuple() if returns_tuple else result
-    pruning = _Prefill(settings, prompt, token, [(size, keep) for size in sizes], indices)
+    pruning = _Prefill(settings, prompt, token, sizes[0], stages, selections)
     with hooked(base.language_model.layers, pruning):
         result = stock(**call, return_dict=True, **{ARGUMENT: pruning})
     pruning.finish()
-    if pruning.shortening is not None:
-        pruning.shortening.spread_outputs(result, config.prune_after)
+    for stage, shortening in reversed(pruning.done):
+        shortening.spread_outputs(result, stage.layer)
     if settings.run is not None:
-        settings.run.count_prompt(prompt.shape[1], pruning.longest)
-        settings.run.count_cache(cache_of(result), config.prune_after if config.kept_kv == "full" else 0)
+        before = prompt.shape[1] if config.prune_after else settings.run.prompt_before  # shortened already
+        settings.run.count_prompt(before or prompt.shape[1], pruning.drops[-1].longest)
+        settings.run.count_cache(cache_of(result), pruning.columns)
     return result.to_tuple() if returns_tuple else result
 
 
@@ -277,11 +336,10 @@ def _prefill_masked(
     cache, real = cache_of(result), prompt.real if prompt.is_padded or prompt.hides_images else None
     if cache is not None:
         note = PrunedConversation(
-            layer=config.prune_after,
+            stages=(Stage(config.prune_after, length, real),),
             length=length,
-            kept=length,
+            entered=length,
             compact=False,
-            valid=real,
             real=real,
             position=masking.position,
             method=method,

@@ -16,28 +16,39 @@ from vtc.hf.settings import Settings
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2")  # by model_type; their layers are alike
 
 
+def asked(config: VTCConfig) -> str:
+    """What of `config` prunes inside the language model, as text."""
+    return f"prune_layer={config.prune_after}" if config.schedule is None else f"schedule={list(config.schedule)}"
+
+
+def instead(config: VTCConfig) -> str:
+    """What prunes before the language model instead, as text."""
+    return "use prune_layer=0" if config.schedule is None else "use keep and no schedule"
+
+
 def require(language_model: Any, config: VTCConfig) -> None:
-    """Raise ValueError if `language_model` cannot be pruned after layer `config.prune_after`."""
-    text = language_model.config
+    """Raise ValueError if `language_model` cannot be pruned after the layers that `config` says."""
+    text, layers = language_model.config, language_model.config.num_hidden_layers
     if text.model_type not in LANGUAGE_MODELS:
         raise ValueError(
-            f"prune_layer={config.prune_after} needs a language model of type {', '.join(LANGUAGE_MODELS)}, got "
-            f"{text.model_type!r}; use prune_layer=0 and a method that prunes before the language model"
+            f"{asked(config)} needs a language model of type {', '.join(LANGUAGE_MODELS)}, got {text.model_type!r}; "
+            f"{instead(config)} and a method that prunes before the language model"
         )
     if getattr(text, "sliding_window", None) is not None:
         raise ValueError(
-            f"prune_layer={config.prune_after} needs layers that attend to everything, but this language model has "
-            f"sliding_window={text.sliding_window}; use prune_layer=0"
+            f"{asked(config)} needs layers that attend to everything, but this language model has "
+            f"sliding_window={text.sliding_window}; {instead(config)}"
         )
-    if not 0 < config.prune_after < text.num_hidden_layers:
+    last = config.schedule[-1][0] if config.schedule else config.prune_after
+    if not 0 < last < layers:
         raise ValueError(
-            f"prune_layer={config.prune_after} leaves no layer to prune for: the language model has "
-            f"{text.num_hidden_layers}; use 1 to {text.num_hidden_layers - 1}, or 0 to prune before it"
+            f"{asked(config)} leaves no layer to prune for: the language model has {layers}; use 1 to {layers - 1}, or "
+            "0 to prune before it"
         )
     if language_model.training and getattr(language_model, "gradient_checkpointing", False):
         raise ValueError(
             "gradient checkpointing runs layers again without the pruning of the first time; use "
-            "model.gradient_checkpointing_disable(), or prune_layer=0"
+            "model.gradient_checkpointing_disable(), or prune before the language model only"
         )
 
 
@@ -56,9 +67,8 @@ def require_generate(settings: Settings, call: dict[str, Any], images: bool, opt
     if conversation.length_of(cache):
         if note is None:
             raise ValueError(
-                f"a further turn with images cannot be pruned inside the language model, got "
-                f"prune_layer={config.prune_after}; use prune_layer=0, or start without the cache, with the whole "
-                "conversation and all its images"
+                f"a further turn with images cannot be pruned inside the language model, got {asked(config)}; "
+                f"{instead(config)}, or start without the cache, with the whole conversation and all its images"
             )
         if images or not isinstance(note, PrunedConversation) or note.compact:
             raise ValueError(
@@ -71,12 +81,15 @@ def require_generate(settings: Settings, call: dict[str, Any], images: bool, opt
     require_ids(call)
     if option("use_cache") is False and config.kept_kv == "compact":
         raise ValueError(
-            f'method={config.name!r} with kv="compact" and prune_layer={config.prune_after} drops tokens once, when '
-            'the prompt is read, and needs the cache to remember; use use_cache=True, or kv="full"'
+            f'method={config.name!r} with kv="compact" and {asked(config)} drops tokens once, when the prompt is read, '
+            'and needs the cache to remember; use use_cache=True, or kv="full"'
         )
     for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):
         if call.get(name) is not None or option(name):
-            raise ValueError(f"prune_layer > 0 needs the whole prompt at once, then one token at a time; unset {name}")
+            raise ValueError(
+                "pruning inside the language model needs the whole prompt at once, then one token at a time; unset "
+                f"{name}"
+            )
 
 
 def is_static(cache: Any, compact: bool) -> bool:
@@ -84,10 +97,10 @@ def is_static(cache: Any, compact: bool) -> bool:
     kinds = {type(layer) for layer in getattr(cache, "layers", ())}
     if getattr(cache, "offloading", False) or not kinds <= {DynamicLayer, StaticLayer} or len(kinds) > 1:
         raise ValueError(
-            f"prune_layer > 0 works with a DynamicCache or a StaticCache of plain layers, got {type(cache).__name__} "
-            f"of {', '.join(sorted(kind.__name__ for kind in kinds))}"
+            "pruning inside the language model works with a DynamicCache or a StaticCache of plain layers, got "
+            f"{type(cache).__name__} of {', '.join(sorted(kind.__name__ for kind in kinds))}"
             f"{', offloaded' if getattr(cache, 'offloading', False) else ''}; leave the cache and "
-            "cache_implementation out, or use prune_layer=0"
+            "cache_implementation out, or prune before the language model only"
         )
     static = kinds == {StaticLayer}
     if static and not compact:

@@ -13,13 +13,13 @@ import dataclasses
 import functools
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 
-from vtc.config import SHARED, VTCConfig
+from vtc.config import SHARED, Stages, VTCConfig, token_layers
 from vtc.hf.families import TILES, Family, family_of
 from vtc.methods import METHODS, Method
 
@@ -33,10 +33,14 @@ class Run:
     """What happened inside one `vtc.compress` block. Cache bytes are those of the latest prompt, after its prefill.
 
     Tokens are those of one image. If images keep different numbers, they are the rounded mean over the latest call.
+    `tokens_after` are those of the last stage, and `token_layers` the mean over the language model's `layers`; see
+    `vtc.config.token_layers`.
     """
 
     tokens_before: int | None = None
     tokens_after: int | None = None
+    token_layers: float | None = None
+    layers: int | None = None
     images: int = 0
     prompt_before: int | None = None
     prompt_after: int | None = None
@@ -49,6 +53,8 @@ class Run:
         if not self.images:
             return "no image was encoded"
         lines = [f"{self.tokens_before} -> {self.tokens_after} visual tokens per image, {self.images} image(s)"]
+        if self.token_layers is not None and self.token_layers != self.tokens_after:
+            lines[0] += f"; {self.token_layers:.1f} on average over the {self.layers} layers of the language model"
         if self.prompt_before:
             lines.append(f"{self.prompt_before} -> {self.prompt_after} tokens in the latest prompt")
         if self.kv_bytes_before and self.kv_bytes_after:
@@ -57,20 +63,42 @@ class Run:
             lines.append("backend: " + ", ".join(f"{op} {choice}" for op, choice in self.backend.items()))
         return "\n".join(lines)
 
+    def count_images(self, images: int, before: int, stages: Stages, layers: int) -> None:
+        """Count images of `before` tokens each, of which so many stay from each stage on; see `VTCConfig.stages`."""
+        self.images += images
+        self.tokens_before, self.tokens_after, self.layers = before, stages[-1][1], layers
+        self.token_layers = token_layers(before, stages, layers)
+
     def count_prompt(self, before: int, after: int) -> None:
         """Note the length of a prompt as the caller passed it, and as the language model reads it."""
         self.prompt_before, self.prompt_after = before, after
 
-    def count_cache(self, cache: Any, full: int = 0) -> None:
+    def count_cache(self, cache: Any, columns: Sequence[int] = ()) -> None:
         """Count the prompt's bytes from the tensors `[B, H_kv, M, D]` that the prefill left in `cache`.
 
-        The first `full` layers hold the prompt at its full length.
+        `columns` are those of the prompt that each layer holds; by default all hold the prompt as it was read.
         """
         tensors = [(layer.keys, layer.values) for layer in getattr(cache, "layers", ())]
         per_token = [sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in pair) for pair in tensors]
         before, after = self.prompt_before or 0, self.prompt_after or 0
         self.kv_bytes_before = sum(per_token) * before
-        self.kv_bytes_after = sum(per_token[:full]) * before + sum(per_token[full:]) * after
+        columns = columns or [after] * len(per_token)
+        self.kv_bytes_after = sum(own * held for own, held in zip(per_token, columns, strict=False))
+
+
+class Ending(NamedTuple):
+    """Where a prompt that `generate()` has shortened ends, for calls inside.
+
+    Attributes
+    ----------
+    column : int
+        Of its last token.
+    position : Tensor[B, 1], int64
+        Of that token, in place of the position of the full prompt's last one, which transformers is given instead.
+    """
+
+    column: int
+    position: torch.Tensor
 
 
 class Opening:
@@ -93,6 +121,7 @@ class Block(NamedTuple):
     opening: Opening
     config: VTCConfig
     run: Run
+    ending: Ending | None = None
 
 
 _BLOCKS: ContextVar[tuple[Block, ...]] = ContextVar("vtc_blocks")  # of this context, the innermost last
@@ -134,25 +163,30 @@ class Settings(NamedTuple):
     config : VTCConfig
     run : Run or None
         Of the open block.
+    ending : Ending or None
+        Of the prompt of an open `generate()`, if it has one.
     """
 
     base: Any
     family: Family
     config: VTCConfig
     run: Run | None = None
+    ending: Ending | None = None
 
     @classmethod
     def of(cls, model: Any) -> Settings:
         """The settings of `model`, a LLaVA with or without a head."""
         base = model.base_model
         if block := block_of(base):
-            return cls(base, family_of(base), block.config, block.run)
+            return cls(base, family_of(base), block.config, block.run, block.ending)
         return cls(base, family_of(base), stored(base))
 
     @property
     def budget(self) -> str:
         """How images are compressed, as text for the note on a cache."""
         size = f"keep={self.config.keep}" if self.config.ratio is None else f"ratio={self.config.ratio}"
+        if self.config.schedule is not None:
+            size = f"schedule={list(self.config.schedule)}"
         return f"method={self.config.name!r}, {size}"
 
 
@@ -170,8 +204,10 @@ def stored(base: Any) -> VTCConfig:
     if own is not None and given.get("method") == own.name:
         given = {name: given[name] for name in SHARED if name in given} | {"method": own}
     try:
-        if _SCALARS.issuperset(map(type, given.values())) and not torch.compiler.is_compiling():
-            return _checked(METHODS.get(given.get("method", "vtc-cls")), **given)  # type: ignore[arg-type]
+        # A saved config holds lists where there were tuples.
+        values = {name: _tuples(value) for name, value in given.items()}
+        if all(map(_is_key, values.values())) and not torch.compiler.is_compiling():
+            return _checked(METHODS.get(values.get("method", "vtc-cls")), **values)  # type: ignore[arg-type]
         return VTCConfig.of(**given)
     except ValueError as error:
         known = given.get("method", "vtc-cls") in METHODS
@@ -184,9 +220,21 @@ def stored(base: Any) -> VTCConfig:
 _SCALARS = frozenset((bool, int, float, str, type(None)))
 
 
+def _tuples(value: Any) -> Any:
+    """`value`, with tuples in place of lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _is_key(value: Any) -> bool:
+    """Whether equal values of its type are the same: a scalar, or integers in tuples. 1.0 and True equal 1, too."""
+    if type(value) is not tuple:
+        return type(value) in _SCALARS
+    return all(_is_key(each) if type(each) is tuple else type(each) is int for each in value)
+
+
 @functools.lru_cache(maxsize=64, typed=True)  # typed: True and 1.0 equal 1, and only 1 is a number of tokens
 def _checked(method: type[Method] | None, /, **given: Any) -> VTCConfig:
-    """The settings of the values `given`, all of them scalars: the same values are not checked again.
+    """The settings of the values `given`, all of them keys (`_is_key`): the same values are not checked again.
 
     `method` is the class that the name stands for, which may be registered again.
     """
@@ -213,7 +261,7 @@ def store(base: Any, config: VTCConfig) -> None:
 
 def plain_value(value: Any) -> Any:
     """The value of an option as `model.config.vtc` can be saved with it."""
-    return value if isinstance(value, (int, float, str, bool, list, dict, type(None))) else repr(value)
+    return value if isinstance(value, (int, float, str, bool, list, tuple, dict, type(None))) else repr(value)
 
 
 def name_without_effect(base: Any, config: VTCConfig, given: Mapping[str, Any]) -> None:
@@ -314,7 +362,7 @@ def held(base: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[None]:
     """Give these settings to the calls inside: a conversation goes on as it began, whatever holds now."""
-    own = Block(Opening(settings.base), settings.config, settings.run or Run())
+    own = Block(Opening(settings.base), settings.config, settings.run or Run(), settings.ending)
     _BLOCKS.set((*CONTEXT.blocks, own))
     try:
         yield

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from vtc import ops
-from vtc.config import VTCConfig
+from vtc.config import Stages, VTCConfig
 from vtc.hf import encode, settings
 from vtc.hf.families import TILES
 from vtc.hf.settings import NAME, Settings
@@ -38,7 +38,9 @@ class Status:
     adaptive : bool
         Whether the image decides how many stay.
     prune_layer : int
-        The layer of the language model after which tokens are dropped; 0: before the first.
+        The layer of the language model after which tokens are first dropped; 0: before the first.
+    later : tuple of (int, int)
+        The later stages of a schedule: pairs (layer, tokens from there on).
     tower, attention : str
         The kind of vision tower, and its attention implementation.
     scored : tuple of int
@@ -68,6 +70,7 @@ class Status:
     kept: int | None = None
     adaptive: bool = False
     prune_layer: int = 0
+    later: Stages = ()
     scored: tuple[int, ...] = ()
     backends: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     problem: str | None = None
@@ -88,6 +91,7 @@ class Status:
             where = (
                 f"after layer {self.prune_layer} of the language model" if self.prune_layer else "before the projector"
             )
+            where += "".join(f", then {kept} after layer {layer} of the language model" for layer, kept in self.later)
             lines.append(
                 f"visual tokens per image: {self.tokens} -> {'at most ' if self.adaptive else ''}{self.kept}, {where}"
             )
@@ -104,6 +108,7 @@ class Status:
         return {
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "scored": list(self.scored),
+            "later": [list(stage) for stage in self.later],
             "backends": {op: {"backend": backend, "why": why} for op, (backend, why) in self.backends.items()},
         }
 
@@ -135,7 +140,8 @@ def _of_settings(config: VTCConfig) -> dict[str, Any]:
     """What is known of settings that are valid."""
     method = config.build_method()
     given = _given(config, method)
-    return {"method": config.name, "settings": given, "adaptive": method.adaptive, "prune_layer": config.prune_after}
+    found = {"method": config.name, "settings": given, "adaptive": method.adaptive, "prune_layer": config.prune_after}
+    return found | {"later": (config.schedule or ())[1:]}
 
 
 def _given(config: VTCConfig, method: Method) -> dict[str, Any]:

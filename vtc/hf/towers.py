@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
+INTERPOLATION = "interpolate_pos_encoding"
+
 
 class TowerSpec(NamedTuple):
     """One vision tower of transformers, by its config's `model_type`."""
@@ -12,6 +14,7 @@ class TowerSpec(NamedTuple):
     name: str
     layers: str  # path to its list of layers
     cls: bool = True  # whether a [CLS] token comes first
+    interpolation: str = ""  # the argument of its forward that makes it take images of any size; "": it always does
     registers: str = ""  # the config's name for the number of register tokens that follow it
     passes_on: bool = True  # whether its attention modules hand arguments of `forward` to the attention function
 
@@ -46,11 +49,13 @@ class TowerSpec(NamedTuple):
 
 
 TOWERS = {
-    "clip_vision_model": TowerSpec("CLIP", "encoder.layers"),
+    "clip_vision_model": TowerSpec("CLIP", "encoder.layers", interpolation=INTERPOLATION),
     "dinov2": TowerSpec("DINOv2", "encoder.layer"),
     "dinov2_with_registers": TowerSpec("DINOv2 with registers", "encoder.layer", registers="num_register_tokens"),
-    "vit": TowerSpec("ViT", "layers"),
-    "siglip_vision_model": TowerSpec("SigLIP", "encoder.layers", cls=False, passes_on=False),
+    "vit": TowerSpec("ViT", "layers", interpolation=INTERPOLATION),
+    "siglip_vision_model": TowerSpec(
+        "SigLIP", "encoder.layers", cls=False, interpolation=INTERPOLATION, passes_on=False
+    ),
 }
 
 

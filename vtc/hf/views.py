@@ -7,10 +7,9 @@ placeholders of each image and how many of them stay, and encodes the views.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,10 +20,13 @@ from vtc import ops
 from vtc.config import VTCConfig, kept_count, kept_per_view
 from vtc.hf import compatibility, encode
 from vtc.hf.families import VisualInput, family_of
+from vtc.hf.lone_image import LoneImage
+from vtc.hf.prompt import Kept, Patches, Prompt
+from vtc.hf.question import question_of, repeated
 from vtc.hf.settings import Settings
 from vtc.hf.tiles import Tiling, flat_tiles, tilings
-from vtc.hf.towers import tower_of
-from vtc.methods import Tokens, VisionOutputs
+from vtc.hf.towers import INTERPOLATION, TowerSpec, tower_of
+from vtc.methods import Question, Tokens, VisionOutputs
 from vtc.plan import Plan, patch_grid, share_out
 
 
@@ -38,16 +40,16 @@ class ImageOutputs(BaseModelOutputWithPooling):
         Projected features; rows beyond an image's own count are padding.
     pooler_output : list of Tensor[K, D]
         Of each image; for a stacked family and for videos the tensor.
-    kept_indices : Tensor[images, K], int64, or None
-        If the images have all N tokens: the patches that stay after `prune_layer`. None if the method selects them
-        inside the language model.
+    selections : tuple of Tensor[images, K], int64, or None
+        For each stage inside the language model, which of an image's tokens before it stay. None if the method selects
+        them there itself.
     """
 
-    kept_indices: Tensor | None = None
+    selections: tuple[Tensor, ...] | None = None
 
 
 # Arguments of a call that the stock model hands on to its vision tower, and that change what the tower computes.
-TOWER_ARGUMENTS = ("interpolate_pos_encoding", "bool_masked_pos")
+TOWER_ARGUMENTS = (INTERPOLATION, "bool_masked_pos")
 
 
 def plan_of(
@@ -76,7 +78,7 @@ def plan_of(
         raise ValueError(f"{spec.name} puts register tokens among the patches, and {kind.layout} cannot have them")
     if views is not None:
         _require_size(base, views, tower_arguments or {})
-    return Plan.of(
+    plan = Plan.of(
         config,
         base.config,
         vision=base.vision_tower.config,
@@ -87,6 +89,9 @@ def plan_of(
         shares_keep=kind.shares_keep,
         **given,
     )
+    if plan.method.view_grid(plan.grid, plan.num_kept) != plan.grid:
+        _require_interpolation(base.vision_tower, spec, config)
+    return plan
 
 
 def require(base: Any, config: VTCConfig) -> None:
@@ -113,7 +118,7 @@ def require_pixels(settings: Settings, pixels: Any, name: str = "pixel_values", 
 
 def _require_size(base: Any, views: Tensor, tower_arguments: dict[str, Any]) -> None:
     """Raise ValueError if the vision tower has no position embeddings for views of this size."""
-    vision, option = base.config.vision_config, "interpolate_pos_encoding"
+    vision, option = base.config.vision_config, INTERPOLATION
     if math.prod(patch_grid(vision, views.shape[-2:])) == math.prod(patch_grid(vision)) or tower_arguments.get(option):
         return
     if option in inspect.signature(base.vision_tower.forward).parameters:  # the other towers always interpolate
@@ -121,6 +126,15 @@ def _require_size(base: Any, views: Tensor, tower_arguments: dict[str, Any]) -> 
         raise ValueError(
             f"images of {height} x {width} pixels do not fit the vision tower, which takes {vision.image_size}; resize "
             f"them as the model's processor does, or pass {option}=True to forward() or get_image_features()"
+        )
+
+
+def _require_interpolation(tower: Any, spec: TowerSpec, config: VTCConfig) -> None:
+    """Raise ValueError if the vision tower takes images of one size only."""
+    if spec.interpolation and spec.interpolation not in inspect.signature(tower.forward).parameters:
+        raise ValueError(
+            f"method {config.name!r} makes images smaller, and the vision tower, a {type(tower).__name__}, has no "
+            f"{spec.interpolation} in its forward(); use the {spec.name} of transformers, or another method"
         )
 
 
@@ -138,9 +152,13 @@ class Views:
         Of each image: N placeholders, and how many of them stay; an upper bound until an adaptive method has run.
     tower_arguments : dict
         Of the call, for the vision tower; see `TOWER_ARGUMENTS`.
-    kept : Tensor, bool, or a function that makes it, or None
+    kept : Tensor, bool, or Patches or a function that make it, or None
         Of each placeholder, image after image, whether its patch stays. None before `encode`, and if tokens are no
         patches.
+    question : Question or None
+        Of each view, for a method that needs it. None before `ask`.
+    later : tuple of Tensor[images, K], int64
+        For each later stage of a schedule, which of an image's tokens before it stay.
     """
 
     settings: Settings
@@ -148,7 +166,9 @@ class Views:
     views: Tensor
     counts: list[tuple[int, int]]
     tower_arguments: dict[str, Any]
-    kept: Tensor | Callable[[], Tensor] | None = dataclasses.field(default=None, init=False)
+    kept: Kept = dataclasses.field(default=None, init=False)
+    question: Question | None = dataclasses.field(default=None, init=False)
+    later: tuple[Tensor, ...] = dataclasses.field(default=(), init=False)
     layout: ClassVar[str]
     shapes: ClassVar[tuple[str, ...]]  # of the pixels
     needs_grid: ClassVar[bool] = True  # tokens have to be patches in rows and columns, without registers
@@ -168,35 +188,60 @@ class Views:
         """Encode: the projected features `[images, K, D]` of the tokens that stay. Sets `kept`, and maybe `counts`."""
         raise NotImplementedError
 
+    @property
+    def views_of_images(self) -> list[int]:
+        """How many views each image has."""
+        return [1] * len(self.counts)
+
+    def ask(self, prompt: Prompt | LoneImage, sizes: Mapping[int, Sequence[int]], token: int) -> None:
+        """Set `question` from the prompt with these images, whose placeholder is `token`; see `question_of`."""
+        if self.plan.method.needs.question:
+            self.question = repeated(question_of(self.settings, prompt, sizes, token), self.views_of_images)
+
     def _reduce(self) -> tuple[Tokens, list[int]]:
         """The reduced tokens of each view, and how many each has. Sets `kept`."""
-        tokens, counts = encode.reduce(self.settings, self.views, self.plan, self.tower_arguments)
+        tokens, counts = encode.reduce(self.settings, self.views, self.plan, self.tower_arguments, self.question)
         if self.plan.method.keeps_patches() and tokens.indices is not None:
-            self.kept = functools.partial(_as_mask, tokens.indices, self.plan.num_tokens)
+            self.kept = Patches(tokens.indices, self.plan.num_tokens)
+            if self.plan.config.schedule and tokens.scores is not None:
+                self.later = self._nested(tokens.indices, tokens.scores)
         return tokens, counts
 
+    def _nested(self, indices: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
+        """For each later stage, the places `[images, K]` of the largest scores among the tokens of the one before."""
+        stages, config = [], self.plan.config
+        for _, keep in (config.schedule or ())[1:]:
+            scores = scores.gather(1, indices)
+            indices = ops.topk(scores, keep, backend=config.backend)
+            stages.append(indices)
+        return tuple(stages)
+
     def encode(self) -> ImageOutputs:
-        """Encode: each image's tokens that stay; with `prune_layer` all tokens, and the indices of those to keep."""
-        indices = None
+        """Encode: each image's tokens that stay; with `prune_layer` all tokens, and which of them to keep."""
+        selections: tuple[Tensor, ...] | None
         if self.plan.config.prune_after:
-            features, indices = self._project_all()
+            features, selections = self._project_all()
         else:
             features = self.project()
+            selections = self.later
         each: Any = features
         if not (self.settings.family.stacked or self.layout == "frames"):
             each = [own[:count] for own, (_, count) in zip(features, self.counts, strict=True)]
-        return ImageOutputs(last_hidden_state=features, pooler_output=each, kept_indices=indices)
+        return ImageOutputs(last_hidden_state=features, pooler_output=each, selections=selections)
 
-    def _project_all(self) -> tuple[Tensor, Tensor | None]:
-        """For `prune_layer` > 0: projected features `[images, N, D]` of all patches, and the indices `[images, K]`."""
+    def _project_all(self) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """For `prune_layer` > 0: projected features `[images, N, D]` of all patches, and each stage's selection."""
         plan = self.plan
-        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
+        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments, self.question)
         inside = plan.method.prunes_only_language()  # selected in the language model
-        indices = None if inside else plan.method.selected(vision, plan.num_kept)[0]
+        selections = None
+        if not inside:
+            indices, scores = plan.method.selected(vision, plan.num_kept)
+            selections = (indices, *self._nested(indices, scores))
         encode.count(self.settings, plan, used, len(self.views), plan.num_tokens, plan.num_kept)
         self.counts = [(plan.num_tokens, plan.num_tokens)] * len(self.views)
         features: Tensor = self.settings.base.multi_modal_projector(vision.patches)
-        return features, indices
+        return features, selections
 
 
 class Whole(Views):
@@ -242,6 +287,10 @@ class Frames(Views):
         counts = [(frames * plan.num_tokens, frames * plan.num_outputs)] * len(pixels)
         return cls(settings, plan, pixels.flatten(0, 1), counts, _tower_arguments(call))
 
+    @property
+    def views_of_images(self) -> list[int]:
+        return [len(self.views) // len(self.counts)] * len(self.counts)
+
     def project(self) -> Tensor:
         tokens, _ = self._reduce()
         projected: Tensor = self.settings.base.multi_modal_projector(tokens.features)
@@ -272,16 +321,27 @@ class Tiles(Views):
         counts = [(len(tiling.layout), _kept_of_tiles(plan, tiling)) for tiling in tiles]
         return cls(settings, plan, views, counts, _tower_arguments(call), tiles)
 
+    @property
+    def views_of_images(self) -> list[int]:
+        return [tiling.num_tiles for tiling in self.tiles]
+
     def project(self) -> Tensor:
         return self._project_each() if self.plan.method.per_view else self._project_best()
 
     def _project_each(self) -> Tensor:
         """The tokens of each view, reduced alone; the base image's first."""
         plan, rows, first = self.plan, [], 0
-        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
+        resizes = plan.method.view_grid(plan.grid, plan.num_kept) != plan.grid
+        if not resizes:
+            vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments, self.question)
         for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
-            own = vision.of_views(slice(first, first + tiling.num_tiles))
-            rows.append(plan.method.reduce(own, kept // tiling.num_tiles).features.flatten(0, 1))
+            views, keep = slice(first, first + tiling.num_tiles), kept // tiling.num_tiles
+            if resizes:  # to sizes of their own
+                alone = plan._replace(num_kept=keep)
+                own, used = encode.run_tower(self.settings, self.views[views], alone, self.tower_arguments)
+            else:
+                own = vision.of_views(views)
+            rows.append(plan.method.reduce(own, keep).features.flatten(0, 1))
             first += tiling.num_tiles
             encode.count(self.settings, plan, used, 1, tokens, kept)
         visual = self.settings.base.multi_modal_projector(torch.cat(rows))
@@ -290,7 +350,7 @@ class Tiles(Views):
     def _project_best(self) -> Tensor:
         """The best tokens of all views."""
         base, plan, backend = self.settings.base, self.plan, self.plan.config.backend
-        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
+        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments, self.question)
         features = vision.patches  # [T, N, D]
         scores = None if plan.method.joint else plan.method.selected(vision, 1)[1]  # [T, N]
         selected, kept_of_images, first = [], [], 0
@@ -302,7 +362,7 @@ class Tiles(Views):
                 ranking = share_out(scores[own], tiling.layout, plan.config.tiles)
             layout = tiling.layout.to(features.device)
             places = ops.topk(ranking[None], kept, backend=backend)
-            kept_of_images.append(_as_mask(places, tokens))
+            kept_of_images.append(Patches(places, tokens)())
             numbers = layout[places[0]]
             selected.append(torch.where(numbers < 0, numbers, numbers + first * plan.num_tokens))
             first += tiling.num_tiles
@@ -368,10 +428,14 @@ def read(settings: Settings, visual: VisualInput, call: dict[str, Any]) -> Views
     return LAYOUTS[visual.layout].of(settings, visual, call)
 
 
-def _as_mask(indices: Tensor, num_tokens: int) -> Tensor:
-    """Whether each of `num_tokens` is among the `indices` `[T, K]` of its row: `[T * num_tokens]` bool."""
-    mask = torch.zeros((len(indices), num_tokens), dtype=torch.bool, device=indices.device)
-    return mask.scatter(1, indices, True).flatten()
+def asked(settings: Settings, call: dict[str, Any]) -> tuple[Tensor, Question | None]:
+    """The views `[T, 3, height, width]` of a call's images, and the question of each, for a method that needs it."""
+    views = views_of(settings, call)
+    tokens = {visual: getattr(settings.base.config, visual.token) for visual in views}
+    sizes = {tokens[visual]: [n for n, _ in each.counts] for visual, each in views.items()}
+    image = settings.family.inputs[0]
+    views[image].ask(Prompt.read(call["input_ids"], call.get("attention_mask"), sizes), sizes, tokens[image])
+    return views[image].views, views[image].question
 
 
 def _given(call: dict[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from vtc.methods.base import Method, Needs, Question, Ranking, Tokens, VisionOutputs, keep_patches
+from vtc.methods.cdpruner import CDPruner
 from vtc.methods.coverage import Coverage
 from vtc.methods.divprune import DivPrune
+from vtc.methods.downsample import Downsample
 from vtc.methods.fastervlm import FasterVLM
 from vtc.methods.fastv import FastV
 from vtc.methods.hiprune import HiPrune
+from vtc.methods.mmtok import MMTok
 from vtc.methods.none import Nothing
 from vtc.methods.pool import Pool
 from vtc.methods.prumerge import PruMerge, PruMergePlus
@@ -50,13 +53,16 @@ METHODS: dict[str, type[Method]] = {
     PruMergePlus.name: PruMergePlus,
     Coverage.name: Coverage,
     Scope.name: Scope,
+    MMTok.name: MMTok,
     DivPrune.name: DivPrune,
+    CDPruner.name: CDPruner,
     VisPruner.name: VisPruner,
     HiPrune.name: HiPrune,
     Received.name: Received,
     FastV.name: FastV,
     Random.name: Random,
     Pool.name: Pool,
+    Downsample.name: Downsample,
     Nothing.name: Nothing,
 }
 

@@ -124,15 +124,18 @@ class VisionOutputs(NamedTuple):
         It has neither [CLS] nor a grid, and no keys.
         """
 
-        def taken(x: Tensor | None, dim: int = 0) -> Tensor | None:
-            return x if x is None else x.flatten(dim, dim + 1).index_select(dim, tokens).unsqueeze(dim)
+        def taken(x: Tensor, dim: int = 0) -> Tensor:
+            return x.flatten(dim, dim + 1).index_select(dim, tokens).unsqueeze(dim)
 
-        probs = None if self.cls_probs is None else taken(self.cls_probs.mean(2), 1)
-        question = None if self.question is None else Question(*(x[:1] for x in self.question))
         return VisionOutputs(
-            taken(self.patches), (1, len(tokens)), None if probs is None else probs.unsqueeze(2), cls=False,
-            received=taken(self.received, 1), projected=taken(self.projected), question=question,
-        )  # fmt: skip
+            taken(self.patches),
+            (1, len(tokens)),
+            cls_probs=None if self.cls_probs is None else taken(self.cls_probs.mean(2), 1).unsqueeze(2),
+            cls=False,
+            received=None if self.received is None else taken(self.received, 1),
+            projected=None if self.projected is None else taken(self.projected),
+            question=None if self.question is None else Question(*(x[:1] for x in self.question)),
+        )
 
 
 class Tokens(NamedTuple):
@@ -282,6 +285,11 @@ class Method:
         return cls.needs.cls_probs or cls.needs.query
 
     @classmethod
+    def needs_prompt(cls) -> bool:
+        """Whether it selects by the question, so that it needs the prompt that an image is in."""
+        return cls.needs.question or cls.prunes_only_language()
+
+    @classmethod
     def prunes_only_language(cls) -> bool:
         """Whether it can drop tokens inside the language model only."""
         return cls.prunes == ("language",)
@@ -332,6 +340,10 @@ class Method:
     def required(self) -> Needs:
         """What it needs with its options; by default `needs`."""
         return self.needs
+
+    def view_grid(self, grid: tuple[int, int], keep: int) -> tuple[int, int]:
+        """Rows and columns of patches that the tower is to see of a view of `grid`; the view is resized to them."""
+        return grid
 
     def num_outputs(self, num_tokens: int, keep: int) -> int:
         """R of `reduce` for an image of `num_tokens` patches; an upper bound of its count if the method is adaptive.
@@ -429,8 +441,8 @@ class Method:
         indices, scores = self.selected(outputs, keep)
         return Tokens(ops.compact(outputs.patches, indices, backend=self.backend), None, indices, scores)
 
-    def require(self, outputs: VisionOutputs, field: str) -> Tensor:
-        """The tensor `outputs.field`.
+    def require(self, outputs: VisionOutputs, field: str) -> Any:
+        """What `outputs.field` holds.
 
         Raises
         ------

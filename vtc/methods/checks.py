@@ -35,10 +35,10 @@ def check_bool(name: str, value: object) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
-def check_positive(name: str, value: object) -> None:
-    """Raise ValueError if `value` is not a finite number above 0."""
-    if not _is_number(value) or not 0 < value < float("inf"):  # type: ignore[operator]
-        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+def check_positive(name: str, value: object, or_zero: bool = False) -> None:
+    """Raise ValueError if `value` is not a finite number above 0, or 0 with `or_zero`."""
+    if not _is_number(value) or not (0 < value < float("inf") or (or_zero and value == 0)):  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number {'of at least' if or_zero else 'above'} 0, got {value!r}")
 
 
 def check_share(name: str, value: object) -> None:

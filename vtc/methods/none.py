@@ -20,7 +20,9 @@ class Nothing(Method):
     selects: ClassVar[bool] = False
 
     def without_effect(self) -> dict[str, str]:
-        return super().without_effect() | dict.fromkeys(("keep", "ratio", "tiles", "kv"), "all tokens stay")
+        return super().without_effect() | dict.fromkeys(
+            ("keep", "ratio", "tiles", "positions", "kv"), "all tokens stay"
+        )
 
     def num_outputs(self, num_tokens: int, keep: int) -> int:
         return num_tokens

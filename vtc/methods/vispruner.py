@@ -31,8 +31,9 @@ class VisPruner(Method):
     similarity is that of the rows of the feature layer. Both kinds stay, in their order. The score of the patch with
     the i-th largest s of those that stay is 1 - i / K.
 
-    The rounds, (N - K) / 8 of them, follow each other, and each sorts. An image of LLaVA-NeXT takes the patches of all
-    its tiles together.
+    The rounds, (N - K) / 8 of them, follow each other, and each sorts. Where two similarities differ by rounding only,
+    the next split depends on it: in 16 bits, or in the order of another GPU's sums, other patches of the rest stay.
+    An image of LLaVA-NeXT takes the patches of all its tiles together.
 
     Parameters
     ----------

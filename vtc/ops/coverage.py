@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.ops import greedy
+from vtc import reference
+from vtc.ops import greedy, lazy
 from vtc.ops.dispatch import implementation, register
 
 
@@ -22,13 +23,15 @@ def coverage(
 ) -> tuple[Tensor, Tensor]:
     """Greedy maximum coverage: `k` columns, one after the other, each the one that adds most to what is covered.
 
-    See `vtc.reference.coverage` for the formula. Not differentiable. All backends choose the same columns in the same
+    See `vtc.reference.coverage` for the formula. The kernel and, on the CPU, PyTorch evaluate few columns in most steps
+    (lazy greedy, which is exact). Not differentiable. All backends choose the same columns in the same
     order. An image's choice does not depend on the other images of the batch.
 
     Parameters
     ----------
     cover : Tensor[B, R, N], float32
-        How much column n covers of row r, as `similarity` returns it. Any strides, nothing is copied. N <= 4096.
+        How much column n covers of row r. N <= 4096. Any strides; the kernel copies it unless its columns are
+        contiguous, as `similarity` returns them.
     k : int
         1 <= k <= N.
     weight : Tensor[B, N], float32, optional
@@ -67,4 +70,6 @@ def _coverage(
 ) -> Any:
     greedy.check_counts("coverage", counts, k)
     run = implementation("coverage", cover.device, backend)
+    if run is reference.coverage and cover.device.type == "cpu":
+        run = lazy.coverage
     return run(cover, k, weight=weight, allowed=allowed, counts=counts)

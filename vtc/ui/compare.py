@@ -158,7 +158,7 @@ class Comparison:
                     inputs, setting, max_new_tokens=length, stopping_criteria=[self._is_done]
                 )
                 right = example.is_right(question, texts[0]) if example else None
-                column = Column(setting.name, texts[0], right, kept or 0, self._plain(seen))
+                column = Column(setting.name, texts[0], right, kept.visual_tokens if kept else 0, self._plain(seen))
                 columns.append(self._drawn(column, setting, seen, inputs))
         yield columns
         if timed:

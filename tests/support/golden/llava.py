@@ -1,7 +1,8 @@
 """The slow golden path: VTC-CLS written out with stock transformers, one prompt at a time. Shares no code with `vtc`.
 
 Eager attentions of the whole vision tower, selection by a plain Python sort, a prompt spliced by hand as embeddings,
-and a decoding loop without a cache that runs the language model on everything so far, at positions 0, 1, 2, ...
+and a decoding loop without a cache that runs the language model on everything so far, at positions 0, 1, 2, ... or at
+those of the full prompt.
 """
 
 import copy
@@ -120,24 +121,45 @@ def splice_features(model, row, visuals):
     return torch.cat(parts)[None]
 
 
+def columns(row, visuals, marker):
+    """The columns of a prompt (list of ids) that stay, which are also their positions.
+
+    Its images are `visuals`, in order: (number of placeholders, numbers of those that stay).
+    """
+    visuals, found, at = list(visuals), [], 0
+    while at < len(row):
+        size, kept = visuals.pop(0) if row[at] == marker else (1, [0])
+        found += [at + number for number in kept]
+        at += size
+    return found
+
+
 def spread(short, columns, length):
     """`short` `[L', ...]` of the `columns` (list) that stay, for all `length` columns: of the last one that stays."""
     return torch.stack([short[max(sum(at <= j for at in columns) - 1, 0)] for j in range(length)])
 
 
-def logits(model, embeds):
-    """Logits `[L', V]` of embeddings `[1, L', D]` at positions 0 to L'-1."""
-    positions = torch.arange(embeds.shape[1])[None]
-    hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+def logits(model, embeds, positions=None):
+    """Logits `[L', V]` of embeddings `[1, L', D]` at positions 0 to L'-1, or at these (list of L')."""
+    positions = torch.tensor([range(embeds.shape[1]) if positions is None else positions])
+    mask = torch.ones(embeds.shape[:2])  # without it, gaps would be ends of samples
+    call = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    hidden = model.model.language_model(**call, use_cache=False)
     return model.lm_head(hidden.last_hidden_state)[0]
 
 
 @torch.no_grad()
-def decode(model, embeds, steps, sample=False):
-    """Return `steps` new ids, greedy or drawn from the softmax, and their logits `[steps, V]`."""
+def decode(model, embeds, steps, sample=False, positions=None, length=None):
+    """Return `steps` new ids, greedy or drawn from the softmax, and their logits `[steps, V]`.
+
+    `positions` (list of L') are those of the prompt, if they are not 0 to L'-1, and `length` is the first new token's.
+    """
     new, seen = [], []
+    positions = list(range(embeds.shape[1]) if positions is None else positions)
     for _ in range(steps):
-        seen.append(logits(model, embeds)[-1])
+        seen.append(logits(model, embeds, positions)[-1])
+        positions.append(positions[-1] + 1 if length is None else length)
+        length = None
         token = torch.multinomial(seen[-1].softmax(-1)[None], 1)[0] if sample else seen[-1].argmax()[None]
         new.append(int(token))
         embeds = torch.cat([embeds, model.get_input_embeddings()(token)[None]], 1)

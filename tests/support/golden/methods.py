@@ -8,7 +8,9 @@ features [R, C].
 
 import math
 
+import numpy
 import torch
+from PIL import Image
 
 
 def by_score(values, keep):
@@ -252,6 +254,60 @@ def pool(hidden, grid, keep):
             ]
             features.append(sum(cells) / len(cells))
     return torch.stack(features)
+
+
+def cosines_to(xs, ys):
+    """Cosine similarity of every row of `xs` to every row of `ys`, a list of lists."""
+    xs, ys = ([row / max(math.sqrt(torch.dot(row, row)), 1e-12) for row in rows] for rows in (xs, ys))
+    return [[torch.dot(x, y).item() for y in ys] for x in xs]
+
+
+def softmax(values):
+    highest = max(values)
+    weights = [math.exp(value - highest) for value in values]
+    return [weight / sum(weights) for weight in weights]
+
+
+def mmtok(hidden, projected, words, keep, alpha=0.5, temperature=0.2, text_temperature=0.02):
+    """`projected` [N, E] are the patches after the projector, `words` [m, E] the embeddings of those that count."""
+    patches = hidden[1:]
+    image = [softmax([s / temperature for s in row]) for row in cosines_to(patches, patches)]
+    text = [softmax([s / text_temperature for s in row]) for row in cosines_to(words, projected)]
+    rows = [[p / len(text) for p in row] for row in text] + [[alpha * q / len(image) for q in row] for row in image]
+    columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)]
+    covered, kept = torch.zeros(len(rows), dtype=torch.float64), []
+    while len(kept) < keep:
+        gains = [(column - covered).clamp(min=0).sum().item() for column in columns]
+        n = max((n for n in range(len(columns)) if n not in kept), key=lambda n: (gains[n], -n))
+        kept.append(n)
+        covered = torch.maximum(covered, columns[n])
+    return sorted(kept), torch.stack([patches[n] for n in sorted(kept)])
+
+
+def cdpruner(hidden, projected, words, keep):
+    """By the determinants themselves: the next patch is the one with which that of the chosen ones is largest."""
+    relevance = [sum(row) / len(row) for row in cosines_to(projected, words)]
+    low, high = min(relevance), max(relevance)
+    r = [(value - low + 1e-6) / (high - low) for value in relevance]
+    likeness = cosines_to(projected, projected)
+    kernel = torch.tensor(
+        [[r[i] * likeness[i][j] * r[j] for j in range(len(r))] for i in range(len(r))], dtype=torch.float64
+    )
+    kept = []
+    while len(kept) < keep:
+        volumes = {}
+        for n in range(len(r)):
+            if n not in kept:
+                own = [*kept, n]
+                volumes[n] = torch.linalg.slogdet(kernel[own][:, own]).logabsdet.item()
+        kept.append(max(volumes, key=lambda n: (volumes[n], -n)))
+    return sorted(kept), torch.stack([hidden[1 + n] for n in sorted(kept)])
+
+
+def downsampled(image, height, width):
+    """The image `[3, H, W]` resized by Pillow, which is antialiased."""
+    channels = [Image.fromarray(channel.numpy(), "F").resize((width, height), Image.BICUBIC) for channel in image]
+    return torch.stack([torch.from_numpy(numpy.array(channel)) for channel in channels])
 
 
 def random_scores(pixel_values, tokens, seed):

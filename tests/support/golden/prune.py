@@ -90,6 +90,30 @@ class Pruned:
         return [tokens for _, tokens in beams]
 
 
+class Scheduled(Pruned):
+    """One prompt's embeddings `[1, L, D]`, pruned in stages: pairs (layer, the columns of L that stay from it on)."""
+
+    def __init__(self, model, embeds, stages, compact):
+        super().__init__(model, embeds, None, None, compact, kept=stages[-1][1])
+        self.stages = dict(stages)
+
+    def logits(self, embeds):
+        """Logits `[S', V]` of the prompt and what came after it, dropped tokens left out."""
+        text, length = self.model.model.language_model, embeds.shape[1]
+        hidden, positions = embeds, list(range(length))
+        for number, layer in enumerate(text.layers):
+            if number in self.stages:
+                stay = [at for at in positions if at >= self.length or at in self.stages[number]]
+                hidden, positions = hidden[:, [positions.index(at) for at in stay]], stay
+            seen = torch.ones(len(positions), len(positions)).tril().bool()
+            if self.compact:  # what follows the prompt does not see what is dropped at last
+                for query, at in enumerate(positions):
+                    for key, of in enumerate(positions):
+                        seen[query, key] &= at < self.length or of >= self.length or of in self.kept
+            hidden, _ = run_layer(text, layer, hidden, seen, positions)
+        return self.model.lm_head(text.norm(hidden))[0]
+
+
 class Reselected(Pruned):
     """FastV that selects again at every step: the last of all tokens so far selects, and the others are dropped."""
 
@@ -155,3 +179,22 @@ def prompt(model, row, images, keep, layers, tokens, method, layer, compact, fas
                 kept.append(at)
                 at += 1
         return Pruned(model, embeds, is_image, layer, compact, kept=kept)
+
+
+def scheduled(model, row, images, layers, tokens, schedule, compact):
+    """A `Scheduled` for one unpadded prompt (list of ids) with `images` of `tokens` patches each."""
+    with torch.no_grad():
+        before = dict(schedule).get(0, tokens)
+        embeds, short = golden.splice(model, row, images, before, layers, tokens)
+        ranks = []  # of each image's tokens that enter the language model, its rank among all patches
+        for image in images:
+            values = golden.scores(model, image, layers)
+            order = sorted(range(tokens), key=lambda patch: (-values[patch], patch))
+            ranks += [order.index(patch) for patch in sorted(order[:before])]
+    stages = []
+    for layer, keep in schedule:
+        if layer:
+            left = list(ranks)
+            is_image = [token == model.config.image_token_id for token in short]
+            stages.append((layer, [at for at, image in enumerate(is_image) if not image or left.pop(0) < keep]))
+    return Scheduled(model, embeds, stages, compact)
