@@ -122,7 +122,7 @@ def test_the_saliency_that_the_tower_decides(tower):
     saliency, op = ("cls", "cls_probs") if has_cls else ("received", "received")
     assert found.settings == {"keep": 9, "saliency": saliency, "ensemble_layers": 2}
     assert (found.scored, list(found.backends)) == ((3, 4), [op, "similarity", "coverage", "compact"])
-    assert f"method: scope (keep=9, saliency={saliency}, ensemble_layers=2)" in str(found)
+    assert f"method: scope (keep=9, ensemble_layers=2, saliency={saliency})" in str(found)
     vtc.configure(model, method="hiprune")
     assert "layers 1, 4 of 0 to 5 are scored" in str(vtc.status(model))
 

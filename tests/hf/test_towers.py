@@ -199,6 +199,22 @@ def test_a_compiled_tower_needs_enable(stock, call, expected, how):
     torch._dynamo.reset()
 
 
+def test_a_compiled_tower_whose_attention_gets_no_arguments():
+    """Hooks read SigLIP's queries and keys, so a compiled one needs a method without attention."""
+    torch._dynamo.reset()
+    model = models.build(tower="siglip_vision_model", vision_feature_select_strategy="full")
+    vtc.enable(model, keep=KEEP, method="scope")
+    pixels = models.images(2)
+    with torch.no_grad():
+        model.get_image_features(pixels)
+        model.model.vision_tower.compile(backend="eager")
+        with pytest.raises(ValueError, match=r"tower is compiled.*use method 'coverage' with SigLIP"):
+            model.get_image_features(pixels)
+        vtc.configure(model, method="coverage")
+        model.get_image_features(pixels)
+    torch._dynamo.reset()
+
+
 class Own(torch.nn.Module):
     """A tower that returns no hidden states."""
 

@@ -122,15 +122,18 @@ def _hidden_states(
     if not torch.compiler.is_compiling():
         names.let_record(tower)
     arguments = {**tower_arguments, "output_hidden_states": list(plan.feature_layers), "return_dict": True}
-    if tower.config._attn_implementation == NAME:
-        outputs = tower(views, vtc_scores=scores, **arguments) if scores.modules else tower(views, **arguments)
-    elif plan.config.fused:
+    enabled = tower.config._attn_implementation == NAME
+    if plan.config.fused and not enabled:
         raise ValueError(
             "fused=True needs a vision tower with the attention 'vtc', and this one has "
             f"{tower.config._attn_implementation!r}; use vtc.enable(model), or leave fused out"
         )
+    if not scores.modules:
+        outputs = tower(views, **arguments)
+    elif enabled and tower_of(tower.config).passes_on:
+        outputs = tower(views, vtc_scores=scores, **arguments)
     else:
-        outputs = _with_hooks(tower, views, scores, arguments) if scores.modules else tower(views, **arguments)
+        outputs = _with_hooks(tower, views, scores, arguments)
     states = getattr(outputs, "hidden_states", None) or ()
     found = [states[number] for number in plan.feature_layers if number < len(states) and states[number] is not None]
     if len(found) < len(plan.feature_layers):
@@ -151,8 +154,8 @@ def _with_hooks(tower: Any, views: Tensor, scores: ClsScores, arguments: dict[st
     """Call a tower with any attention implementation; hooks read the queries and keys. They act on this call only."""
     if any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in tower.modules()):
         raise ValueError(
-            "the vision tower is compiled, so VTC cannot put hooks on it; use vtc.enable(model), which needs none, or "
-            "a tower that is not compiled"
+            f"the vision tower is compiled, so VTC cannot put hooks on it; use {_without_hooks(tower)}, which needs "
+            "none, or a tower that is not compiled"
         )
     heads = tower.config.num_attention_heads
     seen: dict[Any, dict[str, Tensor]] = {}
@@ -175,6 +178,11 @@ def _with_hooks(tower: Any, views: Tensor, scores: ClsScores, arguments: dict[st
                 stack.callback(projection.register_forward_hook(functools.partial(hook, attention, name)).remove)
         stack.callback(_PASS.reset, _PASS.set(scores))
         return tower(views, **arguments)
+
+
+def _without_hooks(tower: Any) -> str:
+    spec = tower_of(tower.config)
+    return "vtc.enable(model)" if spec.passes_on else f"method 'coverage' with {spec.name}"
 
 
 def reduce(

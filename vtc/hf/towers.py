@@ -16,6 +16,7 @@ class TowerSpec(NamedTuple):
     cls: bool = True  # whether a [CLS] token comes first
     interpolation: str = ""  # the argument of its forward that makes it take images of any size; "": it always does
     registers: str = ""  # the config's name for the number of register tokens that follow it
+    passes_on: bool = True  # whether its attention modules hand arguments of `forward` to the attention function
 
     def num_registers(self, config: Any) -> int:
         """The number of register tokens; the model has placeholders for them, as for patches."""
@@ -52,7 +53,9 @@ TOWERS = {
     "dinov2": TowerSpec("DINOv2", "encoder.layer"),
     "dinov2_with_registers": TowerSpec("DINOv2 with registers", "encoder.layer", registers="num_register_tokens"),
     "vit": TowerSpec("ViT", "layers", interpolation=INTERPOLATION),
-    "siglip_vision_model": TowerSpec("SigLIP", "encoder.layers", cls=False, interpolation=INTERPOLATION),
+    "siglip_vision_model": TowerSpec(
+        "SigLIP", "encoder.layers", cls=False, interpolation=INTERPOLATION, passes_on=False
+    ),
 }
 
 
