@@ -203,7 +203,7 @@ class Views:
         return ImageOutputs(last_hidden_state=features, pooler_output=each, selections=selections)
 
     def _project_all(self) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """For `prune_layer` > 0: features `[images, N, D]` of all patches, projected, and the selection of each stage."""
+        """For `prune_layer` > 0: all patches, projected `[images, N, D]`, and the selection of each stage."""
         plan = self.plan
         vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments)
         inside = plan.method.prunes_only_language()  # selected in the language model

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vtc.methods.base import Method, Needs, Question, Ranking, Tokens, VisionOutputs, keep_patches
+from vtc.methods.dart import DART
 from vtc.methods.fastervlm import FasterVLM
 from vtc.methods.fastv import FastV
 from vtc.methods.none import Nothing
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
     PruMerge.name: PruMerge,
     PruMergePlus.name: PruMergePlus,
     FastV.name: FastV,
+    DART.name: DART,
     Random.name: Random,
     Pool.name: Pool,
     Nothing.name: Nothing,
