@@ -101,18 +101,18 @@ class _Prefill:
 
     def _keep_mask(self, drop: _Drop, device: torch.device) -> Tensor:
         """Which columns `[B, L]` bool stay."""
-        is_image, text = self.is_image.to(device), ~self.padding.to(device)
+        is_image, real = self.is_image.to(device), ~self.padding.to(device)
         if drop.indices is not None:
-            return methods.keep_patches(is_image, drop.indices.to(device), drop.tokens) & text
+            return methods.keep_patches(is_image, drop.indices.to(device), drop.tokens) & real
         keep = is_image.sum(1) // drop.tokens * drop.keep
         if isinstance(self.reader, LastToken):
             scores = self.reader.scores(self.cache, drop.layer - 1, self.real)
         else:
             keys = self.reader.of(self.cache, drop.layer - 1, self.real.shape[1])
-            image, text = is_image.to(keys.device), (self.real & ~self.is_image).to(keys.device)
-            scores = self.method.prompt_scores(keys, image, text, keep.to(keys.device))
+            given = (each.to(keys.device) for each in (is_image, self.real & ~self.is_image, keep))
+            scores = self.method.prompt_scores(keys, *given)
         stays: Tensor = self.method.keep_prompt(scores.to(device), is_image, keep)
-        return stays & text
+        return stays & real
 
     def _shorten(self, drop: _Drop, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         batch, length = hidden.shape[:2]
