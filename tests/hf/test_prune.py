@@ -27,8 +27,10 @@ PROMPTS = {
     "unequal_images": [[2, "image", 3], [1, "image", "image", 6], [7]],
     "image_last": [[2, "image", 3, "image"], [3 + 2 * TOKENS + 4]],
 }
-CASES = [(method, layer, kv) for method in ("vtc-cls", "fastv") for layer in (1, 2, 3) for kv in ("full", "compact")]
-BOTH = [("vtc-cls", 2, "full"), ("fastv", 2, "compact")]
+CASES = [
+    (method, layer, kv) for method in ("vtc-cls", "fastv", "dart") for layer in (1, 2, 3) for kv in ("full", "compact")
+]
+BOTH = [("vtc-cls", 2, "full"), ("fastv", 2, "compact"), ("dart", 1, "full")]
 pruned = pytest.mark.parametrize(("method", "layer", "kv"), CASES)
 some = pytest.mark.parametrize(("method", "layer", "kv"), BOTH)
 
@@ -230,7 +232,7 @@ def test_beams(model, eager, name, method, layer, kv):
 
 
 @pytest.mark.supported("Caches", "a static cache with `prune_layer` > 0")
-@pytest.mark.parametrize("method", ["vtc-cls", "fastv"])
+@pytest.mark.parametrize("method", ["vtc-cls", "fastv", "dart"])
 @pytest.mark.parametrize("name", PROMPTS)
 def test_static_cache(model, eager, name, method):
     vtc.configure(model, keep=KEEP, method=method, prune_layer=2, kv="compact")
@@ -403,7 +405,7 @@ def test_a_masked_prompt_counts_as_whole(model):
 
 
 @pytest.mark.supported("Caches", 'a further turn with `prune_layer` > 0, `kv="full"` and no new image')
-@pytest.mark.parametrize("method", ["vtc-cls", "fastv"])
+@pytest.mark.parametrize("method", ["vtc-cls", "fastv", "dart"])
 def test_a_further_turn(model, eager, method):
     vtc.configure(model, keep=KEEP, method=method, prune_layer=2, kv="full")
     rows = prompts("unequal_images")
@@ -427,7 +429,7 @@ def test_a_further_turn(model, eager, method):
         model.generate(input_ids=conversation, past_key_values=first.past_key_values, **detailed())
 
 
-@pytest.mark.parametrize("method", ["vtc-cls", "fastv"])
+@pytest.mark.parametrize("method", ["vtc-cls", "fastv", "dart"])
 @pytest.mark.parametrize("kv", ["full", "compact"])
 @pytest.mark.parametrize("name", ["one", "unequal_images"])
 @torch.no_grad()
@@ -458,10 +460,11 @@ def test_forward_by_hand(model, eager, name, kv, method):
         model(input_ids=first.repeat(2, 1), past_key_values=outputs.past_key_values)
 
 
+@pytest.mark.parametrize("method", ["fastv", "dart"])
 @torch.no_grad()
-def test_forward_without_a_cache_and_right_padding(model, eager):
-    """The prompt's last token is the last that is not padding, wherever it is."""
-    vtc.configure(model, keep=KEEP, method="fastv", prune_layer=2)
+def test_forward_without_a_cache_and_right_padding(model, eager, method):
+    """The prompt's last token is the last that is not padding, wherever it is; padding is no pivot."""
+    vtc.configure(model, keep=KEEP, method=method, prune_layer=2)
     rows = prompts("left_padded")
     length = max(map(len, rows))
     call = {
@@ -470,7 +473,7 @@ def test_forward_without_a_cache_and_right_padding(model, eager):
         "pixel_values": models.images(2),
     }
     logits = model(**call, use_cache=False).logits
-    for i, path in enumerate(goldens(eager, rows, call["pixel_values"], "fastv", 2, "full")):
+    for i, path in enumerate(goldens(eager, rows, call["pixel_values"], method, 2, "full")):
         golden.close(logits[i, : len(rows[i])], spread(path, len(rows[i])))
 
 

@@ -63,8 +63,9 @@ def kept_by_generate(stock, call, **options):
 
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("layer", [1, 2])
-def test_it_is_what_the_golden_path_and_generate_keep(stock, eager, name, layer):
-    rows, options = prompts(name), {"method": "fastv", "keep": KEEP, "prune_layer": layer}
+@pytest.mark.parametrize("method", ["fastv", "dart"])
+def test_it_is_what_the_golden_path_and_generate_keep(stock, eager, name, layer, method):
+    rows, options = prompts(name), {"method": method, "keep": KEEP, "prune_layer": layer}
     call = inputs(rows)
     selection = vtc.select(stock, call, **options)
     assert selection.grid == (6, 6)
@@ -72,14 +73,15 @@ def test_it_is_what_the_golden_path_and_generate_keep(stock, eager, name, layer)
     pixels, number = list(call["pixel_values"]), 0
     for row in rows:
         images = row.count(IMAGE) // TOKENS
-        path = golden_prune.prompt(eager, row, pixels[:images], KEEP, SCORED, TOKENS, "fastv", layer, True)
+        path = golden_prune.prompt(eager, row, pixels[:images], KEEP, SCORED, TOKENS, method, layer, True)
         pixels = pixels[images:]
         path.decode(1)
         columns = [column for column, token in enumerate(row) if token == IMAGE]
         for first in range(0, len(columns), TOKENS):
             own = columns[first : first + TOKENS]
             assert kept[number] == [column - own[0] for column in path.kept if column in own]
-            golden.close(selection.scores[number], path.scores[own])
+            if method == "fastv":
+                golden.close(selection.scores[number], path.scores[own])
             number += 1
     assert number == len(kept) == len(selection.scores)
     assert kept == kept_by_generate(stock, call, **options)

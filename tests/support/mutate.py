@@ -794,6 +794,23 @@ MUTANTS = [
         },
     ),
     *_of(
+        "vtc/methods/dart.py",
+        "methods/test_dart",
+        {
+            "the most alike are kept": ("rank = rank_of(-cosine, free)", "rank = rank_of(cosine, free)"),
+            "a pivot takes all": ("torch.minimum(quota, keep - count)", "(keep - count)"),
+            "the Euclidean norm": ("x.abs().sum(-1)", "x.square().sum(-1)"),
+            "text pivots without padding's mask": ("rank = rank_of(norms, is_text)", "rank, is_text = rank_of(norms, ~is_image), ~is_image"),
+            "image pivots beyond keep": ("is_image & (rank < keep), i)", "is_image, i)"),
+            "the quota rounds down": ("(left + exists.sum(0).clamp(min=1) - 1) //", "left //"),
+        },
+    ),
+    *_of(
+        "vtc/hf/prune.py",
+        "hf/test_prune",
+        {"padding may be a pivot": ("self.real & ~self.is_image, keep)", "~self.is_image, keep)")},
+    ),
+    *_of(
         "vtc/hf/prune_layers.py",
         "hf/test_prune",
         {"the first token's query": ("last = length - 1 - self.real", "last = 0 * self.real")},

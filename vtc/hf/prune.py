@@ -31,7 +31,7 @@ from vtc.hf.conversation import PrunedConversation, Stage
 from vtc.hf.encode import Selection
 from vtc.hf.names import CACHE, cache_of
 from vtc.hf.prompt import Prompt, Shortening, require_ids
-from vtc.hf.prune_layers import ARGUMENT, LastToken, causal_mask, hooked
+from vtc.hf.prune_layers import ARGUMENT, LastToken, LayerKeys, causal_mask, hooked
 from vtc.hf.prune_limits import is_static
 from vtc.hf.prune_mask import Masking
 from vtc.hf.settings import Run, Settings, running
@@ -80,7 +80,8 @@ class _Prefill:
             lengths = prompt.lengths({token: [(num_tokens, keep)] * sum(images)})
             self.drops.append(_Drop(layer, before, keep, indices, max(lengths), min(lengths)))
             before = keep
-        self.last = LastToken(self.real, self.config.backend)
+        by_keys = self.method.reads == "keys"
+        self.reader = LayerKeys() if by_keys else LastToken(self.real, self.config.backend)
         self.shorter: dict[str, Any] = {}  # the arguments of layers from r on
         self.cache: Any = None
         self.done: list[tuple[Stage, Shortening]] = []
@@ -91,7 +92,7 @@ class _Prefill:
         if len(self.done) < len(self.drops):
             drop = self.drops[len(self.done)]
             if number == drop.layer - 1 and drop.indices is None:
-                self.last.read(layer, hidden, arguments)
+                self.reader.read(layer, hidden, arguments)
             if number == drop.layer:
                 arguments |= self.shorter
                 hidden = self._shorten(drop, hidden, arguments)
@@ -100,13 +101,18 @@ class _Prefill:
 
     def _keep_mask(self, drop: _Drop, device: torch.device) -> Tensor:
         """Which columns `[B, L]` bool stay."""
-        is_image, text = self.is_image.to(device), ~self.padding.to(device)
+        is_image, real = self.is_image.to(device), ~self.padding.to(device)
         if drop.indices is not None:
-            return methods.keep_patches(is_image, drop.indices.to(device), drop.tokens) & text
-        scores = self.last.scores(self.cache, drop.layer - 1, self.real)
+            return methods.keep_patches(is_image, drop.indices.to(device), drop.tokens) & real
         keep = is_image.sum(1) // drop.tokens * drop.keep
+        if isinstance(self.reader, LastToken):
+            scores = self.reader.scores(self.cache, drop.layer - 1, self.real)
+        else:
+            keys = self.reader.of(self.cache, drop.layer - 1, self.real.shape[1])
+            given = (each.to(keys.device) for each in (is_image, self.real & ~self.is_image, keep))
+            scores = self.method.prompt_scores(keys, *given)
         stays: Tensor = self.method.keep_prompt(scores.to(device), is_image, keep)
-        return stays & text
+        return stays & real
 
     def _shorten(self, drop: _Drop, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         batch, length = hidden.shape[:2]
@@ -201,7 +207,11 @@ class _Ending:
     """A method that ends the call when it has selected."""
 
     def __init__(self, method: Any) -> None:
-        self.method, self.backend = method, method.backend
+        self.method, self.backend, self.reads = method, method.backend, method.reads
+
+    def prompt_scores(self, *given: Tensor) -> Tensor:
+        scores: Tensor = self.method.prompt_scores(*given)
+        return scores
 
     def keep_prompt(self, scores: Tensor, is_image: Tensor, keep: int | Tensor) -> Tensor:
         raise _Selected(scores, self.method.keep_prompt(scores, is_image, keep), is_image)

@@ -58,6 +58,41 @@ def causal_mask(text: Any, hidden: Tensor, mask: Tensor | None, cache: Any, laye
     return create_causal_mask(**arguments)
 
 
+class LayerKeys:
+    """The keys of one layer: those in the cache, or computed again if there is none."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None  # [B, Hkv, T, D], if no cache holds them
+
+    def read(self, layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """Before `layer` runs, from its input `[B, T, D]` and its arguments."""
+        if arguments.get(CACHE) is None:
+            with torch.no_grad():
+                self.keys = _project(layer, layer.self_attn.k_proj, *_input_of(layer, hidden, arguments))
+
+    def of(self, cache: Any, layer: int, length: int) -> Tensor:
+        """The keys `[B, Hkv, M, D]` of the first `length` tokens after `layer` ran, after the rotary embedding."""
+        keys: Tensor = cache.layers[layer].keys[:, :, :length] if self.keys is None else self.keys
+        return keys
+
+
+def _input_of(layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """The input `[B, T, D]` of `layer` on its device, and the cosines and sines of the positions for each row."""
+    device = layer.input_layernorm.weight.device  # the first layer on a device gets its input from another one
+    hidden = hidden if device.type == "meta" else hidden.to(device)
+    cos, sin = (part.expand(len(hidden), -1, -1).to(hidden.device) for part in arguments["position_embeddings"])
+    return hidden, cos, sin
+
+
+def _project(layer: Any, projection: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys `[B, H, T, D]` of `layer`, after the rotary embedding."""
+    attention = layer.self_attn
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    heads = projection(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    rotated: Tensor = rotate(heads, heads, cos, sin)[0]
+    return rotated
+
+
 class LastToken:
     """The attention of each row's last token in one layer: recomputed, because the layer does not expose it.
 
@@ -65,31 +100,19 @@ class LastToken:
     """
 
     def __init__(self, real: Tensor, backend: str) -> None:
+        self.keys_of = LayerKeys()
         self.real, self.backend = real, backend
         self.query: Tensor | None = None  # [B, H, D]
-        self.keys: Tensor | None = None  # [B, Hkv, T, D], if no cache holds them
         self.scale: float | None = None
 
     def read(self, layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Compute the query before `layer` runs, from its input `[B, T, D]` and its arguments."""
-        attention = layer.self_attn
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
-        device = layer.input_layernorm.weight.device  # the first layer on a device gets its input from another one
-        hidden = hidden if device.type == "meta" else hidden.to(device)
-        cos, sin = (part.expand(len(hidden), -1, -1).to(hidden.device) for part in arguments["position_embeddings"])
-        length = hidden.shape[1]
-        last = length - 1 - self.real.to(hidden.device).flip(1).int().argmax(1, keepdim=True)  # [B, 1]
-
-        def project(projection: Any, states: Tensor, *angles: Tensor) -> Tensor:
-            heads = projection(layer.input_layernorm(states)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            rotated: Tensor = rotate(heads, heads, *angles)[0]
-            return rotated
-
+        hidden, cos, sin = _input_of(layer, hidden, arguments)
+        last = hidden.shape[1] - 1 - self.real.to(hidden.device).flip(1).int().argmax(1, keepdim=True)  # [B, 1]
         with torch.no_grad():
             row = ops.compact((hidden, cos, sin), last, backend=self.backend)
-            self.query, self.scale = project(attention.q_proj, *row)[:, :, 0], attention.scaling
-            if arguments.get(CACHE) is None:
-                self.keys = project(attention.k_proj, hidden, cos, sin)
+            self.query, self.scale = _project(layer, layer.self_attn.q_proj, *row)[:, :, 0], layer.self_attn.scaling
+        self.keys_of.read(layer, hidden, arguments)
 
     def scores(self, cache: Any, layer: int, seen: Tensor) -> Tensor:
         """Its attention `[B, M]` float32 after `layer` ran, mean over heads.
@@ -98,5 +121,5 @@ class LastToken:
         """
         if self.query is None:
             raise RuntimeError("the layer before the one that prunes did not run")
-        keys = cache.layers[layer].keys[:, :, : seen.shape[1]] if self.keys is None else self.keys
+        keys = self.keys_of.of(cache, layer, seen.shape[1])
         return ops.row_scores(self.query, keys, scale=self.scale, mask=seen.to(keys.device), backend=self.backend)

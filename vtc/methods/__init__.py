@@ -14,6 +14,7 @@ from typing import Any
 from vtc.methods.base import Method, Needs, Question, Ranking, Tokens, VisionOutputs, keep_patches
 from vtc.methods.cdpruner import CDPruner
 from vtc.methods.coverage import Coverage
+from vtc.methods.dart import DART
 from vtc.methods.divprune import DivPrune
 from vtc.methods.downsample import Downsample
 from vtc.methods.fastervlm import FasterVLM
@@ -60,6 +61,7 @@ METHODS: dict[str, type[Method]] = {
     HiPrune.name: HiPrune,
     Received.name: Received,
     FastV.name: FastV,
+    DART.name: DART,
     Random.name: Random,
     Pool.name: Pool,
     Downsample.name: Downsample,

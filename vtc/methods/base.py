@@ -211,6 +211,9 @@ class Method:
         The operations of `vtc.ops` that it runs. By default those of `reduce` here.
     selects : bool
         Whether `reduce` returns the indices of selected patches and their scores.
+    reads : {"attention", "keys"}
+        What a method inside the language model needs of the layer before the one that prunes: the attention of the
+        last prompt token, or the keys of all tokens. See `vtc.methods.fastv` and `vtc.methods.dart`.
     """
 
     name: ClassVar[str]
@@ -225,6 +228,7 @@ class Method:
     rounds_up: ClassVar[bool] = True
     operations: ClassVar[tuple[str, ...]] = ("topk", "compact")
     selects: ClassVar[bool] = True
+    reads: ClassVar[str] = "attention"
 
     backend: str = "auto"
 

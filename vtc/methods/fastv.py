@@ -75,11 +75,29 @@ class FastV(Method):
             True at every text token, and at the `keep` image tokens with the largest scores. Of equal scores the
             earlier one stays.
         """
-        ranked = scores.masked_fill(scores.isnan(), float("-inf"))
-        # Sorted by: image tokens first, then the larger score, then the earlier position.
-        order = ranked.sort(dim=1, descending=True, stable=True).indices
-        order = order.gather(1, is_image.gather(1, order).int().sort(dim=1, descending=True, stable=True).indices)
-        rank = torch.empty_like(order).scatter_(
-            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-        )
-        return ~is_image | (rank < (keep.unsqueeze(1) if isinstance(keep, Tensor) else keep))
+        return keep_best(scores, is_image, keep)
+
+
+def keep_best(scores: Tensor, is_image: Tensor, keep: int | Tensor) -> Tensor:
+    """All text, and the `keep` image tokens with the largest scores, `[B, L]` bool; see `FastV.keep_prompt`."""
+    rank = rank_of(scores.masked_fill(scores.isnan(), float("-inf")), is_image)
+    return ~is_image | (rank < (keep.unsqueeze(1) if isinstance(keep, Tensor) else keep))
+
+
+def rank_of(scores: Tensor, candidates: Tensor) -> Tensor:
+    """The rank 0, 1, ... of each candidate in its row, the larger score first, then the earlier position.
+
+    Parameters
+    ----------
+    scores : Tensor[B, L], floating point
+    candidates : Tensor[B, L], bool
+
+    Returns
+    -------
+    Tensor[B, L], int64
+        All others come after the candidates.
+    """
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    order = order.gather(1, candidates.gather(1, order).int().sort(dim=1, descending=True, stable=True).indices)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)

@@ -241,6 +241,26 @@ def fastv(attention, is_image, keep):
     return [n for n in range(length) if not is_image[n] or n in best]
 
 
+def dart(keys, is_image, keep, image_pivots=4, text_pivots=4):
+    """`keys` [H, L, D] of language-model layer k - 1 without padding: the positions that stay before layer k."""
+    rows = [[number for head in keys for number in head[n].tolist()] for n in range(len(is_image))]
+    norm = [sum(abs(number) for number in row) for row in rows]
+    images = [n for n, image in enumerate(is_image) if image]
+    texts = [n for n, image in enumerate(is_image) if not image]
+    chosen = sorted(images, key=lambda n: (-norm[n], n))[: min(image_pivots, keep)]
+    pivots = chosen + sorted(texts, key=lambda n: (-norm[n], n))[:text_pivots]
+
+    def cosine(a, b):
+        length = sum(x * x for x in rows[a]) ** 0.5 * sum(x * x for x in rows[b]) ** 0.5
+        return sum(x * y for x, y in zip(rows[a], rows[b], strict=True)) / length
+
+    each = -(-(keep - len(chosen)) // len(pivots)) if pivots else 0
+    for pivot in pivots:
+        rest = sorted((n for n in images if n not in chosen), key=lambda n: (cosine(n, pivot), n))
+        chosen = chosen + rest[: min(each, keep - len(chosen))]
+    return [n for n in range(len(is_image)) if not is_image[n] or n in chosen]
+
+
 def pool(hidden, grid, keep):
     side = max(s for s in range(1, keep + 1) if s * s <= keep)
     rows, columns = grid

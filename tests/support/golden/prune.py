@@ -51,11 +51,16 @@ class Pruned:
                 kept = self.kept_set()
                 dropped = torch.tensor([at < self.length and at not in kept for at in positions])
                 seen &= ~(new[:, None] & dropped)
+            before = hidden
             hidden, attention = run_layer(text, layer, hidden, seen, positions)
             if number == self.layer - 1 and self.kept is None:
                 self.scores = attention[:, -1].mean(0)
-                self.kept = golden_methods.fastv(attention.double(), self.is_image, self.keep)
+                self.kept = self.select(layer, before, attention)
         return self.model.lm_head(text.norm(hidden))[0]
+
+    def select(self, layer, before, attention):
+        """The columns that FastV keeps, by the attention in the layer before the one that prunes."""
+        return golden_methods.fastv(attention.double(), self.is_image, self.keep)
 
     def kept_set(self):
         return set(range(self.length) if self.kept is None else self.kept)
@@ -88,6 +93,18 @@ class Pruned:
                 grown += [(score + float(p), [*tokens, token]) for token, p in enumerate(log_p)]
             beams = sorted(grown, key=lambda beam: -beam[0])[:width]
         return [tokens for _, tokens in beams]
+
+
+class Dart(Pruned):
+    """As `Pruned`, with DART's columns."""
+
+    def select(self, layer, before, attention):
+        """The columns that DART keeps, by the keys of `layer`, whose input is `before` `[1, L, D]`."""
+        own = layer.self_attn
+        heads = own.k_proj(layer.input_layernorm(before))[0].unflatten(-1, (-1, own.head_dim)).transpose(0, 1)
+        cos, sin = self.model.model.language_model.rotary_emb(before, torch.arange(self.length)[None])
+        first, second = heads.chunk(2, -1)
+        return golden_methods.dart(heads * cos[0] + torch.cat([-second, first], -1) * sin[0], self.is_image, self.keep)
 
 
 class Scheduled(Pruned):
@@ -168,7 +185,8 @@ def prompt(model, row, images, keep, layers, tokens, method, layer, compact, fas
     with torch.no_grad():
         embeds, _ = golden.splice(model, row, images, tokens, layers, tokens)
         is_image = [token == model.config.image_token_id for token in row]
-        if method == "fastv":
+        if method in ("fastv", "dart"):
+            fastv = Dart if method == "dart" else fastv
             return fastv(model, embeds, is_image, layer, compact, keep=keep * len(images))
         kept, images, at = [], list(images), 0
         while at < len(row):

@@ -1,0 +1,100 @@
+"""DART: keep the image tokens that are least like a few pivots, inside the language model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc.methods.base import Method
+from vtc.methods.checks import check_integer
+from vtc.methods.fastv import keep_best, rank_of
+
+
+@dataclasses.dataclass(frozen=True)
+class DART(Method):
+    """Image tokens that duplicate no pivot, by the keys of layer k - 1 of the language model (EMNLP 2025).
+
+    ::
+
+        x[n]   = the keys of token n in layer k - 1, all heads in a row, after the rotary embedding
+        pivots = the image tokens, then the text tokens, with the largest ‖x[n]‖₁
+        q      = ceil((K - image pivots) / pivots)
+
+    The image pivots stay. Every pivot p in turn adds the q image tokens with the smallest cosine of x[n] and x[p] among
+    those that are not yet taken, until there are K. From layer k on, a prompt has these K image tokens and all its
+    text, in their order and at their rotary positions. Of equal ones the earlier token counts first. k is
+    `prune_layer`, 2 by default as in the paper. It needs no attention weights.
+
+    Several images of a prompt share its pivots and its K, as in "fastv". A prompt with fewer tokens than pivots has
+    fewer pivots. Text pivots are any text tokens of the prompt.
+
+    Parameters
+    ----------
+    image_pivots : int
+        Number of image tokens among the pivots, at least 1 and at most K count. Default 4.
+    text_pivots : int
+        Number of text tokens among the pivots. Default 4.
+    """
+
+    name: ClassVar[str] = "dart"
+    scores: ClassVar[str] = "unlikeness of keys to a few pivots, one language-model layer"
+    paper: ClassVar[str] = "EMNLP 2025"
+    prunes: ClassVar[tuple[str, ...]] = ("language",)
+    kv: ClassVar[str] = "full"
+    operations: ClassVar[tuple[str, ...]] = ("compact",)
+    selects: ClassVar[bool] = False
+    reads: ClassVar[str] = "keys"
+
+    image_pivots: int = 4
+    text_pivots: int = 4
+
+    def check(self) -> None:
+        check_integer("image_pivots", self.image_pivots, 1)
+        check_integer("text_pivots", self.text_pivots, 0)
+
+    def prompt_scores(self, keys: Tensor, is_image: Tensor, is_text: Tensor, keep: Tensor) -> Tensor:
+        """Scores of the tokens of the prompts: 1 - i / keep for the i-th image token that is chosen, 0 for the rest.
+
+        Parameters
+        ----------
+        keys : Tensor[B, H, L, D]
+            Of one layer, any strides.
+        is_image, is_text : Tensor[B, L], bool
+            True at image tokens, and at text tokens that are not padding.
+        keep : Tensor[B], int64
+            Number of image tokens that stay in each prompt, over all its images together.
+
+        Returns
+        -------
+        Tensor[B, L], float32
+        """
+        x = keys.detach().transpose(1, 2).flatten(2).float()
+        norms, unit = x.abs().sum(-1), torch.nn.functional.normalize(x, dim=-1)
+        keep = keep.unsqueeze(1)
+        rank = rank_of(norms, is_image)
+        taken = is_image & (rank < keep.clamp(max=self.image_pivots))
+        place = torch.where(taken, rank, 0)  # in the order of choice
+        pivots = [(rank, is_image & (rank < keep), i) for i in range(self.image_pivots)]
+        rank = rank_of(norms, is_text)
+        pivots += [(rank, is_text, i) for i in range(self.text_pivots)]
+        found = [candidates & (rank == i) for rank, candidates, i in pivots]
+        exists = torch.stack([each.any(1, keepdim=True) for each in found])
+        count = taken.sum(1, keepdim=True)
+        left = keep - count
+        quota = (left + exists.sum(0).clamp(min=1) - 1) // exists.sum(0).clamp(min=1)
+        for pivot, real in zip(found, exists, strict=True):
+            at = pivot.int().argmax(1)[:, None, None].expand(-1, 1, unit.shape[2])
+            cosine = (unit @ unit.gather(1, at).transpose(1, 2)).squeeze(2)
+            free = is_image & ~taken
+            rank = rank_of(-cosine, free)
+            more = free & (rank < torch.minimum(quota, keep - count)) & real
+            place = torch.where(more, count + rank, place)
+            taken, count = taken | more, count + more.sum(1, keepdim=True)
+        return torch.where(taken, 1 - place / keep.clamp(min=1), 0.0)
+
+    def keep_prompt(self, scores: Tensor, is_image: Tensor, keep: int | Tensor) -> Tensor:
+        """Which tokens of the prompts stay, `[B, L]` bool: all text, and the `keep` image tokens of `prompt_scores`."""
+        return keep_best(scores, is_image, keep)
