@@ -45,7 +45,15 @@ def variants(keeps: Sequence[int]) -> list[tuple[str, dict[str, Any], Sequence[i
     """Methods with options that belong to the comparison, and their numbers of tokens."""
     # After layer 1 of 4, the mean over the layers is (576 + 3 K) / 4: 192 and 288 tokens.
     early: dict[str, Any] = {"prune_layer": 1}
+    # Three times as many tokens in the first half of the layers as in the second: `keep` on average.
+    scheduled = [
+        (method, {"schedule": ((0, 3 * keep // 2), (2, keep // 2))}, [keep])
+        for method in (BASELINE, "coverage")
+        for keep in keeps
+        if keep <= 192
+    ]
     return [
+        *scheduled,
         *((method, {"positions": "original"}, keeps) for method in (BASELINE, "coverage")),
         ("scope", {"ensemble_layers": 3}, keeps),
         ("scope", {"saliency": "received"}, keeps),
@@ -78,7 +86,9 @@ class Quality(Provenance):
     @property
     def name(self) -> str:
         """The method with its options."""
-        return " ".join([self.method, *(f"{name}={value}" for name, value in self.options.items())])
+        options = {name: value for name, value in self.options.items() if name != "schedule"}
+        stages = ["scheduled"] if "schedule" in self.options else []
+        return " ".join([self.method, *stages, *(f"{name}={value}" for name, value in options.items())])
 
     @property
     def swept(self) -> bool:
@@ -152,7 +162,9 @@ def run(
 
 
 def nominal(options: dict[str, Any]) -> int:
-    """The number of tokens that a setting is compared at; it is removed from its `options`."""
+    """The number of tokens that a setting is compared at; `keep` is removed from its `options`."""
+    if "schedule" in options:  # the mean of two stages of as many layers
+        return sum(keep for _, keep in options["schedule"]) // 2
     keep: int = options.pop("keep")
     return keep
 
@@ -169,7 +181,11 @@ def settings(keeps: Sequence[int], methods: Sequence[str], sweep: bool, depth: i
         layers: list[dict[str, Any]] = [{"ensemble_layers": n} for n in range(1, depth) if n != 3]
         ensembles: list[dict[str, Any]] = [{"ensemble": name} for name in ("mean", "max", "min")]
         chosen += [(BASELINE, options, [SWEEP_KEEP]) for options in layers + ensembles]
-    return [Setting(name, {"keep": keep, **options}) for name, options, budget in chosen for keep in budget]
+    return [
+        Setting(name, options if "schedule" in options else {"keep": keep, **options})
+        for name, options, budget in chosen
+        for keep in budget
+    ]
 
 
 def figures(
