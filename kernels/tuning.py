@@ -178,9 +178,11 @@ def similarity_blocks(element_size: int, targets: bool) -> tuple[int, int, int, 
     """BLOCK_K, BLOCK_N, BLOCK_C, and the number of warps, for similarities of targets or of two sets of tokens.
 
     fp32 stays off the tensor cores and keeps operands in registers: smaller tiles. Two sets have twice the strides,
-    for which a thread of 8 warps has too few registers on sm_100.
+    and fewer features at a time leave registers for them.
     """
-    return (32, 32, 16, 4) if element_size == 4 else (32, 64, 64, 8 if targets else 4)
+    if element_size == 4:
+        return 32, 32, 16, 4
+    return (32, 64, 64, 8) if targets else (32, 64, 32, 4)
 
 
 def maxmin_blocks(num_tokens: int) -> tuple[int, int, int]:
