@@ -224,9 +224,10 @@ def test_ratio_rounds_up(ratio, tokens, kept):
         *((0.125, 36, 4), (0.375, 36, 14), (0.5, 5, 2), (0.5, 7, 4), (1e-9, 576, 1), (1, 576, 576), (None, 25, 6)),
     ],
 )
-def test_ratio_rounds_in_fastv_as_its_authors_round(ratio, tokens, kept):
+def test_ratio_rounds_as_the_authors_round(ratio, tokens, kept):
     """To the nearest number, and a half to the even one, as Python does: they drop a share of 1 - ratio."""
-    assert kept_count(VTCConfig(method="fastv", ratio=ratio), tokens) == kept
+    for method in ("fastv", "divprune"):
+        assert kept_count(VTCConfig(method=method, ratio=ratio), tokens) == kept
     if ratio and ratio > 1e-3:
         assert kept == round(tokens * (1 - (1 - ratio)))
 
