@@ -62,7 +62,7 @@ def test_defaults():
         ({"schedule": [(0, 9)], "keep": 9}, "schedule=.* and keep, which it replaces"),
         ({"schedule": [(0, 9)], "ratio": 0.5}, "schedule=.* and ratio, which it replaces"),
         ({"schedule": [(2, 9)], "prune_layer": 2}, "schedule=.* and prune_layer, which it replaces"),
-        ({"schedule": [(0, 9), (2, 3)], "method": "pool"}, "'pool' does not keep .*'vtc-cls', 'fastervlm', 'random'"),
+        ({"schedule": [(0, 9), (2, 3)], "method": "pool"}, "'pool' does not keep .*'vtc-cls', 'fastervlm', 'coverage'"),
         ({"schedule": [(2, 9), (3, 3)], "method": "fastv"}, "'fastv' does not keep the patches .*use one pair"),
         ({"schedule": [(2, 9), (3, 3)], "method": "random"}, "'random' does not prune inside .*begins at layer 0"),
         ({"schedule": [(0, 9)], "method": "fastv"}, r"'fastv' scores inside .*got schedule=\[\(0, 9\)\]"),

@@ -966,7 +966,7 @@ MUTANTS = [
     *_of(
         "vtc/methods/base.py",
         "hf/test_methods_model",
-        {"scores of the first views": ("self.cls_probs[:, views]", "self.cls_probs[:, : len(self.hidden[views])]")},
+        {"scores of the first views": ("part(self.cls_probs, True)", "None if self.cls_probs is None else self.cls_probs[:, : len(self.hidden[views])]")},
     ),
     *_of(
         "vtc/config.py",
