@@ -62,7 +62,7 @@ def test_defaults():
         ({"schedule": [(0, 9)], "keep": 9}, "schedule=.* and keep, which it replaces"),
         ({"schedule": [(0, 9)], "ratio": 0.5}, "schedule=.* and ratio, which it replaces"),
         ({"schedule": [(2, 9)], "prune_layer": 2}, "schedule=.* and prune_layer, which it replaces"),
-        ({"schedule": [(0, 9), (2, 3)], "method": "pool"}, "'pool' does not keep .*'vtc-cls', 'fastervlm', 'random'"),
+        ({"schedule": [(0, 9), (2, 3)], "method": "pool"}, "'pool' does not keep .*'vtc-cls', 'fastervlm', 'coverage'"),
         ({"schedule": [(2, 9), (3, 3)], "method": "fastv"}, "'fastv' does not keep the patches .*use one pair"),
         ({"schedule": [(2, 9), (3, 3)], "method": "random"}, "'random' does not prune inside .*begins at layer 0"),
         ({"schedule": [(0, 9)], "method": "fastv"}, r"'fastv' scores inside .*got schedule=\[\(0, 9\)\]"),
@@ -224,9 +224,10 @@ def test_ratio_rounds_up(ratio, tokens, kept):
         *((0.125, 36, 4), (0.375, 36, 14), (0.5, 5, 2), (0.5, 7, 4), (1e-9, 576, 1), (1, 576, 576), (None, 25, 6)),
     ],
 )
-def test_ratio_rounds_in_fastv_as_its_authors_round(ratio, tokens, kept):
+def test_ratio_rounds_as_the_authors_round(ratio, tokens, kept):
     """To the nearest number, and a half to the even one, as Python does: they drop a share of 1 - ratio."""
-    assert kept_count(VTCConfig(method="fastv", ratio=ratio), tokens) == kept
+    for method in ("fastv", "divprune"):
+        assert kept_count(VTCConfig(method=method, ratio=ratio), tokens) == kept
     if ratio and ratio > 1e-3:
         assert kept == round(tokens * (1 - (1 - ratio)))
 

@@ -143,7 +143,10 @@ def test_a_further_turn_asks_its_own_question(built, method):
     golden.close(torch.stack(second.logits)[:, 0], logits)
 
 
-@pytest.mark.refused("`get_image_features(pixel_values)` alone with a method that selects by the question")
+@pytest.mark.refused(
+    "`get_image_features(pixel_values)` alone with a method that selects by the question",
+    instead="`generate()`, `forward()` or `vtc.select(model, inputs)`",
+)
 @pytest.mark.parametrize("method", GOLDEN)
 def test_pixels_alone_have_no_question(built, method):
     model, _ = built()

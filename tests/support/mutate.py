@@ -983,7 +983,7 @@ MUTANTS = [
     *_of(
         "vtc/methods/base.py",
         "hf/test_methods_model",
-        {"scores of the first views": ("self.cls_probs[:, views]", "self.cls_probs[:, : len(self.hidden[views])]")},
+        {"scores of the first views": ("part(self.cls_probs, True)", "None if self.cls_probs is None else self.cls_probs[:, : len(self.hidden[views])]")},
     ),
     *_of(
         "vtc/config.py",
@@ -1559,6 +1559,91 @@ MUTANTS = [
             "lower case alone": ("(word, word.capitalize(), word.upper())", "(word,)"),
             "no beginning of a line": ('("a\\n", "a\\n")]', "]"),
             "parts of words are words": ("and len(ids) == len(first) + 1", "and len(ids) > len(first)"),
+        },
+    ),
+    *_of(
+        "vtc/methods/coverage.py",
+        "methods/test_methods",
+        {"no temperature": ("temperature=self.temperature, backend", "temperature=0.2, backend")},
+    ),
+    *_of(
+        "vtc/methods/scope.py",
+        "methods/test_methods",
+        {
+            "gains are not weighted": ("keep, weight=weight.to(torch.float32), backend", "keep, backend"),
+            "one layer is the saliency": ('self.require(outputs, "cls_probs").mean(2).sum(0)', 'self.require(outputs, "cls_probs").mean(2)[-1]'),
+            "one received layer is the saliency": ('self.require(outputs, "received").sum(0)', 'self.require(outputs, "received")[-1]'),
+            "[CLS] is the saliency everywhere": ('saliency="cls" if cls else "received"', 'saliency="cls"'),
+            "layers after the feature layer": ("range(end - self.ensemble_layers, end)", "range(end - self.ensemble_layers + 1, end + 1)"),
+        },
+    ),
+    *_of(
+        "vtc/methods/divprune.py",
+        "methods/test_methods",
+        {"tokens before the projector": ('tokens = self.require(outputs, "projected")', 'tokens = (self.require(outputs, "projected"), outputs.patches)[1]')},
+    ),
+    *_of(
+        "vtc/methods/divprune.py",
+        "test_config",
+        {"ratio rounds up": ("rounds_up: ClassVar[bool] = False", "rounds_up: ClassVar[bool] = True")},
+    ),
+    *_of(
+        "vtc/methods/vispruner.py",
+        "methods/test_methods",
+        {
+            "the least similar are dropped": ("nearest.sort(dim=1, descending=True, stable=True)", "nearest.sort(dim=1, stable=True)"),
+            "a keeps its order": ("            if b.shape[1]:\n", "            if b.shape[1] and rest.shape[1] - wanted <= 8:\n"),
+            "b before a": ("torch.cat([a[:, drop:], b], dim=1)", "torch.cat([b, a[:, drop:]], dim=1)"),
+            "one in a round": ("min(8, rest", "min(1, rest"),
+            "one important patch more": ("important = int(keep * self.important)", "important = min(keep, int(keep * self.important) + 1)"),
+            "scores in the order of rounds": ("gather(1, kept).sort(dim=1).values\n", "gather(1, kept)\n"),
+        },
+    ),
+    *_of(
+        "vtc/methods/hiprune.py",
+        "methods/test_methods",
+        {
+            "anchors of the feature layer": ("ops.topk(middle, anchors", "ops.topk(deep, anchors"),
+            "no row above": ("[-1, 1, -width, width]", "[-1, 1, width, width]"),
+            "the grid's height": ("outputs.grid[1]", "outputs.grid[0]"),
+            "neighbours in a ring": (".clamp(0, num_tokens - 1)", " % num_tokens"),
+            "buffers before anchors": ("level.scatter(1, near, 1.0).scatter(1, found, 2.0)", "level.scatter(1, found, 2.0).scatter(1, near, 1.0)"),
+            "after the feature layer": ("min(max(round(OBJECT_LAYER * depth / DEPTH), 1), end)", "max(round(OBJECT_LAYER * depth / DEPTH), 1)"),
+        },
+    ),
+    *_of(
+        "vtc/methods/base.py",
+        "methods/test_methods",
+        {"the last choice scores most": ("(1 - steps / order.shape[1])", "((1 + steps) / order.shape[1])")},
+    ),
+    *_of(
+        "vtc/methods/base.py",
+        "hf/test_methods_model",
+        {
+            "received by the first views": ("part(self.received, True)", "None if self.received is None else self.received[:, : len(self.hidden[views])]"),
+            "projected of the first views": ("part(self.projected), question", "None if self.projected is None else self.projected[: len(self.hidden[views])], question"),
+        },
+    ),
+    *_of(
+        "vtc/hf/attention.py",
+        "hf/test_methods_model",
+        {
+            "[CLS] receives": ("skip=skip, backend", "skip=0, backend"),
+            "a layer counts once": ("backend=backend)] * times", "backend=backend)]"),
+            "what frames receive is not averaged": ("self.received = _pooled(self.received, side, size)", "self.received = self.received[:, :, : (side // size) ** 2]"),
+        },
+    ),
+    *_of(
+        "vtc/hf/encode.py",
+        "hf/test_towers",
+        {"SigLIP passes arguments on": ("elif enabled and tower_of(tower.config).passes_on:", "elif enabled:")},
+    ),
+    *_of(
+        "vtc/hf/views.py",
+        "hf/test_methods_model",
+        {
+            "padding is chosen": ("layout[places]", "torch.arange(len(places))"),
+            "newlines are the best": ("scores.new_full(layout.shape, -1.0)", "scores.new_full(layout.shape, 2.0)"),
         },
     ),
     *_of(

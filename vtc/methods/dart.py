@@ -15,7 +15,7 @@ from vtc.methods.fastv import keep_best, rank_of
 
 @dataclasses.dataclass(frozen=True)
 class DART(Method):
-    """Image tokens that duplicate no pivot, by the keys of layer k - 1 of the language model (EMNLP 2025).
+    """Image tokens that duplicate no pivot, by the keys of layer k - 1 of the language model (arXiv 2502.11494).
 
     ::
 
@@ -41,7 +41,7 @@ class DART(Method):
 
     name: ClassVar[str] = "dart"
     scores: ClassVar[str] = "unlikeness of keys to a few pivots, one language-model layer"
-    paper: ClassVar[str] = "EMNLP 2025"
+    paper: ClassVar[str] = "arXiv 2502.11494"
     prunes: ClassVar[tuple[str, ...]] = ("language",)
     kv: ClassVar[str] = "full"
     operations: ClassVar[tuple[str, ...]] = ("compact",)
