@@ -819,6 +819,14 @@ def test_an_image_does_not_depend_on_the_length_of_other_questions(name, images)
         assert torch.equal(one.scores[0], many.scores[b])  # the same order
 
 
+def test_mmtok_weighs_the_question_as_a_whole(images):
+    """All words together have 1, however many, and all patches alpha; the words come last."""
+    outputs = images("small").outputs(METHODS["mmtok"]())
+    cover = METHODS["mmtok"](alpha=0.25).cover(outputs)
+    torch.testing.assert_close(cover[:, :36].sum((1, 2)).cpu(), torch.full((4,), 0.25))
+    torch.testing.assert_close(cover[:, 36:].sum((1, 2)).cpu(), torch.ones(4))
+
+
 @pytest.mark.parametrize("length", range(1, 10))
 def test_zeros_at_the_end_of_a_sum_change_no_bit(length):
     terms = torch.randn(3, length, 50, generator=torch.Generator().manual_seed(length), device="cpu")
