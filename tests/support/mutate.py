@@ -801,7 +801,6 @@ MUTANTS = [
             "a pivot takes all": ("torch.minimum(quota, keep - count)", "(keep - count)"),
             "the Euclidean norm": ("x.abs().sum(-1)", "x.square().sum(-1)"),
             "text pivots without padding's mask": ("rank = rank_of(norms, is_text)", "rank, is_text = rank_of(norms, ~is_image), ~is_image"),
-            "image pivots beyond keep": ("is_image & (rank < keep), i)", "is_image, i)"),
             "the quota rounds down": ("(left + exists.sum(0).clamp(min=1) - 1) //", "left //"),
         },
     ),

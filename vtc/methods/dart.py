@@ -77,7 +77,7 @@ class DART(Method):
         rank = rank_of(norms, is_image)
         taken = is_image & (rank < keep.clamp(max=self.image_pivots))
         place = torch.where(taken, rank, 0)  # in the order of choice
-        pivots = [(rank, is_image & (rank < keep), i) for i in range(self.image_pivots)]
+        pivots = [(rank, is_image, i) for i in range(self.image_pivots)]
         rank = rank_of(norms, is_text)
         pivots += [(rank, is_text, i) for i in range(self.text_pivots)]
         found = [candidates & (rank == i) for rank, candidates, i in pivots]
