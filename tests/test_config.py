@@ -38,11 +38,10 @@ def test_defaults():
         ({"ratio": float("nan")}, "0 < ratio <= 1, got nan"),
         ({"ratio": "0.5"}, "0 < ratio <= 1, got '0.5'"),
         ({"ratio": True}, "0 < ratio <= 1, got True"),
-<<<<<<< HEAD
-        ({"method": "tome"}, "'vtc-cls', 'fastervlm', .*'fastv', 'random', 'pool', 'downsample', 'none', got 'tome'"),
-=======
-        ({"method": "tome"}, "'vtc-cls', 'fastervlm', .*'fastv', 'dart', 'random', 'pool', 'none', got 'tome'"),
->>>>>>> schedule
+        (
+            {"method": "tome"},
+            "'vtc-cls', 'fastervlm', .*'fastv', 'dart', 'random', 'pool', 'downsample', 'none', got 'tome'",
+        ),
         ({"fused": 1}, "True, False or None .*got 1"),
         ({"prune_layer": -1}, "prune_layer.*at least 0, got -1"),
         (

@@ -250,11 +250,7 @@ class Marks:
 
 def test_siglip_has_no_cls_token_but_random_works(built):
     model, eager = built("llava", "siglip_vision_model", vision_feature_select_strategy="full")
-<<<<<<< HEAD
     says = r"'vtc-cls' needs a vision tower with a \[CLS\] token, and SigLIP has none; .*: 'coverage', 'scope'"
-=======
-    says = r"'vtc-cls' needs a vision tower with a \[CLS\] token, and SigLIP has none; .*: 'fastv', 'dart', 'random'"
->>>>>>> schedule
     with pytest.raises(ValueError, match=says):
         vtc.enable(model, keep=7)
     model.set_attn_implementation("vtc")

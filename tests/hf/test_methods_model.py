@@ -486,12 +486,8 @@ def test_a_tower_without_cls_is_explained(built, method):
     model, _ = built(tower="siglip_vision_model", vision_feature_select_strategy="full")
     says = (
         rf"method '{re.escape(method)}' needs a vision tower with a \[CLS\] token, and SigLIP has none; methods that "
-<<<<<<< HEAD
-        r"work with it: 'coverage', 'scope', 'mmtok', 'divprune', 'cdpruner', 'hiprune', 'received', 'fastv', "
+        r"work with it: 'coverage', 'scope', 'mmtok', 'divprune', 'cdpruner', 'hiprune', 'received', 'fastv', 'dart', "
         r"'random', 'pool', 'downsample', 'none', e.g. vtc.configure\(model, method='coverage'\)"
-=======
-        r"work with it: 'fastv', 'dart', 'random', 'pool', 'none', e.g. vtc.configure\(model, method='fastv'\)"
->>>>>>> schedule
     )
     with pytest.raises(ValueError, match=says):
         vtc.configure(model, keep=KEEP, method=method)
