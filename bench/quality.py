@@ -36,7 +36,7 @@ GROUPS = {
     "coverage and distance": ("coverage", "scope", "mmtok", "divprune", "cdpruner"),
     "attention of all queries": ("received", "hiprune"),
     "inside the language model": ("fastv", "dart"),
-    "controls": ("random", "pool", "downsample"),
+    "nothing: controls": ("random", "pool", "downsample"),
 }
 INSIDE = "inside the language model"
 

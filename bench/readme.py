@@ -122,15 +122,17 @@ def shapes(function: object, section: str) -> str:
 
 def paper(method: type[Method]) -> str:
     """A link to the method's paper, or "-"."""
-    return f"[{method.paper}](https://arxiv.org/abs/{method.paper.removeprefix('arXiv ')})" if method.paper else "-"
+    number = method.paper.removeprefix("arXiv ")
+    return f"[{number}](https://arxiv.org/abs/{number})" if method.paper else "-"
 
 
 def methods(page: Path) -> str:
-    """Name, score and paper of each method."""
-    return plain(
-        ["method", "what it scores", "paper"],
-        [[f"`{name}`", method.scores, paper(method)] for name, method in METHODS.items()],
-    )
+    """The methods by what they select by, each with its paper."""
+    rows = []
+    for group, names in quality.GROUPS.items():
+        listed = [f"`{name}`{f' ({paper(METHODS[name])})' if METHODS[name].paper else ''}" for name in names]
+        rows.append([group, ", ".join(listed)])
+    return plain(["selects by", "methods"], rows)
 
 
 def parameters(page: Path) -> str:
