@@ -515,7 +515,7 @@ MUTANTS = [
         "vtc/methods/fastv.py",
         "methods/test_methods",
         {
-            "text competes": ("order = order.gather(1, is_image.gather(1, order)", "order = order.gather(1, (is_image | True).gather(1, order)"),
+            "text competes": ("order.gather(1, candidates.gather(1, order)", "order.gather(1, (candidates | True).gather(1, order)"),
             "text is dropped": ("return ~is_image | (rank", "return is_image & (rank"),
         },
     ),
@@ -812,7 +812,7 @@ MUTANTS = [
     *_of(
         "vtc/hf/prune_layers.py",
         "hf/test_prune",
-        {"the first token's query": ("last = length - 1 - self.real", "last = 0 * self.real")},
+        {"the first token's query": ("last = hidden.shape[1] - 1 - self.real", "last = 0 * self.real")},
     ),
     *_of(
         "vtc/hf/prune_mask.py",
@@ -873,7 +873,7 @@ MUTANTS = [
     *_of(
         "vtc/hf/settings.py",
         "hf/test_schedule",
-        {"floats that equal integers": ("if any(type(number) is not int for pair in schedule for number in pair):", "if False:")},
+        {"floats that equal integers": ("else type(each) is int for each in value)", "else True for each in value)")},
     ),
     *_of(
         "vtc/config.py",
@@ -1127,7 +1127,7 @@ MUTANTS = [
         "hf/test_stateful",
         {
             "a forgotten image accepted": ("if found > 1:", "if False:"),
-            "a new image is pruned inside": ("goes_on = running(settings) if past or", "goes_on = running(settings) if"),
+            "a new image is pruned inside": ("if (past and not inside) or settings.ending:", "if settings.ending:"),
         },
     ),
     *_of(
@@ -1533,7 +1533,7 @@ MUTANTS = [
         "vtc/hf/prune.py",
         "hf/test_selection",
         {
-            "selects nothing of K = N": ("keep == sizes[0] and not isinstance(settings.run, _Selecting)", "keep == sizes[0]"),
+            "selects nothing of K = N": ("stages[0][1] == sizes[0] and not isinstance(settings.run, _Selecting)", "stages[0][1] == sizes[0]"),
             "counts left out": ("None if is_even else counts", "None"),
             "beams are counted as images": ("max_new_tokens=1, num_beams=1, num_return_sequences=1", "max_new_tokens=1"),
             "indices out of order": (".sort(1).values[:, : int(counts.max())]", "[:, : int(counts.max())]"),
@@ -1709,8 +1709,7 @@ MUTANTS = [
         "vtc/hf/settings.py",
         "hf/test_question",
         {
-            "lists are no keys": ("tuple(value) if type(value) is list else value", "value"),
-            "any tuple is a key": ("all(type(each) is int for each in value)", "True"),
+            "lists are no keys": ("tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value", "value"),
         },
     ),
     *_of(
