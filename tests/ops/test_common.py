@@ -292,7 +292,9 @@ def test_no_axis_of_a_grid_grows_beyond_its_limit(num_images, num_heads, num_tok
     launch["merge_neighbors"](hidden, hidden, indices, scores, neighbors=2)
     launch["maxmin"](scores[:, :600, None].expand(-1, -1, min(600, num_tokens)), 4)
     launch["received"](*cache[:2])
-    assert len({name for name, _ in grids}) == 17 - (num_features > 256)
+    launch["similarity"](hidden[:, :600], hidden, temperature=0.2)
+    launch["coverage"](scores[:, :600, None].expand(-1, -1, min(600, num_tokens)), 4)
+    assert len({name for name, _ in grids}) == 19 - (num_features > 256)
     for name, grid in grids:
         assert grid[0] < 2**31, name
         assert all(blocks <= 65_535 for blocks in grid[1:]), f"{name}{grid}"
