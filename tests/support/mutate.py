@@ -732,7 +732,7 @@ MUTANTS = [
         "hf/test_settings_cache",
         {
             "True is 1": ("typed=True", "typed=False"),
-            "values that change are remembered": ("if all(map(_is_key, values.values())) and", "if"),
+            "values that change are remembered": ("and all(map(_is_key, others)):", ":"),
             "a name is always the same class": ('METHODS.get(values.get("method", "vtc-cls"))', "None"),
             "settings are checked each time": ("@functools.lru_cache(maxsize=64, typed=True)", "@functools.lru_cache(maxsize=0, typed=True)"),
         },

@@ -205,8 +205,9 @@ def stored(base: Any) -> VTCConfig:
         given = {name: given[name] for name in SHARED if name in given} | {"method": own}
     try:
         # A saved config holds lists where there were tuples.
-        values = {name: _tuples(value) for name, value in given.items()}
-        if all(map(_is_key, values.values())) and not torch.compiler.is_compiling():
+        values = {name: _tuples(value) if type(value) is list else value for name, value in given.items()}
+        others = [value for value in values.values() if type(value) not in _SCALARS]
+        if not torch.compiler.is_compiling() and all(map(_is_key, others)):
             return _checked(METHODS.get(values.get("method", "vtc-cls")), **values)  # type: ignore[arg-type]
         return VTCConfig.of(**given)
     except ValueError as error:
@@ -226,10 +227,8 @@ def _tuples(value: Any) -> Any:
 
 
 def _is_key(value: Any) -> bool:
-    """Whether equal values of its type are the same: a scalar, or integers in tuples. 1.0 and True equal 1, too."""
-    if type(value) is not tuple:
-        return type(value) in _SCALARS
-    return all(_is_key(each) if type(each) is tuple else type(each) is int for each in value)
+    """Whether a value that equals it is the same: integers in tuples. 1.0 and True equal 1, too."""
+    return type(value) is tuple and all(_is_key(each) if type(each) is tuple else type(each) is int for each in value)
 
 
 @functools.lru_cache(maxsize=64, typed=True)  # typed: True and 1.0 equal 1, and only 1 is a number of tokens
