@@ -41,9 +41,11 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     def play_one(task, setting):
         share = {"vtc-cls": 0.8, "random": 0.2, "prumerge": 0.6, "none": 1.0}[setting.method]
         known = round(share * 50 * (0.5 if setting.options.get("ensemble") == "min" else 1))
-        kept = {"none": 576.0, "prumerge": 29.3}.get(setting.method, setting.keep)
+        first, last = (number for _, number in setting.options.get("schedule", [(0, setting.keep)] * 2))
+        kept = {"none": 576.0, "prumerge": 29.3}.get(setting.method, last)
         texts = [question.answer if i < known else "?" for i, (_, question) in enumerate(task.asked)]
-        layers = (576 + kept) / 2 if "prune_layer" in setting.options else kept
+        first = 576 if "prune_layer" in setting.options else first if "schedule" in setting.options else kept
+        layers = (first + kept) / 2
         return [Answer(line, text, kept, token_layers=layers) for line, text in enumerate(texts)]
 
     monkeypatch.setattr(quality, "answer_all", play)
@@ -56,11 +58,14 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
         split="val",
         processes=2,
     )
-    assert [(r.name, r.keep, r.tokens) for r in records[:8]] == [
+    assert [(r.name, r.keep, r.tokens) for r in records[:13]] == [
         *(("all tokens", 576, 576), ("vtc-cls", 64, 64), ("vtc-cls", 16, 16), ("prumerge", 64, 29.3)),
-        *(("random", 64, 64), ("random", 16, 16), ("vtc-cls prune_layer=2", 64, 64), ("vtc-cls prune_layer=2", 16, 16)),
+        *(("random", 64, 64), ("random", 16, 16), ("vtc-cls scheduled", 64, 32), ("vtc-cls scheduled", 16, 8)),
+        *(("vtc-cls positions=original", 64, 64), ("vtc-cls positions=original", 16, 16)),
+        *(("vtc-cls prune_layer=2", 64, 64), ("vtc-cls prune_layer=2", 16, 16), ("vtc-cls prune_layer=1", 64, 64)),
     ]
-    assert [r.token_layers for r in records[:8]] == [576, 64, 16, 29.3, 64, 16, 320, 296]
+    layers = [576, 64, 16, 29.3, 64, 16, 64, 16, 64, 16, 320, 296, 320]
+    assert [r.token_layers for r in records[:13]] == layers
     full, ours, _, _, random = records[:5]
     assert (full.accuracy[0], ours.accuracy[0], random.accuracy[0]) == (1.0, 0.8, 0.2)
     assert (full.agreement, ours.difference) == (None, None)
@@ -69,14 +74,17 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     families = [question.family for _, question in balanced_questions("val", 50)]
     for family in ("existence", "attribute", "relation", "counting", "digit"):
         assert ours.families[family] == wilson(families[:40].count(family), families.count(family))
-    swept = [next(iter(r.options.items())) for r in records[8:]]
+    swept = [next(iter(r.options.items())) for r in records[13:]]
     assert swept == [("ensemble_layers", n) for n in (1, 2, 4, 5)] + [("ensemble", e) for e in ("mean", "max", "min")]
     text = quality_tables.tables(records)
     assert re.search(r"\| random +\| 20\.0 ± ", text)
     assert re.search(r"\| vtc-cls prune_layer=2 +\| 80\.0 ± \d+\.\d \(320 a layer\) \|", text)
     assert re.search(r"\| prumerge +\| 60\.0 ± \d+\.\d \(29 tokens\) +\| +\|", text)
     methods, settings = re.findall(r"^Against vtc-cls .* own\): (.*)$", text, re.MULTILINE)
-    assert methods == "worse: prumerge, random; no clear difference: vtc-cls prune_layer=2."
+    assert methods == (
+        "worse: prumerge, random; no clear difference: vtc-cls scheduled, vtc-cls positions=original, "
+        "vtc-cls prune_layer=2, vtc-cls prune_layer=1."
+    )
     assert settings.startswith("worse: vtc-cls ensemble=min; no clear difference: vtc-cls ensemble_layers=1, ")
     read = quality.read(tmp_path / "quality.jsonl")
     assert [(r.name, r.keep, r.accuracy[0]) for r in read] == [(r.name, r.keep, r.accuracy[0]) for r in records]

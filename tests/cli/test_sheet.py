@@ -71,7 +71,7 @@ def test_labels_and_answers_stay_in_their_boxes(written, monkeypatch):
     boxes = []
     monkeypatch.setattr(ImageDraw.ImageDraw, "rounded_rectangle", lambda self, box, *_, **__: boxes.append(box))
     sheet.draw(made_up("all", answer=LONG))
-    assert len(boxes) == 6 * 9
+    assert len(boxes) == 6 * len(METHODS)
     for box in boxes:
         inside = [at for _, at in written if overlap(at, box)]
         assert len(inside) == 2  # the label and the answer

@@ -223,7 +223,9 @@ def check_generated(out, call, eager, embeds):
 
 
 def test_every_method_is_here():
-    assert {case.split()[0] for case in CASES} | {"none", "fastv"} == set(METHODS)  # for fastv, see test_prune
+    assert {case.split()[0] for case in CASES} | {"none", "fastv", "dart"} == set(
+        METHODS
+    )  # for fastv and dart, see test_prune
     assert {case.split()[0] for case in ADAPTIVE} == {name for name in METHODS if METHODS[name].adaptive}
 
 

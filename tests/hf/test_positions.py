@@ -108,7 +108,9 @@ def test_every_method(model, eager, case):
     """Tokens that are no patches are spread over their image."""
     case, pixels = (case, models.images(4, SEED)) if case in CASES else ("prumerge+ adaptive", models.images(4))
     vtc.configure(model, **options(case))
-    rows, left = prompts("unequal_images")[:2], [Seen(eager, image) for image in pixels[:3]]
+    rows = prompts("unequal_images")[:2]
+    asked = [row for row in rows for _ in range(count_images(row))]
+    left = [Seen(eager, image, row=row) for image, row in zip(pixels[:3], asked, strict=True)]
     call, golden_rows = {**models.batch(rows), "pixel_values": pixels[:3]}, []
     found = [CASES[case][1](seen) for seen in left]
     is_patch = vtc.VTCConfig.of(**options(case)).build_method().keeps_patches()

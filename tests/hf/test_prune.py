@@ -256,6 +256,7 @@ def test_static_cache(model, eager, name, method):
 
 def test_decoding_with_a_static_cache_compiles_once(model):
     """transformers compiles the decoding step by itself where there is a GPU; here it is told to."""
+    torch._dynamo.reset()  # else what other tests have compiled counts
     vtc.configure(model, keep=KEEP, method="fastv", prune_layer=2, kv="compact")
     call = inputs(prompts("left_padded"))
     static = dict(max_new_tokens=STEPS, do_sample=False, cache_implementation="static")

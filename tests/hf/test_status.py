@@ -100,7 +100,9 @@ def test_the_operations_where_tokens_are_dropped_later(stock):
 @pytest.mark.parametrize("fused", [None, True])
 def test_the_operations_are_those_that_run(stock, method, fused):
     model = copy.deepcopy(stock)
-    options = {"method": method, "keep": 9, "fused": fused} | ({"prune_layer": 1} if method == "fastv" else {})
+    options = {"method": method, "keep": 9, "fused": fused} | (
+        {"prune_layer": 1} if method in ("fastv", "dart") else {}
+    )
     vtc.enable(model)
     with torch.no_grad(), vtc.compress(model, **options) as run:
         model.generate(**inputs(prompts("one")), **ONE)
@@ -253,7 +255,7 @@ def test_what_has_no_effect_is_what_changes_nothing(stock, method):
     model = copy.deepcopy(stock)
     vtc.enable(model)
     named = vtc.VTCConfig.of(method=method).without_effect()
-    more = {"prune_layer": 1} if method == "fastv" else {}
+    more = {"prune_layer": 1} if method in ("fastv", "dart") else {}
 
     def effect(**options):
         with vtc.compress(model, **{"method": method, "keep": 9, **more, **options}) as run:

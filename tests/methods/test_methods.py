@@ -184,7 +184,7 @@ def hiprune(data, b, keep, object_layer=2, alpha=0.1):
     return golden.hiprune(data.hidden[b].double(), middle, deep, data.grid[1], keep, alpha)
 
 
-ON_TENSORS = [name for name in METHODS if name not in ("fastv", "downsample")]  # the latter changes the pixels
+ON_TENSORS = [name for name in METHODS if name not in ("fastv", "dart", "downsample")]  # the latter changes the pixels
 
 # Data, method, keep, and its transcription for image b.
 CASES = [
@@ -473,7 +473,7 @@ def test_compilers_trace_through(name, images):
 
 
 def test_gradients_reach_the_hidden_states(images):
-    for name in (name for name in METHODS if name != "fastv"):
+    for name in (name for name in METHODS if name not in ("fastv", "dart")):
         outputs = images("oblong").outputs(METHODS[name]())
         hidden = outputs.hidden.clone().requires_grad_()
         METHODS[name]().reduce(outputs._replace(hidden=hidden), 5).features.sum().backward()
@@ -741,10 +741,10 @@ def test_what_a_method_needs():
     assert {name for name, method in METHODS.items() if method.needs_cls()} == {
         *("vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "vispruner")
     }
-    assert [name for name, method in METHODS.items() if method.needs_prompt()] == ["mmtok", "cdpruner", "fastv"]
-    language = {"vtc-cls", "coverage", "scope", "fastv"}
+    assert [name for name, method in METHODS.items() if method.needs_prompt()] == ["mmtok", "cdpruner", "fastv", "dart"]
+    language = {"vtc-cls", "coverage", "scope", "fastv", "dart"}
     assert {name for name, method in METHODS.items() if "language" in method.prunes} == language
-    assert [name for name, method in METHODS.items() if method.prunes_only_language()] == ["fastv"]
+    assert [name for name, method in METHODS.items() if method.prunes_only_language()] == ["fastv", "dart"]
     assert {name for name, method in METHODS.items() if method.keeps_patches()} == {
         *("vtc-cls", "fastervlm", "coverage", "scope", "mmtok", "divprune", "cdpruner", "vispruner", "hiprune"),
         *("received", "random"),

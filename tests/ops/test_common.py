@@ -202,10 +202,10 @@ def calls(num_images=2):
             x,
         ),
         "merge_nearest": (lambda x, backend: ops.merge_nearest(x, *merged, backend=backend)[0], x),
-        "maxmin": (lambda x, backend: ops.maxmin(x, 3, backend=backend)[1], randn(9, 9)),
-        "received": (lambda x, backend: ops.received(x, key, skip=1, backend=backend), randn(2, 10, 16)),
         "similarity": (lambda x, backend: ops.similarity(x, x[:, 2:], temperature=0.2, backend=backend), randn(9, 12)),
         "coverage": (lambda x, backend: ops.coverage(x, 3, backend=backend)[1], randn(9, 12)),
+        "maxmin": (lambda x, backend: ops.maxmin(x, 3, backend=backend)[1], randn(9, 9)),
+        "received": (lambda x, backend: ops.received(x, key, skip=1, backend=backend), randn(2, 10, 16)),
     }
 
 
