@@ -78,7 +78,7 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     assert swept == [("ensemble_layers", n) for n in (1, 2, 4, 5)] + [("ensemble", e) for e in ("mean", "max", "min")]
     text = quality_tables.tables(records)
     assert re.search(r"\| random +\| 20\.0 ± ", text)
-    assert re.search(r"\| vtc-cls prune_layer=2 +\| 80\.0 ± \d+\.\d \(320 a layer\) \|", text)
+    assert re.search(r"\| vtc-cls prune_layer=2 +\| 80\.0 ± \d+\.\d \(320 a layer\) +\|", text)
     assert re.search(r"\| prumerge +\| 60\.0 ± \d+\.\d \(29 tokens\) +\| +\|", text)
     methods, settings = re.findall(r"^Against vtc-cls .* own\): (.*)$", text, re.MULTILINE)
     assert methods == (
