@@ -27,6 +27,8 @@ CALLS = {
     "compact_kv": lambda: (([of(B, H, N, D)], [of(B, H, N, D, seed=1)], indices()), {}),
     "merge_neighbors": lambda: ((of(B, N, D), of(B, N, D, seed=1), indices(), of(B, N).abs()), {"neighbors": 4}),
     "merge_nearest": lambda: ((of(B, N, D), of(B, N, D, seed=1), indices(), of(B, N).abs()), {}),
+    "similarity": lambda: ((of(B, N, D), of(B, K, D, seed=1)), {"temperature": 0.2}),
+    "coverage": lambda: ((of(B, N, N), K), {"weight": of(B, N, seed=1)}),
 }
 # The arguments, by their place, whose elements are copied: they may be of any type.
 COPIED = {("compact", 0), ("compact_kv", 0), ("compact_kv", 1), ("select", 1)}
