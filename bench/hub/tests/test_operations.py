@@ -29,6 +29,8 @@ CALLS = {
     "merge_nearest": lambda: ((of(B, N, D), of(B, N, D, seed=1), indices(), of(B, N).abs()), {}),
     "maxmin": lambda: ((of(B, N, N), K), {}),
     "received": lambda: ((of(B, H, N, D), of(B, H, N, D, seed=1)), {"skip": 1}),
+    "similarity": lambda: ((of(B, N, D), of(B, K, D, seed=1)), {"temperature": 0.2}),
+    "coverage": lambda: ((of(B, N, N), K), {"weight": of(B, N, seed=1)}),
 }
 # The arguments, by their place, whose elements are copied: they may be of any type.
 COPIED = {("compact", 0), ("compact_kv", 0), ("compact_kv", 1), ("select", 1)}
