@@ -28,7 +28,7 @@ FLOORS = (  # from the ground up: what lies on a floor imports from its own and 
     ("vtc.ui",),
     ("vtc.cli", "vtc.__main__", "bench"),
 )
-SHARED = {"tuning", "search", "similarity"}  # of kernels/: what several operations use
+SHARED = {"tuning", "search"}  # of kernels/: what several operations use
 
 
 def imports(path):
