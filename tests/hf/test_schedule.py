@@ -9,6 +9,7 @@ from support import models
 from support.golden import llava as golden
 from support.golden import prune as golden_prune
 from support.models import IMAGE, TOKENS, ids
+from test_prune import count_images, inputs
 from transformers import StaticCache
 
 import vtc
@@ -36,14 +37,6 @@ BOTH = [SCHEDULES["before and inside"], SCHEDULES["twice inside"]]
 
 def prompts(name):
     return [ids(*parts, seed=i) for i, parts in enumerate(PROMPTS[name])]
-
-
-def count_images(row):
-    return row.count(IMAGE) // TOKENS
-
-
-def inputs(rows):
-    return {**models.batch(rows), "pixel_values": models.images(sum(map(count_images, rows)))}
 
 
 @pytest.fixture(scope="module")
