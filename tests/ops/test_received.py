@@ -1,5 +1,7 @@
 """received: the kernels and the reference against an fp64 oracle."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -49,15 +51,26 @@ def lengths(cu_seqlens):
     return each.repeat_interleave(each)
 
 
-def plain(query, key, scale, skip=0, cu_seqlens=None, dtype=torch.float64):
-    """Plain PyTorch in `dtype`, with whole N x N matrices. In float64 it is the oracle."""
+def plain(query, key, scale, skip=0, cu_seqlens=None, dtype=torch.float64, base=math.e):
+    """Plain PyTorch in `dtype`, with whole N x N matrices and the logarithms of the sums. In float64 it is the oracle.
+
+    The operation is defined by these logarithms, and a rounded one makes all weights of its query wrong by as much: a
+    softmax in float32, which needs none, is a few units in the last place more exact. With `base` 2, exponentials and
+    logarithms are those of attention kernels.
+    """
     logits = query.to(dtype) @ key.to(dtype).mT * scale
     share = torch.tensor(query.shape[2], device=DEVICE)
     if cu_seqlens is not None:
         share = lengths(cu_seqlens)
         segment = torch.arange(len(cu_seqlens) - 1, device=DEVICE).repeat_interleave(cu_seqlens.diff().long())
         logits = logits.masked_fill(segment[:, None] != segment, float("-inf"))
-    return (logits.softmax(dim=3).sum(dim=2) / share).mean(dim=1)[:, skip:]
+    if base == 2:
+        logits = logits * math.log2(math.e)
+        shift = logits.amax(dim=3, keepdim=True)
+        weights = (logits - (shift + (logits - shift).exp2().sum(dim=3, keepdim=True).log2())).exp2()
+    else:
+        weights = (logits - logits.logsumexp(dim=3, keepdim=True)).exp()
+    return (weights.sum(dim=2) / share).mean(dim=1)[:, skip:]
 
 
 def check(query, key, backend, scale=None, skip=0, cu_seqlens=None, lse=None):
@@ -68,7 +81,8 @@ def check(query, key, backend, scale=None, skip=0, cu_seqlens=None, lse=None):
     assert actual.is_contiguous()
     scale = query.shape[3] ** -0.5 if scale is None else scale
     oracle = plain(query, key, scale, skip, cu_seqlens)
-    expected = [plain(q, k, scale, skip, cu_seqlens, torch.float32) for q, k in in_orders(query, key)]
+    orders = [(q, k, base) for q, k in in_orders(query, key) for base in (math.e, 2)]
+    expected = [plain(q, k, scale, skip, cu_seqlens, torch.float32, base) for q, k, base in orders]
     assert_as_exact_as_pytorch(actual, expected, oracle)
     return actual
 
