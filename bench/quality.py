@@ -38,7 +38,14 @@ GROUPS = {
     "inside the language model": ("fastv", "dart"),
     "nothing: controls": ("random", "pool", "downsample"),
 }
-INSIDE = "inside the language model"
+INSIDE, OTHERS = "inside the language model", "something else"
+
+
+def grouped() -> dict[str, tuple[str, ...]]:
+    """`GROUPS`, and the methods that are in none of them."""
+    known = {name for names in GROUPS.values() for name in names}
+    others = tuple(name for name in METHODS if name not in known and name != NONE)
+    return GROUPS | ({OTHERS: others} if others else {})
 
 
 def variants(keeps: Sequence[int]) -> list[tuple[str, dict[str, Any], Sequence[int]]]:
@@ -100,7 +107,7 @@ class Quality(Provenance):
         """The key of `GROUPS` that it is shown with."""
         if "prune_layer" in self.options or "schedule" in self.options:
             return INSIDE
-        return next(group for group, methods in GROUPS.items() if self.method in methods)
+        return next((group for group, methods in grouped().items() if self.method in methods), OTHERS)
 
 
 def run(

@@ -129,7 +129,7 @@ def paper(method: type[Method]) -> str:
 def methods(page: Path) -> str:
     """The methods by what they select by, each with its paper."""
     rows = []
-    for group, names in quality.GROUPS.items():
+    for group, names in quality.grouped().items():
         listed = [f"`{name}`{f' ({paper(METHODS[name])})' if METHODS[name].paper else ''}" for name in names]
         rows.append([group, ", ".join(listed)])
     return plain(["selects by", "methods"], rows)

@@ -564,7 +564,7 @@ def test_adding_a_method(tmp_path: Path) -> None:
     made = (tree / "vtc/methods/README.md").read_text(encoding="utf-8")
     assert "| [`longest`](longest.py) | length of the features | no | before the projector | - |" in made
     assert "| `longest` | `power=2` | p, at least 1. Default 2. |" in made
-    assert "| `longest` | length of the features | - |" in (tree / "README.md").read_text(encoding="utf-8")
+    assert "| something else | `longest` |" in (tree / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_workflow_is_the_script() -> None:

@@ -150,7 +150,13 @@ def test_the_tower_runs_once_for_the_same_pixels():
 
 
 def test_every_method_has_a_group():
+    assert quality.grouped() == quality.GROUPS
     assert sorted(name for group in quality.GROUPS.values() for name in group) == sorted(set(METHODS) - {"none"})
+
+
+def test_a_new_method_is_in_a_group_of_its_own(monkeypatch):
+    monkeypatch.setitem(METHODS, "new", METHODS["random"])
+    assert list(quality.grouped().items())[-1] == (quality.OTHERS, ("new",))
 
 
 def test_quality_measures_the_bundled_model(tmp_path, capsys):

@@ -47,17 +47,17 @@ def test_each_method_answers_and_draws_as_the_api_does(comparison, method):
     assert column.tokens == run.tokens_after
     plain = SCENE.image.resize((672, 672), Image.Resampling.BICUBIC)
     assert np.array_equal(everything.image, plain)
-    if method == "pool":
+    if method in ("pool", "downsample"):
         assert np.array_equal(column.image, plain)
         assert column.heatmap is None
-        assert column.note == "No patches to draw: nothing: the grid is averaged."
+        assert column.note == f"No patches to draw: {METHODS[method].scores}."
         return
     selection = vtc.select(comparison.answerer.model, inputs, **options)
     assert np.array_equal(column.image, vtc.overlay(SCENE.image, selection))
     assert np.array_equal(column.heatmap, vtc.heatmap(SCENE.image, selection))
     patches = int(re.match(r"(\d+) of the tokens (?:is a patch|are patches), outlined below\.", column.note)[1])
     assert patches == int((selection.indices[0] >= 0).sum())
-    assert ("All tokens pass the first 2 layers." in column.note) == (method == "fastv")
+    assert ("All tokens pass the first 2 layers." in column.note) == (method in ("fastv", "dart"))
 
 
 def test_one_patch_is_one(comparison):
