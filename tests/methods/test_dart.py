@@ -9,29 +9,31 @@ from vtc.methods import METHODS
 LENGTH, IMAGES = 30, range(4, 24)
 
 
-def choose(keys, is_image, real, keep, **options):
+def choose(keys, hidden, is_image, real, keep, **options):
     """Which of the tokens `[B, L]` stay, and the scores."""
     method = METHODS["dart"](**options)
     keep = torch.tensor(keep)
-    scores = method.prompt_scores(keys, is_image, real & ~is_image, keep)
+    scores = method.prompt_scores(keys, hidden, is_image, real & ~is_image, keep)
     assert scores.dtype == torch.float32
     return method.keep_prompt(scores, is_image, keep), scores
 
 
 def prompts(seed=0, rows=3, heads=2):
-    keys = torch.randn(rows, heads, LENGTH, 4, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(rows, heads, LENGTH, 4, generator=generator)
+    hidden = torch.randn(rows, LENGTH, 7, generator=generator)
     is_image = torch.zeros(rows, LENGTH, dtype=torch.bool)
     is_image[:, IMAGES.start : IMAGES.stop] = True
-    return keys, is_image, torch.ones_like(is_image)
+    return keys, hidden, is_image, torch.ones_like(is_image)
 
 
 @pytest.mark.parametrize("keep", [1, 3, 4, 5, 11, 12, 13, 19, 20])
 @pytest.mark.parametrize("options", [{}, {"image_pivots": 1, "text_pivots": 0}, {"image_pivots": 2, "text_pivots": 9}])
 def test_the_choice_is_that_of_the_rule(keep, options):
-    keys, is_image, real = prompts(seed=keep)
-    stays, scores = choose(keys, is_image, real, [keep] * 3, **options)
+    keys, hidden, is_image, real = prompts(seed=keep)
+    stays, scores = choose(keys, hidden, is_image, real, [keep] * 3, **options)
     for row in range(3):
-        expected = golden.dart(keys[row].double(), is_image[row].tolist(), keep, **options)
+        expected = golden.dart(keys[row].double(), hidden[row].double(), is_image[row].tolist(), keep, **options)
         assert stays[row].nonzero().flatten().tolist() == expected
         chosen = scores[row][is_image[row]].sort(descending=True).values[:keep]
         assert torch.equal(chosen, 1 - torch.arange(keep) / keep)
@@ -39,25 +41,34 @@ def test_the_choice_is_that_of_the_rule(keep, options):
 
 def test_rows_do_not_depend_on_each_other():
     """Other numbers of tokens, padding on the left, and a row without an image."""
-    keys, is_image, real = prompts()
+    keys, hidden, is_image, real = prompts()
     is_image[2] = False
     real[1, :3] = False
     keys[1, :, :3] = 99.0  # padding would be a pivot
-    stays, _ = choose(keys, is_image, real, [7, 9, 0])
+    stays, _ = choose(keys, hidden, is_image, real, [7, 9, 0])
     for row, keep in enumerate([7, 9, 0]):
         own = real[row].nonzero().flatten()
-        expected = golden.dart(keys[row][:, own].double(), is_image[row][own].tolist(), keep)
+        expected = golden.dart(keys[row][:, own].double(), hidden[row][own].double(), is_image[row][own].tolist(), keep)
         assert stays[row][own].nonzero().flatten().tolist() == expected
-    assert torch.equal(
-        choose(keys.half(), is_image, real, [7, 9, 0])[0], choose(keys.half().float(), is_image, real, [7, 9, 0])[0]
-    )
+    half, single = ([each.half().to(dtype) for each in (keys, hidden)] for dtype in (torch.half, torch.float))
+    assert torch.equal(choose(*half, is_image, real, [7, 9, 0])[0], choose(*single, is_image, real, [7, 9, 0])[0])
 
 
 def test_the_earlier_of_equal_tokens():
-    keys, is_image, real = prompts()
-    stays, _ = choose(torch.ones_like(keys), is_image, real, [6] * 3)
-    assert (stays & is_image)[0].nonzero().flatten().tolist() == list(IMAGES[:6])
-    assert (choose(torch.zeros_like(keys), is_image, real, [6] * 3)[0] & is_image).sum() == 18
+    keys, hidden, is_image, real = prompts()
+    for value in (1, 0):
+        stays, _ = choose(torch.full_like(keys, value), torch.full_like(hidden, value), is_image, real, [6] * 3)
+        assert all(row.nonzero().flatten().tolist() == list(IMAGES[:6]) for row in stays & is_image)
+
+
+def test_text_before_the_last_image_is_no_pivot():
+    """The prompts of a conversation begin alike; what is asked stands after the image."""
+    keys, hidden, is_image, real = prompts()
+    is_image[:, -1] = True  # nothing follows the last image: the pivots are image tokens
+    alone = choose(keys, hidden, is_image, real, [9] * 3, text_pivots=0)
+    assert torch.equal(choose(keys, hidden, is_image, real, [9] * 3)[1], alone[1])
+    keys[:, :, : IMAGES.start] = 99.0
+    assert torch.equal(choose(keys, hidden, is_image, real, [9] * 3)[1], alone[1])
 
 
 @pytest.mark.parametrize(

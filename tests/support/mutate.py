@@ -799,15 +799,20 @@ MUTANTS = [
         {
             "the most alike are kept": ("rank = rank_of(-cosine, free)", "rank = rank_of(cosine, free)"),
             "a pivot takes all": ("torch.minimum(quota, keep - count)", "(keep - count)"),
-            "the Euclidean norm": ("x.abs().sum(-1)", "x.square().sum(-1)"),
-            "text pivots without padding's mask": ("rank = rank_of(norms, is_text)", "rank, is_text = rank_of(norms, ~is_image), ~is_image"),
+            "the Euclidean norm": (".float().abs().sum((1, 3))", ".float().square().sum((1, 3))"),
+            "text pivots without padding's mask": ("follows = is_text &", "follows = ~is_image &"),
+            "text before the image": (" & (is_image.flip(1).cumsum(1).flip(1) == 0)", ""),
+            "the keys are compared": ("normalize(hidden.detach().float(), dim=-1)", "normalize(keys.detach().float().transpose(1, 2).flatten(2), dim=-1)"),
             "the quota rounds down": ("(left + exists.sum(0).clamp(min=1) - 1) //", "left //"),
         },
     ),
     *_of(
         "vtc/hf/prune.py",
         "hf/test_prune",
-        {"padding may be a pivot": ("self.real & ~self.is_image, keep)", "~self.is_image, keep)")},
+        {
+            "padding may be a pivot": ("self.real & ~self.is_image, keep)", "~self.is_image, keep)"),
+            "states without the norm": ("states = self.norm(on_device_of(self.norm, hidden))", "states = hidden"),
+        },
     ),
     *_of(
         "vtc/hf/prune_layers.py",

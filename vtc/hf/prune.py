@@ -31,7 +31,7 @@ from vtc.hf.conversation import PrunedConversation, Stage
 from vtc.hf.encode import Selection
 from vtc.hf.names import CACHE, cache_of
 from vtc.hf.prompt import Prompt, Shortening, require_ids
-from vtc.hf.prune_layers import ARGUMENT, LastToken, LayerKeys, causal_mask, hooked
+from vtc.hf.prune_layers import ARGUMENT, LastToken, LayerKeys, causal_mask, hooked, on_device_of
 from vtc.hf.prune_limits import is_static
 from vtc.hf.prune_mask import Masking
 from vtc.hf.settings import Run, Settings, running
@@ -80,8 +80,9 @@ class _Prefill:
             lengths = prompt.lengths({token: [(num_tokens, keep)] * sum(images)})
             self.drops.append(_Drop(layer, before, keep, indices, max(lengths), min(lengths)))
             before = keep
-        by_keys = self.method.reads == "keys"
-        self.reader = LayerKeys() if by_keys else LastToken(self.real, self.config.backend)
+        self.norm = settings.base.language_model.norm
+        by_states = self.method.reads == "states"
+        self.reader = LayerKeys() if by_states else LastToken(self.real, self.config.backend)
         self.shorter: dict[str, Any] = {}  # the arguments of layers from r on
         self.cache: Any = None
         self.done: list[tuple[Stage, Shortening]] = []
@@ -99,8 +100,9 @@ class _Prefill:
         arguments |= self.shorter
         return hidden
 
-    def _keep_mask(self, drop: _Drop, device: torch.device) -> Tensor:
-        """Which columns `[B, L]` bool stay."""
+    def _keep_mask(self, drop: _Drop, hidden: Tensor) -> Tensor:
+        """Which columns `[B, L]` bool of the hidden states `[B, L, D]` stay."""
+        device = hidden.device
         is_image, real = self.is_image.to(device), ~self.padding.to(device)
         if drop.indices is not None:
             return methods.keep_patches(is_image, drop.indices.to(device), drop.tokens) & real
@@ -109,7 +111,9 @@ class _Prefill:
             scores = self.reader.scores(self.cache, drop.layer - 1, self.real)
         else:
             keys = self.reader.of(self.cache, drop.layer - 1, self.real.shape[1])
-            given = (each.to(keys.device) for each in (is_image, self.real & ~self.is_image, keep))
+            with torch.no_grad():
+                states = self.norm(on_device_of(self.norm, hidden))
+            given = (each.to(keys.device) for each in (states, is_image, self.real & ~self.is_image, keep))
             scores = self.method.prompt_scores(keys, *given)
         stays: Tensor = self.method.keep_prompt(scores.to(device), is_image, keep)
         return stays & real
@@ -118,7 +122,7 @@ class _Prefill:
         batch, length = hidden.shape[:2]
         self.cache = arguments.get(CACHE)
         is_static(self.cache, self.config.kept_kv == "compact")
-        shortening = Shortening(self._keep_mask(drop, hidden.device).long(), drop.longest, drop.shortest)
+        shortening = Shortening(self._keep_mask(drop, hidden).long(), drop.longest, drop.shortest)
         valid = (
             shortening.take(self.real.to(hidden.device), False) if self.is_masked or not shortening.is_even else None
         )

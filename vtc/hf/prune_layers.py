@@ -76,10 +76,15 @@ class LayerKeys:
         return keys
 
 
+def on_device_of(norm: Any, hidden: Tensor) -> Tensor:
+    """Hidden states where the weight of `norm` is. Offloaded weights move to their input."""
+    device = norm.weight.device
+    return hidden if device.type == "meta" else hidden.to(device)
+
+
 def _input_of(layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """The input `[B, T, D]` of `layer` on its device, and the cosines and sines of the positions for each row."""
-    device = layer.input_layernorm.weight.device  # the first layer on a device gets its input from another one
-    hidden = hidden if device.type == "meta" else hidden.to(device)
+    hidden = on_device_of(layer.input_layernorm, hidden)  # the first layer on a device gets its input from another one
     cos, sin = (part.expand(len(hidden), -1, -1).to(hidden.device) for part in arguments["position_embeddings"])
     return hidden, cos, sin
 

@@ -211,9 +211,10 @@ class Method:
         The operations of `vtc.ops` that it runs. By default those of `reduce` here.
     selects : bool
         Whether `reduce` returns the indices of selected patches and their scores.
-    reads : {"attention", "keys"}
+    reads : {"attention", "states"}
         What a method inside the language model needs of the layer before the one that prunes: the attention of the
-        last prompt token, or the keys of all tokens. See `vtc.methods.fastv` and `vtc.methods.dart`.
+        last prompt token, or the keys of all tokens and the hidden states after it. See `vtc.methods.fastv` and
+        `vtc.methods.dart`.
     """
 
     name: ClassVar[str]

@@ -15,12 +15,13 @@ from vtc.methods.fastv import keep_best, rank_of
 
 @dataclasses.dataclass(frozen=True)
 class DART(Method):
-    """Image tokens that duplicate no pivot, by the keys of layer k - 1 of the language model (arXiv 2502.11494).
+    """Image tokens that duplicate no pivot before layer k of the language model (arXiv 2502.11494).
 
     ::
 
-        x[n]   = the keys of token n in layer k - 1, all heads in a row, after the rotary embedding
-        pivots = the image tokens, then the text tokens, with the largest ‖x[n]‖₁
+        z[n]   = the keys of token n in layer k - 1, all heads in a row, after the rotary embedding
+        x[n]   = the hidden state of token n before layer k, after the language model's last norm
+        pivots = the image tokens, then the text tokens after the last image, with the largest ‖z[n]‖₁
         q      = ceil((K - image pivots) / pivots)
 
     The image pivots stay. Every pivot p in turn adds the q image tokens with the smallest cosine of x[n] and x[p] among
@@ -28,8 +29,9 @@ class DART(Method):
     text, in their order and at their rotary positions. Of equal ones the earlier token counts first. k is
     `prune_layer`, 2 by default as in the paper. It needs no attention weights.
 
-    Several images of a prompt share its pivots and its K, as in "fastv". A prompt with fewer tokens than pivots has
-    fewer pivots. Text pivots are any text tokens of the prompt.
+    The authors' code takes its pivots in the order of a Python set, and rounds q down, so that it keeps fewer tokens
+    than K. Several images of a prompt share its pivots and its K, as in "fastv". A prompt with fewer tokens than pivots
+    has fewer pivots.
 
     Parameters
     ----------
@@ -40,13 +42,13 @@ class DART(Method):
     """
 
     name: ClassVar[str] = "dart"
-    scores: ClassVar[str] = "unlikeness of keys to a few pivots, one language-model layer"
+    scores: ClassVar[str] = "unlikeness to a few pivots with large keys, one language-model layer"
     paper: ClassVar[str] = "arXiv 2502.11494"
     prunes: ClassVar[tuple[str, ...]] = ("language",)
     kv: ClassVar[str] = "full"
     operations: ClassVar[tuple[str, ...]] = ("compact",)
     selects: ClassVar[bool] = False
-    reads: ClassVar[str] = "keys"
+    reads: ClassVar[str] = "states"
 
     image_pivots: int = 4
     text_pivots: int = 4
@@ -55,13 +57,15 @@ class DART(Method):
         check_integer("image_pivots", self.image_pivots, 1)
         check_integer("text_pivots", self.text_pivots, 0)
 
-    def prompt_scores(self, keys: Tensor, is_image: Tensor, is_text: Tensor, keep: Tensor) -> Tensor:
+    def prompt_scores(self, keys: Tensor, hidden: Tensor, is_image: Tensor, is_text: Tensor, keep: Tensor) -> Tensor:
         """Scores of the tokens of the prompts: 1 - i / keep for the i-th image token that is chosen, 0 for the rest.
 
         Parameters
         ----------
         keys : Tensor[B, H, L, D]
-            Of one layer, any strides.
+            Of layer k - 1, any strides.
+        hidden : Tensor[B, L, C]
+            Before layer k, after the language model's last norm.
         is_image, is_text : Tensor[B, L], bool
             True at image tokens, and at text tokens that are not padding.
         keep : Tensor[B], int64
@@ -71,15 +75,16 @@ class DART(Method):
         -------
         Tensor[B, L], float32
         """
-        x = keys.detach().transpose(1, 2).flatten(2).float()
-        norms, unit = x.abs().sum(-1), torch.nn.functional.normalize(x, dim=-1)
+        norms = keys.detach().float().abs().sum((1, 3))
+        unit = torch.nn.functional.normalize(hidden.detach().float(), dim=-1)
         keep = keep.unsqueeze(1)
         rank = rank_of(norms, is_image)
         taken = is_image & (rank < keep.clamp(max=self.image_pivots))
         place = torch.where(taken, rank, 0)  # in the order of choice
         pivots = [(rank, is_image, i) for i in range(self.image_pivots)]
-        rank = rank_of(norms, is_text)
-        pivots += [(rank, is_text, i) for i in range(self.text_pivots)]
+        follows = is_text & (is_image.flip(1).cumsum(1).flip(1) == 0)
+        rank = rank_of(norms, follows)
+        pivots += [(rank, follows, i) for i in range(self.text_pivots)]
         found = [candidates & (rank == i) for rank, candidates, i in pivots]
         exists = torch.stack([each.any(1, keepdim=True) for each in found])
         count = taken.sum(1, keepdim=True)

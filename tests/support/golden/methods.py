@@ -241,12 +241,15 @@ def fastv(attention, is_image, keep):
     return [n for n in range(length) if not is_image[n] or n in best]
 
 
-def dart(keys, is_image, keep, image_pivots=4, text_pivots=4):
-    """`keys` [H, L, D] of language-model layer k - 1 without padding: the positions that stay before layer k."""
-    rows = [[number for head in keys for number in head[n].tolist()] for n in range(len(is_image))]
-    norm = [sum(abs(number) for number in row) for row in rows]
+def dart(keys, hidden, is_image, keep, image_pivots=4, text_pivots=4):
+    """The positions that stay before layer k, of a prompt without padding.
+
+    `keys` [H, L, D] of language-model layer k - 1, and the normed hidden states [L, C] before layer k.
+    """
+    norm = [sum(abs(number) for head in keys for number in head[n].tolist()) for n in range(len(is_image))]
+    rows = hidden.tolist()
     images = [n for n, image in enumerate(is_image) if image]
-    texts = [n for n, image in enumerate(is_image) if not image]
+    texts = [n for n, image in enumerate(is_image) if n > max(images, default=-1)]
     chosen = sorted(images, key=lambda n: (-norm[n], n))[: min(image_pivots, keep)]
     pivots = chosen + sorted(texts, key=lambda n: (-norm[n], n))[:text_pivots]
 

@@ -55,10 +55,10 @@ class Pruned:
             hidden, attention = run_layer(text, layer, hidden, seen, positions)
             if number == self.layer - 1 and self.kept is None:
                 self.scores = attention[:, -1].mean(0)
-                self.kept = self.select(layer, before, attention)
+                self.kept = self.select(layer, before, attention, text.norm(hidden))
         return self.model.lm_head(text.norm(hidden))[0]
 
-    def select(self, layer, before, attention):
+    def select(self, layer, before, attention, after):
         """The columns that FastV keeps, by the attention in the layer before the one that prunes."""
         return golden_methods.fastv(attention.double(), self.is_image, self.keep)
 
@@ -98,13 +98,14 @@ class Pruned:
 class Dart(Pruned):
     """As `Pruned`, with DART's columns."""
 
-    def select(self, layer, before, attention):
-        """The columns that DART keeps, by the keys of `layer`, whose input is `before` `[1, L, D]`."""
+    def select(self, layer, before, attention, after):
+        """The columns that DART keeps: `layer` gets `before` `[1, L, D]`; `after` is its output, normed."""
         own = layer.self_attn
         heads = own.k_proj(layer.input_layernorm(before))[0].unflatten(-1, (-1, own.head_dim)).transpose(0, 1)
         cos, sin = self.model.model.language_model.rotary_emb(before, torch.arange(self.length)[None])
         first, second = heads.chunk(2, -1)
-        return golden_methods.dart(heads * cos[0] + torch.cat([-second, first], -1) * sin[0], self.is_image, self.keep)
+        keys = heads * cos[0] + torch.cat([-second, first], -1) * sin[0]
+        return golden_methods.dart(keys.double(), after[0].double(), self.is_image, self.keep)
 
 
 class Scheduled(Pruned):
