@@ -61,7 +61,7 @@ def variants(keeps: Sequence[int]) -> list[tuple[str, dict[str, Any], Sequence[i
     ]
     return [
         *scheduled,
-        *((method, {"positions": "original"}, keeps) for method in (BASELINE, "coverage")),
+        *((method, {"positions": "original"}, keeps) for method in (BASELINE, "coverage", "scope")),
         ("scope", {"ensemble_layers": 3}, keeps),
         ("scope", {"saliency": "received"}, keeps),
         (BASELINE, IN_LANGUAGE_MODEL, keeps),
