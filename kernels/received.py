@@ -1,8 +1,9 @@
 """received: the attention that each token receives, as column sums of the probabilities, without an N x N matrix.
 
-A program of the second kernel owns a block of keys of one head. It walks over the queries, and the log-sum-exp of each
-query, which a forward pass has or the first kernel computes, turns a product into a probability at once. A third kernel
-averages the heads. There are no atomics: the order of every sum is fixed, and the same inputs give the same bits.
+A program of the second kernel owns a block of keys of one head. It walks over the queries, and what normalizes each
+query, its log-sum-exp from a forward pass or what the first kernel computes, turns a product into a probability at
+once. A third kernel averages the heads. There are no atomics: the order of every sum is fixed, and the same inputs give
+the same bits.
 
 Of packed images, a block walks over the segments that it overlaps, and over nothing else.
 """
@@ -58,16 +59,18 @@ def received(
         "num_stages": num_stages,
     }
     heads = num_images * num_heads
-    lse_scale = _LOG2_E
+    shift, shift_scale, inverse = lse, _LOG2_E, None
     with torch.cuda.device_of(query):
         if lse is None:
-            lse_scale = 1.0  # two conversions fewer, and two roundings
-            lse = torch.empty((num_images, num_heads, num_tokens), dtype=torch.float32, device=query.device)
-            _lse_kernel[(heads * triton.cdiv(num_tokens, block_m),)](
+            shift_scale = 1.0  # the maximum is one of the logits, whose scale has the base already
+            shape = 2, num_images, num_heads, num_tokens
+            shift, inverse = torch.empty(shape, dtype=torch.float32, device=query.device)
+            _normalizers_kernel[(heads * triton.cdiv(num_tokens, block_m),)](
                 query,
                 key,
                 spans,
-                lse,
+                shift,
+                inverse,
                 *arguments,
                 NUM_BLOCKS=0 if spans is not None else triton.cdiv(num_tokens, block_n),
                 **constexprs,
@@ -76,11 +79,12 @@ def received(
             query,
             key,
             spans,
-            lse,
+            shift,
+            inverse,
             sums,
-            *lse.stride(),
+            *shift.stride(),
             *arguments,
-            lse_scale,
+            shift_scale,
             NUM_BLOCKS=0 if spans is not None else triton.cdiv(num_tokens, block_m),
             **constexprs,
         )
@@ -101,12 +105,13 @@ def _spans(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 
 @triton.jit
-def _lse_kernel(
+def _normalizers_kernel(
     # tensors
     query_ptr,
     key_ptr,
     spans_ptr,
-    lse_ptr,
+    shift_ptr,
+    inverse_ptr,
     # strides
     query_stride_b,
     query_stride_h,
@@ -130,11 +135,15 @@ def _lse_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The logarithm to base 2 of each query's sum of exponentials.
+    """What the logits of each query are shifted by, and what their exponentials are multiplied by: a softmax to base 2.
 
     ::
 
-        lse[b, h, m] = log2 Σ_n exp2(scale · Σ_d query[b, h, m, d] · key[b, h, n, d])     n in the segment of m
+        logits[b, h, m, n] = scale · Σ_d query[b, h, m, d] · key[b, h, n, d]
+        shift[b, h, m]     = max_n logits[b, h, m, n]                                n in the segment of m
+        inverse[b, h, m]   = 1 / Σ_n exp2(logits[b, h, m, n] - shift[b, h, m])
+
+    One number, the logarithm of the sum, would do, but its rounding would be in all weights of its query.
 
     Parameters
     ----------
@@ -145,12 +154,12 @@ def _lse_kernel(
         are IEEE. With WIDEN, 16-bit operands become fp32, too: Triton's interpreter has no bfloat16 arithmetic.
     spans_ptr : int32 [2, N], contiguous, or None
         Where each token's segment begins and ends. All tokens are one segment where it is None.
-    lse_ptr : fp32 [B, H, N], contiguous
-        Written. As in `torch.logsumexp`, -inf where all logits are -inf, inf where one is inf, NaN where one is NaN.
+    shift_ptr, inverse_ptr : fp32 [B, H, N], contiguous
+        Written. As in `torch.softmax`, the weights are NaN where all logits are -inf, or one is inf or NaN.
 
     Program (b·H + h)·ceil(N / BLOCK_M) + i processes BLOCK_M queries of one head, BLOCK_N keys at a time: those of
     NUM_BLOCKS blocks, or of the segments that its queries belong to. All programs together read B·H·N·D queries once,
-    as many keys ceil(N / BLOCK_M) times, after the first time from L2, and write 4·B·H·N bytes.
+    as many keys ceil(N / BLOCK_M) times, after the first time from L2, and write 8·B·H·N bytes.
     """
     # offsets
     query_blocks = tl.cdiv(num_tokens, BLOCK_M)
@@ -158,7 +167,8 @@ def _lse_kernel(
     m = (tl.program_id(0) % query_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     query_ptr += _head_start(head, num_heads, query_stride_b, query_stride_h, DENSE)
     key_ptr += _head_start(head, num_heads, key_stride_b, key_stride_h, DENSE)
-    lse_ptr += head.to(tl.int64) * num_tokens
+    shift_ptr += head.to(tl.int64) * num_tokens
+    inverse_ptr += head.to(tl.int64) * num_tokens
     begin, end = _load_spans(spans_ptr, m, num_tokens)
 
     # loads and compute, one block of keys after the other
@@ -185,8 +195,9 @@ def _lse_kernel(
             row_max, row_sum = _add_exponentials(logits, seen, row_max, row_sum)
             start += BLOCK_N
 
-    # store: the logarithm of the sum has the sign of an infinite maximum, which it was not relative to
-    tl.store(lse_ptr + m, row_max + tl.log2(row_sum), mask=m < num_tokens)
+    # store
+    tl.store(shift_ptr + m, row_max, mask=m < num_tokens)
+    tl.store(inverse_ptr + m, 1 / row_sum, mask=m < num_tokens)
 
 
 @triton.jit
@@ -195,12 +206,13 @@ def _sums_kernel(
     query_ptr,
     key_ptr,
     spans_ptr,
-    lse_ptr,
+    shift_ptr,
+    inverse_ptr,
     sums_ptr,
     # strides
-    lse_stride_b,
-    lse_stride_h,
-    lse_stride_n,
+    shift_stride_b,
+    shift_stride_h,
+    shift_stride_n,
     query_stride_b,
     query_stride_h,
     query_stride_n: tl.constexpr,
@@ -213,7 +225,7 @@ def _sums_kernel(
     num_heads,
     num_tokens,
     scale,
-    lse_scale,
+    shift_scale,
     # constexprs
     WIDEN: tl.constexpr,
     DENSE: tl.constexpr,
@@ -228,24 +240,24 @@ def _sums_kernel(
 
     ::
 
-        sums[b, h, n] = Σ_m exp2(scale · Σ_d query[b, h, m, d] · key[b, h, n, d] - lse_scale · lse[b, h, m])
+        sums[b, h, n] = Σ_m inverse[b, h, m] · exp2(logits[b, h, m, n] - shift_scale · shift[b, h, m])
 
-    over the queries m in the segment of n.
+    over the queries m in the segment of n, with the logits of `_normalizers_kernel`.
 
     Parameters
     ----------
     query_ptr, key_ptr, spans_ptr
-        As in `_lse_kernel`.
-    lse_ptr : fp32 [B, H, N]
-        Strides between images, heads and tokens. The logarithm of each query's sum of exponentials; `lse_scale`
-        turns it into one to base 2.
+        As in `_normalizers_kernel`.
+    shift_ptr, inverse_ptr : fp32 [B, H, N]
+        One set of strides between images, heads and tokens. As of `_normalizers_kernel`; or the natural logarithm of
+        each query's sum of exponentials, and None: `shift_scale` turns it into one to base 2, and the factor is 1.
     sums_ptr : fp32 [B, H, N], contiguous
         Written. NaN or inf in a key or query has the consequences that the formula gives it.
 
     Program (b·H + h)·ceil(N / BLOCK_N) + j processes BLOCK_N keys of one head, BLOCK_M queries at a time: those of
     NUM_BLOCKS blocks, or of the segments that its keys belong to. Each place in a block has a sum of its own until
     the end, so that no thread waits for another. All programs together read B·H·N·D keys once, as many queries and
-    B·H·N logarithms ceil(N / BLOCK_N) times, after the first time from L2, and write 4·B·H·N bytes.
+    4 or 8·B·H·N bytes of normalizers ceil(N / BLOCK_N) times, after the first time from L2, and write 4·B·H·N bytes.
     """
     # offsets
     key_blocks = tl.cdiv(num_tokens, BLOCK_N)
@@ -253,7 +265,10 @@ def _sums_kernel(
     n = (tl.program_id(0) % key_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     query_ptr += _head_start(head, num_heads, query_stride_b, query_stride_h, DENSE)
     key_ptr += _head_start(head, num_heads, key_stride_b, key_stride_h, DENSE)
-    lse_ptr += _head_start(head, num_heads, lse_stride_b, lse_stride_h, False)
+    normalizers = _head_start(head, num_heads, shift_stride_b, shift_stride_h, False)
+    shift_ptr += normalizers
+    if inverse_ptr is not None:
+        inverse_ptr += normalizers
     sums_ptr += head.to(tl.int64) * num_tokens
     begin, end = _load_spans(spans_ptr, n, num_tokens)
 
@@ -266,9 +281,8 @@ def _sums_kernel(
                 query_ptr, key_ptr, query_stride_n, query_stride_d, key_stride_n, key_stride_d,
                 m, n, num_tokens, scale, WIDEN, FAR, NUM_FEATURES, BLOCK_D,
             )  # fmt: skip
-            in_rows = m < num_tokens
-            lse = tl.load(lse_ptr + m.to(tl.int64) * lse_stride_n, mask=in_rows, other=0.0)
-            summed += tl.where(in_rows[:, None], tl.exp2(logits - (lse * lse_scale)[:, None]), 0.0)
+            weights = _weights(logits, shift_ptr, inverse_ptr, shift_stride_n, shift_scale, m, num_tokens)
+            summed += tl.where((m < num_tokens)[:, None], weights, 0.0)
     else:
         start = tl.min(tl.where(n < num_tokens, begin, num_tokens), axis=0)
         last = tl.max(end, axis=0)
@@ -279,8 +293,8 @@ def _sums_kernel(
                 m, n, num_tokens, scale, WIDEN, FAR, NUM_FEATURES, BLOCK_D,
             )  # fmt: skip
             seen = (m[:, None] >= begin[None, :]) & (m[:, None] < end[None, :])
-            lse = tl.load(lse_ptr + m.to(tl.int64) * lse_stride_n, mask=m < num_tokens, other=0.0)
-            summed += tl.where(seen, tl.exp2(logits - (lse * lse_scale)[:, None]), 0.0)
+            weights = _weights(logits, shift_ptr, inverse_ptr, shift_stride_n, shift_scale, m, num_tokens)
+            summed += tl.where(seen, weights, 0.0)
             start += BLOCK_M
 
     # store
@@ -400,14 +414,25 @@ def _logits(
 
 
 @triton.jit
+def _weights(logits, shift_ptr, inverse_ptr, stride, shift_scale, m, num_tokens):
+    """The attention probabilities of queries m. Those of padding mean nothing."""
+    offsets = m.to(tl.int64) * stride
+    shift = tl.load(shift_ptr + offsets, mask=m < num_tokens, other=0.0)
+    weights = tl.exp2(logits - (shift * shift_scale)[:, None])
+    if inverse_ptr is not None:
+        weights *= tl.load(inverse_ptr + offsets, mask=m < num_tokens, other=0.0)[:, None]
+    return weights
+
+
+@triton.jit
 def _add_exponentials(logits, seen, row_max, row_sum):
     """Add a block of keys to the running sums of exponentials, each relative to the running maximum.
 
-    An infinite maximum is not subtracted, as the difference of two infinities is NaN: keys of -inf have to weigh 0, and
-    a logit of inf has to give inf.
+    A maximum of -inf is not subtracted: these keys have to weigh 0 beside a finite one, and the difference of the two
+    infinities is NaN.
     """
     logits = tl.where(seen, logits, float("-inf"))
     highest = tl.maximum(row_max, tl.max(logits, axis=1))
-    shift = tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
     row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
     return highest, row_sum

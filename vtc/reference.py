@@ -491,8 +491,8 @@ def received(
         How many leading keys are left out of the result. They stay in the softmax's denominator, and their queries
         count ([CLS]: 1).
     lse : Tensor[B, H, N], float32, optional
-        The logarithm of each query's sum of exponentials, natural, as the forward pass of an attention has it. Computed
-        when not given.
+        The logarithm of each query's sum of exponentials, natural, as the forward pass of an attention has it. The
+        probabilities are then ``exp(logits - lse)``, and the rounding of `lse` is in all of its query's.
     cu_seqlens : Tensor[S + 1], int64 or int32, optional
         For B = 1: where each of S segments begins, and N. A query attends to the keys of its own segment, and the mean
         is over its segment's queries. `skip` has to be 0.
@@ -516,8 +516,8 @@ def received(
         logits = _products(query[:, head].float(), key[:, head].float().mT) * scale
         if mask is not None:
             logits = logits.masked_fill(~mask, float("-inf"))
-        shift = logits.logsumexp(dim=2) if lse is None else lse[:, head]
-        probs = (logits - shift.unsqueeze(2)).exp() * share.unsqueeze(1)  # type: ignore[union-attr]
+        probs = logits.softmax(dim=2) if lse is None else (logits - lse[:, head].unsqueeze(2)).exp()
+        probs *= share.unsqueeze(1)  # type: ignore[union-attr]
         if mask is not None:  # again: the NaN of one segment must not reach another
             probs = probs.masked_fill(~mask, 0.0)
         total += probs.sum(dim=1)

@@ -178,7 +178,8 @@ def variants(target_name: str):
         name = f"N={num_tokens}{' allowed, counts' if extra else ''}"
         yield Variant("maxmin._maxmin_kernel", name, ("fp32",), pointers | extra, blocks, warps)
 
-    row = {"query_ptr": "*P", "key_ptr": "*P", "lse_ptr": "*fp32"}
+    row = {"query_ptr": "*P", "key_ptr": "*P", "shift_ptr": "*fp32"}
+    own, sums = {"inverse_ptr": "*fp32"}, {"sums_ptr": "*fp32"}
     for num_features, packed in ((64, False), (80, False), (128, False), (80, True)):
         for size, dtypes in ((2, ("fp16", "bf16")), (4, ("fp32",))):
             for dense in (True, False):
@@ -189,10 +190,16 @@ def variants(target_name: str):
                 blocks |= {"query_stride_n": step, "key_stride_n": step}
                 name = f"D={num_features} {8 * size} bit{' packed' if packed else ''}{'' if dense else ' strided'}"
                 spans = {"spans_ptr": "*i32"} if packed else {}
-                for kernel, out, block in (("_lse_kernel", {}, n), ("_sums_kernel", {"sums_ptr": "*fp32"}, m)):
-                    blocks |= {"NUM_BLOCKS": 0 if packed else -(-577 // block)}
-                    pointers = row | out | spans
-                    yield Variant(f"received.{kernel}", name, dtypes, pointers, dict(blocks), warps, stages, (dense,))
+                for kernel, given, more, block in (
+                    ("_normalizers_kernel", "", own, n),
+                    ("_sums_kernel", "", own | sums, m),
+                    ("_sums_kernel", " lse", sums, m),
+                ):
+                    constants = {"NUM_BLOCKS": 0 if packed else -(-577 // block)} | blocks
+                    constants |= {} if "inverse_ptr" in more else {"inverse_ptr": None}
+                    pointers = row | more | spans
+                    kernel = f"received.{kernel}"
+                    yield Variant(kernel, name + given, dtypes, pointers, constants, warps, stages, (dense,))
     h, c = tuning.mean_blocks(16)
     pointers = {"sums_ptr": "*fp32", "result_ptr": "*fp32"}
     for name, spans, constant in (("packed", {"spans_ptr": "*i32"}, {}), ("H=16", {}, {"spans_ptr": None})):

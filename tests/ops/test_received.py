@@ -51,12 +51,11 @@ def lengths(cu_seqlens):
     return each.repeat_interleave(each)
 
 
-def plain(query, key, scale, skip=0, cu_seqlens=None, dtype=torch.float64, base=math.e):
-    """Plain PyTorch in `dtype`, with whole N x N matrices and the logarithms of the sums. In float64 it is the oracle.
+def plain(query, key, scale, skip=0, cu_seqlens=None, lse=None, dtype=torch.float64, base=math.e):
+    """Plain PyTorch in `dtype`, with whole N x N matrices. In float64 it is the oracle.
 
-    The operation is defined by these logarithms, and a rounded one makes all weights of its query wrong by as much: a
-    softmax in float32, which needs none, is a few units in the last place more exact. With `base` 2, exponentials and
-    logarithms are those of attention kernels.
+    With `base` 2, the scale has the logarithm of 2 in it, as in attention kernels, and the sum over the queries is a
+    product, whose additions follow one another as the interpreter's do.
     """
     logits = query.to(dtype) @ key.to(dtype).mT * scale
     share = torch.tensor(query.shape[2], device=DEVICE)
@@ -66,11 +65,13 @@ def plain(query, key, scale, skip=0, cu_seqlens=None, dtype=torch.float64, base=
         logits = logits.masked_fill(segment[:, None] != segment, float("-inf"))
     if base == 2:
         logits = logits * math.log2(math.e)
-        shift = logits.amax(dim=3, keepdim=True)
-        weights = (logits - (shift + (logits - shift).exp2().sum(dim=3, keepdim=True).log2())).exp2()
+        shift = logits.amax(dim=3) if lse is None else lse.to(dtype) * math.log2(math.e)
+        weights = (logits - shift.unsqueeze(3)).exp2()
+        weights = weights if lse is not None else weights / weights.sum(dim=3, keepdim=True)
     else:
-        weights = (logits - logits.logsumexp(dim=3, keepdim=True)).exp()
-    return (weights.sum(dim=2) / share).mean(dim=1)[:, skip:]
+        weights = logits.softmax(dim=3) if lse is None else (logits - lse.to(dtype).unsqueeze(3)).exp()
+    sums = torch.ones_like(weights[:, :, :1]) @ weights if base == 2 else weights.sum(dim=2, keepdim=True)
+    return (sums[:, :, 0] / share).mean(dim=1)[:, skip:]
 
 
 def check(query, key, backend, scale=None, skip=0, cu_seqlens=None, lse=None):
@@ -80,9 +81,9 @@ def check(query, key, backend, scale=None, skip=0, cu_seqlens=None, lse=None):
     assert actual.dtype == torch.float32
     assert actual.is_contiguous()
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    oracle = plain(query, key, scale, skip, cu_seqlens)
+    oracle = plain(query, key, scale, skip, cu_seqlens, lse)
     orders = [(q, k, base) for q, k in in_orders(query, key) for base in (math.e, 2)]
-    expected = [plain(q, k, scale, skip, cu_seqlens, torch.float32, base) for q, k, base in orders]
+    expected = [plain(q, k, scale, skip, cu_seqlens, lse, torch.float32, base) for q, k, base in orders]
     assert_as_exact_as_pytorch(actual, expected, oracle)
     return actual
 
@@ -242,8 +243,9 @@ def test_not_finite_as_the_reference(where, positive, bad, backend):
     actual = ops.received(query, key, backend=backend)
     torch.testing.assert_close(actual, reference.received(query, key), equal_nan=True)
     assert torch.equal(actual[0], expected[0])
-    given = ops.received(query, key, lse=(query @ key.mT / 4).logsumexp(dim=3), backend=backend)
-    torch.testing.assert_close(given, actual, equal_nan=True)
+    lse = (query @ key.mT / 4).logsumexp(dim=3)
+    actual = ops.received(query, key, lse=lse, backend=backend)
+    torch.testing.assert_close(actual, reference.received(query, key, lse=lse), equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -267,13 +269,13 @@ def test_same_bits_alone_in_a_batch_and_again(dtype, backend):
 
 
 def test_no_matrix_of_all_pairs():
-    """Nothing that is allocated has more than B·H·N elements."""
+    """Nothing that is allocated has more than two numbers for each query."""
     query, key = make(2, 3, 70, 16)
     for options in ({}, {"lse": log_sum_exp(query, key)}):
         with guarded_empty() as allocated:
             ops.received(query, key, backend="triton", **options)
         assert len(allocated) == 3 - len(options)
-        assert max(x.numel() for x in allocated) == 2 * 3 * 70
+        assert max(x.numel() for x in allocated) == 2 * 3 * 70 * (2 - len(options))
 
 
 @reserves(5)
