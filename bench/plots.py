@@ -75,7 +75,7 @@ def draw_quality(records: list[Quality], stem: Path) -> list[Path]:
         )
         for panel, (group, names) in zip(panels.flat, groups.items(), strict=False):
             panel.axhline(100 * full.accuracy[0], color="gray", linestyle="--", linewidth=1)
-            for name in lines.keys() - set(names):
+            for name in (name for name in lines if name not in names):
                 panel.plot(*_accuracies(lines[name]), color="gray", alpha=0.25, linewidth=0.8)
             for number, name in enumerate(names):
                 _quality_line(panel, lines[name], f"C{number}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from vtc.eval.question import Answer
 from vtc.eval.setting import NONE, Setting, ignores_keep
 from vtc.eval.tasks.scenes import Scenes
 from vtc.methods import METHODS
+from vtc.methods.question import ignored_ids
 
 KEEPS = (288, 192, 128, 64, 32, 16)
 BASELINE = "vtc-cls"  # every other method is compared with it, on the same questions
+TEMPLATE = "USER: ASSISTANT:"  # what no method counts as the question's words
 IN_LANGUAGE_MODEL = {"prune_layer": DEFAULT_PRUNE_LAYER}  # the baseline also runs inside the language model
 SWEEP_KEEP = 64
 SWEPT = ("ensemble", "ensemble_layers")
@@ -57,7 +59,7 @@ def variants(keeps: Sequence[int]) -> list[tuple[str, dict[str, Any], Sequence[i
         (method, {"schedule": ((0, 3 * keep // 2), (2, keep // 2))}, [keep])
         for method in (BASELINE, "coverage")
         for keep in keeps
-        if keep <= 192
+        if keep <= 192 and keep % 2 == 0
     ]
     return [
         *scheduled,
@@ -87,13 +89,13 @@ class Quality(Provenance):
     accuracy: Share
     families: dict[str, Share]
     agreement: Share | None  # with the answers of all tokens
-    difference: Share | None  # accuracy minus that of `BASELINE` with the same `keep`
+    difference: Share | None  # accuracy minus that of `BASELINE` at the same budget, see `run`
     checkpoint: str  # SHA-256 of the bundled model's weights, first 12 digits
 
     @property
     def name(self) -> str:
         """The method with its options."""
-        options = {name: value for name, value in self.options.items() if name != "schedule"}
+        options = {name: value for name, value in self.options.items() if name not in ("schedule", "ignore")}
         stages = ["scheduled"] if "schedule" in self.options else []
         return " ".join([self.method, *stages, *(f"{name}={value}" for name, value in options.items())])
 
@@ -105,9 +107,14 @@ class Quality(Provenance):
     @property
     def group(self) -> str:
         """The key of `GROUPS` that it is shown with."""
-        if "prune_layer" in self.options or "schedule" in self.options:
-            return INSIDE
-        return next((group for group, methods in grouped().items() if self.method in methods), OTHERS)
+        return group_of(self.method, self.options)
+
+
+def group_of(method: str, options: Mapping[str, Any]) -> str:
+    """The key of `GROUPS` that a setting is shown with."""
+    if "prune_layer" in options or "schedule" in options:
+        return INSIDE
+    return next((group for group, methods in grouped().items() if method in methods), OTHERS)
 
 
 def run(
@@ -122,6 +129,10 @@ def run(
 ) -> list[Quality]:
     """Ask `count` held-out questions with every method at every number of tokens.
 
+    Methods that select by the question get its words alone, as their papers do. Differences are to `BASELINE` with the
+    same `keep`; inside the language model, where another number of tokens passes the first layers, to `BASELINE` with
+    as many token·layers, or to none.
+
     Parameters
     ----------
     count : int
@@ -132,7 +143,7 @@ def run(
         Of `vtc.methods.METHODS`. `BASELINE` is always run, for the paired differences; if it is named, inside the
         language model, too.
     out : Path, optional
-        The records go there, JSON lines; a file of that name is overwritten.
+        The records go there, JSON lines. What the file has of other settings with the same questions stays.
     sweep : bool
         Also the baseline's `ensemble_layers` and `ensemble`, at `SWEEP_KEEP` tokens.
     processes : int
@@ -147,25 +158,43 @@ def run(
         raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     task, config = Scenes(count=count, split=split), ModelSpec().config()
     common = dict(questions=count, split=split, checkpoint=checkpoint())
-    chosen = [Setting(), *settings(keeps, methods, sweep, config.vision_config.num_hidden_layers)]
+    words = ignored_ids(ModelSpec().processor().tokenizer, TEMPLATE)
+    chosen = [Setting(), *settings(keeps, methods, sweep, config.vision_config.num_hidden_layers, words)]
     with Progress(f"{len(chosen)} settings", count) as progress:
         full, *rest = answer_all(task, chosen, BATCH, processes, advance=progress.advance)
     where = record.provenance(torch.device("cpu"))
     everything: dict[str, Any] = {"method": "all tokens", "options": {}, "keep": config.image_seq_length}
     records = [Quality(**figures(task, full, None, None), **everything, **common, **where)]
-    baseline: dict[int, list[Answer]] = {}
+    baseline: dict[float, list[Answer]] = {}
     for setting, answers in zip(chosen[1:], rest, strict=True):
         options = dict(setting.options)
         keep = nominal(options)
+        budget: float = mean_of("token_layers", answers) if group_of(setting.name, options) == INSIDE else keep
+        against = baseline.get(budget)
         if setting.name == BASELINE and not options:
             baseline[keep] = answers
-        against = None if baseline.get(keep) is answers else baseline.get(keep)
         measured = figures(task, answers, full, against)
         records.append(Quality(**measured, method=setting.name, options=options, keep=keep, **common, **where))
     if out:
+        records = merged(read(out) if out.exists() else [], records)
         out.unlink(missing_ok=True)
         record.append(out, records)
     return records
+
+
+def merged(before: list[Quality], now: list[Quality]) -> list[Quality]:
+    """The records `now`, and those of `before` that have the same questions and model, and other settings."""
+
+    def setting(r: Quality) -> tuple[object, ...]:
+        return r.method, sorted(r.options.items()), r.keep
+
+    def asked(r: Quality) -> tuple[object, ...]:
+        return r.questions, r.split, r.checkpoint
+
+    new = {str(setting(r)): r for r in now}
+    stay = [r for r in before if asked(r) == asked(now[0])]
+    everything = [new.pop(str(setting(r)), r) for r in stay]
+    return [*everything, *new.values()]
 
 
 def nominal(options: dict[str, Any]) -> int:
@@ -176,13 +205,21 @@ def nominal(options: dict[str, Any]) -> int:
     return keep
 
 
-def settings(keeps: Sequence[int], methods: Sequence[str], sweep: bool, depth: int) -> list[Setting]:
-    """Every setting after the one with all tokens, the baseline's first; `depth` is the number of vision layers."""
+def settings(
+    keeps: Sequence[int], methods: Sequence[str], sweep: bool, depth: int, words: tuple[int, ...] = ()
+) -> list[Setting]:
+    """Every setting after the one with all tokens, the baseline's first.
+
+    `depth` is the number of vision layers. `words` are token ids that no method counts as the question's.
+    """
     budgets = {BASELINE: [*keeps, *((SWEEP_KEEP,) if sweep and SWEEP_KEEP not in keeps else ())]}
     fixed = [name for name in METHODS if ignores_keep(name, {})]
     budgets |= dict.fromkeys(fixed, [SWEEP_KEEP] if SWEEP_KEEP in keeps else keeps[:1])
     names = [BASELINE, *(name for name in methods if name not in (BASELINE, NONE))]
-    chosen: list[tuple[str, dict[str, Any], Sequence[int]]] = [(name, {}, budgets.get(name, keeps)) for name in names]
+    chosen: list[tuple[str, dict[str, Any], Sequence[int]]] = [
+        (name, {"ignore": words} if "ignore" in METHODS[name].options() else {}, budgets.get(name, keeps))
+        for name in names
+    ]
     chosen += [variant for variant in variants(keeps) if variant[0] in methods]
     if sweep:
         layers: list[dict[str, Any]] = [{"ensemble_layers": n} for n in range(1, depth) if n != 3]
@@ -207,13 +244,18 @@ def figures(
     families = task.families({answer.line: answer.text for answer in answers})
     agreed = None if full is None else sum(a.text == b.text for a, b in zip(answers, full, strict=True))
     return {
-        "tokens": round(statistics.fmean(answer.visual_tokens or 0 for answer in answers), 1),
-        "token_layers": round(statistics.fmean(answer.token_layers or 0 for answer in answers), 1),
+        "tokens": mean_of("visual_tokens", answers),
+        "token_layers": mean_of("token_layers", answers),
         "accuracy": wilson(sum(mine), len(mine)),
         "families": {family: wilson(sum(oks), len(oks)) for family, oks in families.items() if oks},
         "agreement": None if agreed is None else wilson(agreed, len(mine)),
         "difference": None if against is None else paired(mine, right(against)),
     }
+
+
+def mean_of(what: str, answers: list[Answer]) -> float:
+    """A field of the answers, on average, to one decimal."""
+    return round(statistics.fmean(getattr(answer, what) or 0 for answer in answers), 1)
 
 
 def checkpoint() -> str:

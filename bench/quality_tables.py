@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bench import table
 from bench.quality import BASELINE, INSIDE, SWEEP_KEEP, Quality
 from vtc.eval.intervals import percent
@@ -22,14 +24,20 @@ def tables(records: list[Quality]) -> str:
     parts = [table.markdown(["method", *(f"{keep} tokens" for keep in keeps)], rows)]
     if budgets := equal_budgets(compared):
         parts += ["At equal token·layers, the mean of visual tokens over the language model's layers:"]
-        parts += [_equal(compared, budgets)]
-    close = [full, *(r for r in compared if r.keep == SWEEP_KEEP)]
+        inside = [r for r in compared if r.group == INSIDE]
+        parts += [_equal(compared, budgets), verdict(inside, lambda r: f"{r.name} at {r.token_layers:.0f}")]
+    close = [full, *(r for r in compared if r.keep == SWEEP_KEEP and _is_of_its_budget(r))]
     if len(close) > 1:
         parts += [f"At {SWEEP_KEEP} tokens:", _families(close), verdict(close)]
     if swept := [r for r in rest if r.swept]:
         ours = [r for r in compared if r.name == BASELINE and r.keep == SWEEP_KEEP]
         parts += [f"Settings of {BASELINE}, at {SWEEP_KEEP} tokens:", _families(ours + swept), verdict(swept)]
     return "\n\n".join(parts)
+
+
+def _is_of_its_budget(r: Quality) -> bool:
+    """Whether it has at most `keep` tokens in every layer, or on average over the layers."""
+    return r.group != INSIDE or r.token_layers == r.keep
 
 
 def equal_budgets(records: list[Quality]) -> list[float]:
@@ -69,14 +77,14 @@ def _families(records: list[Quality]) -> str:
     return table.markdown(columns, rows)
 
 
-def verdict(records: list[Quality]) -> str:
+def verdict(records: list[Quality], name: Callable[[Quality], str] = lambda r: r.name) -> str:
     """One sentence: which records differ from the baseline by more than chance."""
     groups: dict[str, list[str]] = {"worse": [], "better": [], "no clear difference": []}
     for r in records:
         if r.difference is None:
             continue
         _, low, high = r.difference
-        groups["worse" if high < 0 else "better" if low > 0 else "no clear difference"].append(r.name)
+        groups["worse" if high < 0 else "better" if low > 0 else "no clear difference"].append(name(r))
     parts = [f"{group}: {', '.join(names)}" for group, names in groups.items() if names]
     against = f"Against {BASELINE} on the same questions (95 %, paired, each comparison on its own)"
     return f"{against}: {'; '.join(parts)}."

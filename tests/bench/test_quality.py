@@ -24,31 +24,57 @@ def test_intervals_are_those_of_the_textbook():
     """Newcombe (1998): 81 of 263 is 0.2553 to 0.3662 by Wilson's method."""
     assert wilson(81, 263) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=1e-4)
     assert wilson(0, 20)[1:] == pytest.approx((0.0, 0.1611), abs=1e-4)
-    ours, theirs = [True] * 40 + [False] * 60, [True] * 30 + [False] * 10 + [True] * 2 + [False] * 58
-    half = 1.96 * (10 + 2 - 8**2 / 100) ** 0.5 / 100
-    assert paired(ours, theirs) == pytest.approx((0.08, 0.08 - half, 0.08 + half))
-    assert paired(ours, ours) == (0.0, 0.0, 0.0)
 
 
-def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
-    """The model's part is played: it is right wherever enough tokens are kept, and random does worse."""
+@pytest.mark.parametrize(
+    ("counts", "interval"),  # counts: both right, gains, losses, neither
+    [
+        ((36, 12, 2, 0), (0.0569, 0.3404)),  # an example of Newcombe (1998), method 10
+        ((0, 0, 0, 50), (-0.0713, 0.0713)),  # Wilson's for 0 of 50, in both directions
+        ((993, 4, 0, 3), (-0.0009, 0.0105)),  # p = 0.125 by McNemar's exact test: 0 is inside
+        ((990, 8, 0, 2), (0.0023, 0.0159)),  # p = 0.008: 0 is outside
+    ],
+)
+def test_paired_differences(counts, interval):
+    def of(both, gains, losses, neither):
+        ours = [True] * (both + gains) + [False] * (losses + neither)
+        return paired(ours, [True] * both + [False] * gains + [True] * losses + [False] * neither)
+
+    both, gains, losses, neither = counts
+    difference, low, high = of(*counts)
+    assert difference == pytest.approx((gains - losses) / sum(counts))
+    assert (low, high) == pytest.approx(interval, abs=1e-4)
+    assert of(both, losses, gains, neither) == pytest.approx((-difference, -high, -low))
+
+
+SHARES = {"vtc-cls": 0.8, "random": 0.2, "prumerge": 0.6, "mmtok": 0.7, "none": 1.0}
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """The model's part is played: so many of the answers are right, and fewer with the smallest of the tokens."""
 
     def play(task, settings, batch_size, processes, advance):
-        assert (task.count, task.split, processes) == (50, "val", 2)
-        advance(50)
+        advance(task.count)
         return [play_one(task, setting) for setting in settings]
 
     def play_one(task, setting):
-        share = {"vtc-cls": 0.8, "random": 0.2, "prumerge": 0.6, "none": 1.0}[setting.method]
-        known = round(share * 50 * (0.5 if setting.options.get("ensemble") == "min" else 1))
-        first, last = (number for _, number in setting.options.get("schedule", [(0, setting.keep)] * 2))
+        options = setting.options
+        known = round(SHARES[setting.method] * task.count * (0.5 if options.get("ensemble") == "min" else 1))
+        first, last = (number for _, number in options.get("schedule", [(0, setting.keep)] * 2))
         kept = {"none": 576.0, "prumerge": 29.3}.get(setting.method, last)
         texts = [question.answer if i < known else "?" for i, (_, question) in enumerate(task.asked)]
-        first = 576 if "prune_layer" in setting.options else first if "schedule" in setting.options else kept
-        layers = (first + kept) / 2
+        inside = "prune_layer" in options or setting.method == "fastv"
+        first = 576 if inside else first if "schedule" in options else kept
+        share = options.get("prune_layer", 2) / 4
+        layers = first * share + kept * (1 - share)
         return [Answer(line, text, kept, token_layers=layers) for line, text in enumerate(texts)]
 
     monkeypatch.setattr(quality, "answer_all", play)
+
+
+@pytest.mark.usefixtures("played")
+def test_quality_asks_every_method_the_same_questions(tmp_path):
     records = quality.run(
         50,
         (64, 16),
@@ -64,7 +90,7 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
         *(("vtc-cls positions=original", 64, 64), ("vtc-cls positions=original", 16, 16)),
         *(("vtc-cls prune_layer=2", 64, 64), ("vtc-cls prune_layer=2", 16, 16), ("vtc-cls prune_layer=1", 64, 64)),
     ]
-    layers = [576, 64, 16, 29.3, 64, 16, 64, 16, 64, 16, 320, 296, 320]
+    layers = [576, 64, 16, 29.3, 64, 16, 64, 16, 64, 16, 320, 296, 192]
     assert [r.token_layers for r in records[:13]] == layers
     full, ours, _, _, random = records[:5]
     assert (full.accuracy[0], ours.accuracy[0], random.accuracy[0]) == (1.0, 0.8, 0.2)
@@ -77,20 +103,64 @@ def test_quality_asks_every_method_the_same_questions(tmp_path, monkeypatch):
     swept = [next(iter(r.options.items())) for r in records[13:]]
     assert swept == [("ensemble_layers", n) for n in (1, 2, 4, 5)] + [("ensemble", e) for e in ("mean", "max", "min")]
     text = quality_tables.tables(records)
-    assert re.search(r"\| random +\| 20\.0 ± ", text)
-    assert re.search(r"\| vtc-cls prune_layer=2 +\| 80\.0 ± \d+\.\d \(320 a layer\) +\|", text)
-    assert re.search(r"\| prumerge +\| 60\.0 ± \d+\.\d \(29 tokens\) +\| +\|", text)
-    methods, settings = re.findall(r"^Against vtc-cls .* own\): (.*)$", text, re.MULTILINE)
-    assert methods == (
-        "worse: prumerge, random; no clear difference: vtc-cls scheduled, vtc-cls positions=original, "
-        "vtc-cls prune_layer=2, vtc-cls prune_layer=1."
-    )
+    assert re.search(r"\| random +\| 20\.0 \(11\.2 to 33\.0\)", text)
+    assert re.search(r"\| vtc-cls prune_layer=2 +\| 80\.0 \(\d+\.\d to \d+\.\d\) \(320 a layer\) +\|", text)
+    assert re.search(r"\| prumerge +\| 60\.0 \(\d+\.\d to \d+\.\d\) \(29 tokens\) +\| +\|", text)
+    inside, methods, settings = re.findall(r"^Against vtc-cls .* own\): (.*)$", text, re.MULTILINE)
+    assert inside == "no clear difference: vtc-cls scheduled at 64, vtc-cls scheduled at 16."
+    assert methods == ("worse: prumerge, random; no clear difference: vtc-cls scheduled, vtc-cls positions=original.")
     assert settings.startswith("worse: vtc-cls ensemble=min; no clear difference: vtc-cls ensemble_layers=1, ")
     read = quality.read(tmp_path / "quality.jsonl")
     assert [(r.name, r.keep, r.accuracy[0]) for r in read] == [(r.name, r.keep, r.accuracy[0]) for r in records]
     light, dark = plots.draw_quality(read, tmp_path / "quality")
     assert "<!-- random -->" in light.read_text()
     assert light.read_text() != dark.read_text()
+
+
+@pytest.mark.usefixtures("played")
+def test_inside_the_language_model_the_budget_is_that_of_all_layers(monkeypatch):
+    """64 tokens after layer 1 of 4 cost what 192 do before, and are compared with them."""
+    monkeypatch.setitem(SHARES, "fastv", 0.9)
+    records = quality.run(50, (192, 64), ("fastv",), None)
+    found = {(r.method, r.keep, r.options.get("prune_layer")): r for r in records}
+    assert found["fastv", 64, 1].token_layers == 192
+    assert found["fastv", 64, 1].difference == paired([True] * 45 + [False] * 5, [True] * 40 + [False] * 10)
+    assert found["fastv", 192, 1].difference is None  # 288, where the baseline was not measured
+    assert found["fastv", 64, None].difference is None  # 320
+    assert re.search(r"fastv prune_layer=1 at 192", quality_tables.tables(records))
+
+
+@pytest.mark.usefixtures("played")
+def test_the_question_is_its_words(monkeypatch):
+    """As in the papers: no template, no special tokens, no function words."""
+    records = quality.run(5, (16,), ("mmtok", "random"), None)
+    words = {r.method: r.options.get("ignore", ()) for r in records}
+    tokenizer = ModelSpec().processor().tokenizer
+    assert set(tokenizer("USER: the ASSISTANT:")["input_ids"]) <= set(words["mmtok"])
+    assert tokenizer("circle", add_special_tokens=False)["input_ids"][0] not in words["mmtok"]
+    assert words["random"] == ()
+    assert [r.name for r in records] == ["all tokens", "vtc-cls", "mmtok", "random"]
+
+
+@pytest.mark.usefixtures("played")
+def test_other_settings_of_a_file_stay(tmp_path, monkeypatch):
+    """If their questions and the model are the same."""
+    out = tmp_path / "quality.jsonl"
+    quality.run(10, (64, 16), ("random",), out)
+    monkeypatch.setitem(SHARES, "random", 0.5)
+    both = quality.run(10, (16,), ("random", "mmtok"), out)
+    assert [(r.name, r.keep, r.date) for r in quality.read(out)] == [(r.name, r.keep, r.date) for r in both]
+    assert [(r.name, r.keep) for r in both] == [
+        *(("all tokens", 576), ("vtc-cls", 64), ("vtc-cls", 16), ("random", 64), ("random", 16), ("mmtok", 16)),
+    ]
+    assert [r.accuracy[0] for r in both[3:5]] == [0.2, 0.5]
+    assert len(quality.run(15, (16,), ("random",), out)) == len(quality.read(out)) == 3
+
+
+def test_schedules_have_the_nominal_number_on_average():
+    chosen = quality.settings((192, 33, 2, 1), ("vtc-cls",), False, 6)
+    schedules = [setting.options["schedule"] for setting in chosen if "schedule" in setting.options]
+    assert schedules == [[[0, 288], [2, 96]], [[0, 3], [2, 1]]]
 
 
 @pytest.mark.parametrize("method", ["vtc-cls", "prumerge", "fastv", "pool"])

@@ -17,15 +17,35 @@ def wilson(count: int, total: int) -> Share:
 
 
 def paired(ours: Sequence[bool], theirs: Sequence[bool]) -> Share:
-    """Accuracy of `ours` minus that of `theirs` on the same questions, and its 95 % interval."""
+    """Accuracy of `ours` minus that of `theirs` on the same questions, and its 95 % interval.
+
+    It is method 10 of Newcombe (Statistics in Medicine 17, 1998, 2635-2650): the Wilson intervals of both, squared and
+    added, less what their correlation takes. It also holds where few questions tell the two apart.
+    """
     total = len(ours)
-    gains = sum(a and not b for a, b in zip(ours, theirs, strict=True))
-    losses = sum(b and not a for a, b in zip(ours, theirs, strict=True))
+    both, gains, losses, neither = (
+        sum((a, b) == pair for a, b in zip(ours, theirs, strict=True))
+        for pair in ((True, True), (True, False), (False, True), (False, False))
+    )
+    (mine, low, high), (other, other_low, other_high) = (wilson(both + one, total) for one in (gains, losses))
+    product = float(both * neither - gains * losses)
+    if product > 0:
+        product = max(product - total / 2, 0.0)  # his correction for continuity
+    sides = (both + gains) * (losses + neither) * (both + losses) * (gains + neither)
+    correlation = product / math.sqrt(sides) if sides else 0.0
+
+    def width(a: float, b: float) -> float:
+        return math.sqrt(max(a * a - 2 * correlation * a * b + b * b, 0.0))
+
     difference = (gains - losses) / total
-    half = 1.96 * math.sqrt(max(0.0, gains + losses - (gains - losses) ** 2 / total)) / total
-    return difference, difference - half, difference + half
+    return (
+        difference,
+        difference - width(mine - low, other_high - other),
+        difference + width(high - mine, other - other_low),
+    )
 
 
 def percent(share: Share) -> str:
-    """A share in percent, with half the width of its interval."""
-    return f"{100 * share[0]:.1f} ± {50 * (share[2] - share[1]):.1f}"
+    """A share in percent, and its interval."""
+    value, low, high = (f"{100 * number:.1f}" for number in share)
+    return f"{value} ({low} to {high})"

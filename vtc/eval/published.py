@@ -13,8 +13,9 @@ SOURCES = {
     LLAVA: "LLaVA: its authors' figures for LLaVA-1.5",
     FASTERVLM: "FasterVLM: its authors' own runs of LLaVA-1.5",
     # What these two have without compression are the figures of LLaVA and FasterVLM, rounded: 61.9 of GQA, for one.
-    TOPS: "TOPS: all methods in its authors' harness, LLaVA-1.5-7B, table 11 of the paper",
-    MMTOK: "MMTok: all methods in lmms-eval, LLaVA-1.5-7B, table 16 of the paper",
+    # Where both have VisionZip's figures, they are the same. So some rows may be those of the methods' own papers.
+    TOPS: "TOPS: table 11 of the paper, LLaVA-1.5-7B; some rows may be of the methods' own papers",
+    MMTOK: "MMTok: table 16 of the paper, LLaVA-1.5-7B, lmms-eval; some rows may be of the methods' own papers",
 }
 WHAT = {
     "sqa": "accuracy over all 4,241 questions, those without an image included",
