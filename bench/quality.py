@@ -158,8 +158,7 @@ def run(
         raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     task, config = Scenes(count=count, split=split), ModelSpec().config()
     common = dict(questions=count, split=split, checkpoint=checkpoint())
-    words = ignored_ids(ModelSpec().processor().tokenizer, TEMPLATE)
-    chosen = [Setting(), *settings(keeps, methods, sweep, config.vision_config.num_hidden_layers, words)]
+    chosen = [Setting(), *settings(keeps, methods, sweep, config.vision_config.num_hidden_layers)]
     with Progress(f"{len(chosen)} settings", count) as progress:
         full, *rest = answer_all(task, chosen, BATCH, processes, advance=progress.advance)
     where = record.provenance(torch.device("cpu"))
@@ -205,19 +204,15 @@ def nominal(options: dict[str, Any]) -> int:
     return keep
 
 
-def settings(
-    keeps: Sequence[int], methods: Sequence[str], sweep: bool, depth: int, words: tuple[int, ...] = ()
-) -> list[Setting]:
-    """Every setting after the one with all tokens, the baseline's first.
-
-    `depth` is the number of vision layers. `words` are token ids that no method counts as the question's.
-    """
+def settings(keeps: Sequence[int], methods: Sequence[str], sweep: bool, depth: int) -> list[Setting]:
+    """Every setting after the one with all tokens, the baseline's first; `depth` is the number of vision layers."""
+    ignore = ignored_ids(ModelSpec().processor().tokenizer, TEMPLATE)
     budgets = {BASELINE: [*keeps, *((SWEEP_KEEP,) if sweep and SWEEP_KEEP not in keeps else ())]}
     fixed = [name for name in METHODS if ignores_keep(name, {})]
     budgets |= dict.fromkeys(fixed, [SWEEP_KEEP] if SWEEP_KEEP in keeps else keeps[:1])
     names = [BASELINE, *(name for name in methods if name not in (BASELINE, NONE))]
     chosen: list[tuple[str, dict[str, Any], Sequence[int]]] = [
-        (name, {"ignore": words} if "ignore" in METHODS[name].options() else {}, budgets.get(name, keeps))
+        (name, {"ignore": ignore} if "ignore" in METHODS[name].options() else {}, budgets.get(name, keeps))
         for name in names
     ]
     chosen += [variant for variant in variants(keeps) if variant[0] in methods]

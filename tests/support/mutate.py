@@ -1743,6 +1743,26 @@ MUTANTS = [
     ),
     *_of("bench/hub/namespace.py", "bench/test_hub", {"one namespace for all versions": ('(__package__ or "").replace(".", "_")', '"vtc_ops"')}),
     *_of(
+        "bench/quality.py",
+        "bench/test_quality",
+        {
+            "more token-layers than the baseline": ("if group_of(setting.name, options) == INSIDE else keep", "if False else keep"),
+            "all text is the question": ('{"ignore": ignore} if "ignore" in METHODS[name].options() else {}', "{}"),
+            "other settings go": ("merged(read(out) if out.exists() else [], records)", "merged([], records)"),
+            "settings of other questions stay": ("if asked(r) == asked(now[0])]", "]"),
+            "odd schedules": ("if keep <= 192 and keep % 2 == 0", "if keep <= 192"),
+        },
+    ),
+    *_of(
+        "vtc/eval/intervals.py",
+        "bench/test_quality",
+        {
+            "no correlation": ("2 * correlation * a * b", "0 * correlation * a * b"),
+            "no correction": ("max(product - total / 2, 0.0)", "product"),
+            "sides exchanged": ("width(mine - low, other_high - other)", "width(high - mine, other - other_low)"),
+        },
+    ),
+    *_of(
         "bench/cpu.py",
         "bench/test_cpu",
         {
