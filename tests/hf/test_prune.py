@@ -29,7 +29,7 @@ PROMPTS = {
 }
 CASES = [
     (method, layer, kv) for method in ("vtc-cls", "fastv", "dart") for layer in (1, 2, 3) for kv in ("full", "compact")
-]
+] + [("coverage", 2, "compact"), ("scope", 1, "full")]
 BOTH = [("vtc-cls", 2, "full"), ("fastv", 2, "compact"), ("dart", 1, "full")]
 pruned = pytest.mark.parametrize(("method", "layer", "kv"), CASES)
 some = pytest.mark.parametrize(("method", "layer", "kv"), BOTH)

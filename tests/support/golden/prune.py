@@ -181,6 +181,17 @@ class MaskedAtOnce(Masked):
     ends = (2**31,)
 
 
+def patches(model, image, keep, layers, method):
+    """The patches of one image `[3, H, W]` that stay, ascending."""
+    if method == "vtc-cls":
+        return golden.top(golden.scores(model, image, layers), keep)
+    seen = model.model.vision_tower(image[None], output_hidden_states=True)
+    hidden = seen.hidden_states[model.config.vision_feature_layer][0].double()
+    if method == "coverage":
+        return golden_methods.coverage(hidden, keep)[0]
+    return golden_methods.scope(hidden, golden.scores(model, image, layers[-1:]), keep)[0]
+
+
 def prompt(model, row, images, keep, layers, tokens, method, layer, compact, fastv=Pruned):
     """A `Pruned` for one unpadded prompt (list of ids) with `images` of `tokens` patches each; for FastV a `fastv`."""
     with torch.no_grad():
@@ -192,7 +203,7 @@ def prompt(model, row, images, keep, layers, tokens, method, layer, compact, fas
         kept, images, at = [], list(images), 0
         while at < len(row):
             if is_image[at]:
-                kept += [at + patch for patch in golden.top(golden.scores(model, images.pop(0), layers), keep)]
+                kept += [at + patch for patch in patches(model, images.pop(0), keep, layers, method)]
                 at += tokens
             else:
                 kept.append(at)
