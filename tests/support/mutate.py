@@ -679,7 +679,7 @@ MUTANTS = [
         "vtc/hf/generate.py",
         "hf/test_positions",
         {
-            "original: gaps of generate()": ('if images and not pixels and settings.config.positions == "original":', "if False:"),
+            "original: gaps of generate()": ('if is_short and settings.config.positions == "original":', "if False:"),
             "original: samples by gaps": ("        if packed:\n            short |=", "        if False:\n            short |="),
             "original: packed in a further turn": ('{"position_ids": note.positions(mask)} if original else {}', "{}"),
             "original: goes on after the last that stays": ("    if last is not None:  # transformers", "    if False:  # transformers"),
@@ -870,6 +870,10 @@ MUTANTS = [
         {
             "a further turn in the caller's columns": ("length=pruned.entered, short=None", "short=None"),
             "the answer in the columns of the last stage": ("- began.held + began.entered", ""),
+            "gaps before a later stage are samples": ('if is_short and settings.config.positions == "original":', 'if is_short and settings.config.positions == "original" and not settings.config.prunes_inside:'),
+            "by hand after the last that enters": ("short=note, position=note.position)", "short=note)"),
+            "by hand after generate() after the last that enters": (', "position": short.position}', "}"),
+            "by hand after all of an image padding is not counted": ("if in_forward and shortening is None and given is None:", "if False:"),
         },
     ),
     *_of(
