@@ -866,6 +866,16 @@ MUTANTS = [
     ),
     *_of(
         "vtc/hf/generate.py",
+        "hf/test_masks",
+        {"packed samples are pruned inside": ("if images and settings.config.prunes_inside and _is_packed(settings, call):", "if False:")},
+    ),
+    *_of(
+        "vtc/hf/prune_limits.py",
+        "hf/test_masks",
+        {"any positions are packed samples": ("if (positions.diff(dim=1) != 1).any():", "if True:")},
+    ),
+    *_of(
+        "vtc/hf/generate.py",
         "hf/test_schedule",
         {
             "a further turn in the caller's columns": ("length=pruned.entered, short=None", "short=None"),

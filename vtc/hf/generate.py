@@ -137,6 +137,8 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
     is_short = images and not pixels and not settings.config.prune_after  # by our generate(), before the layers
     if is_short and settings.config.positions == "original":
         call = positions.one_sample(settings, call)
+    if images and settings.config.prunes_inside and _is_packed(settings, call):
+        prune_limits.require_one_sample(settings.config, call["position_ids"])
     if isinstance(note, PrunedConversation) or (images and settings.config.prunes_inside and not inside_too):
         if images:
             return prune.prefill(stock, settings, _encoded(settings, call) if pixels else call)
