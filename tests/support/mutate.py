@@ -905,6 +905,7 @@ MUTANTS = [
             "tokens in any order": ("counts[-1] < 1 or list(counts) != sorted(set(counts), reverse=True)", "counts[-1] < 1"),
             "a schedule beside keep": ("        if beside:\n", "        if False:\n"),
             "a new schedule keeps the old budget": ("shared = dict.fromkeys(IN_SCHEDULE) | shared", "pass"),
+            "a layer alone replaces a schedule": ('if self.schedule is not None and "schedule" not in shared', "if False"),
             "a new budget keeps the old schedule": ('shared["schedule"] = None', "pass"),
             "any method in stages": ("if len(self.schedule or ()) > 1 and not", "if False and not"),
         },
