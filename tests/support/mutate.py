@@ -852,6 +852,19 @@ MUTANTS = [
     ),
     *_of(
         "vtc/hf/views.py",
+        "hf/test_families",
+        {
+            "the last image counts for all": ("round(sum(each) / len(self.counts)) for each", "each[-1] for each"),
+            "several images count as one": ("self.plan, used, len(self.counts), before, after)", "self.plan, used, 1, before, after)"),
+        },
+    ),
+    *_of(
+        "vtc/hf/encode.py",
+        "hf/test_prune",
+        {"masked tokens count as removed": ("layers if plan.config.reselects else plan.config.prune_after", "plan.config.prune_after")},
+    ),
+    *_of(
+        "vtc/hf/views.py",
         "hf/test_schedule",
         {"later stages rank anew": ("            scores = scores.gather(1, indices)\n", "")},
     ),

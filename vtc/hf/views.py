@@ -328,13 +328,18 @@ class Tiles(Views):
     def project(self) -> Tensor:
         return self._project_each() if self.plan.method.per_view else self._project_best()
 
+    def _count(self, used: list[str]) -> None:
+        """Count the images, whose tokens are the means of theirs."""
+        before, after = (round(sum(each) / len(self.counts)) for each in zip(*self.counts, strict=True))
+        encode.count(self.settings, self.plan, used, len(self.counts), before, after)
+
     def _project_each(self) -> Tensor:
         """The tokens of each view, reduced alone; the base image's first."""
         plan, rows, first = self.plan, [], 0
         resizes = plan.method.view_grid(plan.grid, plan.num_kept) != plan.grid
         if not resizes:
             vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments, self.question)
-        for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
+        for tiling, (_, kept) in zip(self.tiles, self.counts, strict=True):
             views, keep = slice(first, first + tiling.num_tiles), kept // tiling.num_tiles
             if resizes:  # to sizes of their own
                 alone = plan._replace(num_kept=keep)
@@ -343,7 +348,7 @@ class Tiles(Views):
                 own = vision.of_views(views)
             rows.append(plan.method.reduce(own, keep).features.flatten(0, 1))
             first += tiling.num_tiles
-            encode.count(self.settings, plan, used, 1, tokens, kept)
+        self._count(used)
         visual = self.settings.base.multi_modal_projector(torch.cat(rows))
         return torch.nn.utils.rnn.pad_sequence(visual.split([kept for _, kept in self.counts]), batch_first=True)
 
@@ -366,7 +371,7 @@ class Tiles(Views):
             numbers = layout[places[0]]
             selected.append(torch.where(numbers < 0, numbers, numbers + first * plan.num_tokens))
             first += tiling.num_tiles
-            encode.count(self.settings, plan, used, 1, tokens, kept)
+        self._count(used)
         numbers, self.kept = torch.cat(selected), torch.cat(kept_of_images)
         keeps_all = all(tokens == kept for tokens, kept in self.counts)
         if keeps_all:  # exactly what the stock model computes
