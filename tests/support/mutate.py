@@ -852,6 +852,18 @@ MUTANTS = [
     ),
     *_of(
         "vtc/hf/views.py",
+        "hf/test_methods_model",
+        {
+            "K = N of tiles has no newlines": ("if not method.per_view or (kept == tokens and _is_whole(plan)):", "if not method.per_view:"),
+            "K = N of tiles is reduced view by view": ("each = self.plan.method.per_view and not self._keeps_all", "each = self.plan.method.per_view"),
+            "K = N of one image beside another has no newlines": ("layout = (tiling.layout if stays else", "layout = (tiling.layout.abs() if stays else"),
+            "K = N of tiles for methods that merge": ("return method.keeps_patches() or (resizes and", "return True or (resizes and"),
+            "a view without tokens": ("    if not outputs:\n", "    if False:\n"),
+            "the smallest keep is that of one view": ("keep=\"\n            f\"{views * least} or", "keep=\"\n            f\"{least} or"),
+        },
+    ),
+    *_of(
+        "vtc/hf/views.py",
         "hf/test_families",
         {
             "the last image counts for all": ("round(sum(each) / len(self.counts)) for each", "each[-1] for each"),
