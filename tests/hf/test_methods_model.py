@@ -683,9 +683,13 @@ def test_all_tokens_of_tiles_are_the_stock_model(built, method):
         "image_sizes": torch.tensor(list(TILED)),
     }
     call = models.batch([[1, 7, *[IMAGE] * len(own), 8, 9] for own in sizes]) | images
+    seen = []  # with other shapes, a GPU may add in another order
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     expected = model.generate(**call, **detailed())
     with vtc.compress(model, method=method, ratio=1.0) as run:
         out = model.generate(**call, **detailed())
+    hook.remove()
+    assert torch.equal(*seen)
     assert torch.equal(out.sequences, expected.sequences)
     assert all(map(torch.equal, out.logits, expected.logits))
     assert run.tokens_before == run.tokens_after
