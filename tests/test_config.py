@@ -286,8 +286,13 @@ def test_a_new_schedule_replaces_the_budget_and_a_new_budget_the_schedule():
     stages = ((0, 96), (16, 32))
     assert VTCConfig(keep=3, prune_layer=2).updated(schedule=stages) == VTCConfig(schedule=stages)
     assert VTCConfig(ratio=0.5, kv="full").updated(schedule=stages) == VTCConfig(schedule=stages, kv="full")
-    for budget in ({"keep": 3}, {"ratio": 0.5}, {"prune_layer": 2}):
+    for budget in ({"keep": 3}, {"ratio": 0.5}, {"prune_layer": 2, "keep": 3}, {"prune_layer": 2, "ratio": 0.5}):
         assert VTCConfig(schedule=stages).updated(**budget) == VTCConfig(**budget)
+    with pytest.raises(
+        ValueError, match=r"prune_layer=2 would replace schedule=\[\(0, 96\), .* give keep or ratio, too"
+    ):
+        VTCConfig(schedule=stages).updated(prune_layer=2)
+    assert VTCConfig(schedule=stages).updated(prune_layer=2, schedule=None) == VTCConfig(prune_layer=2)
     assert VTCConfig(schedule=stages).updated(schedule=None) == VTCConfig()
     assert VTCConfig(schedule=stages).updated(method="random").schedule == stages
 

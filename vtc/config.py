@@ -255,14 +255,15 @@ class VTCConfig:
         """Return a copy with `changes`: shared fields, and options of the (new) method.
 
         A new `keep` replaces an old `ratio`, and a new `ratio` an old `keep`. A new `schedule` replaces these and an
-        old `prune_layer`, and a new value of any of the three an old `schedule`. A `backend` counts before that of a
-        method object, and a new object's before the old `backend`, unless it is "auto". Another method starts with its
-        own defaults; the same method keeps the options that are not changed.
+        old `prune_layer`, and a new `keep` or `ratio` an old `schedule`; so does a `prune_layer` beside one of them. A
+        `backend` counts before that of a method object, and a new object's before the old `backend`, unless it is
+        "auto". Another method starts with its own defaults; the same method keeps the options that are not changed.
 
         Raises
         ------
         ValueError
-            If a name is neither a shared field nor an option of the method, or a value is not accepted.
+            If a name is neither a shared field nor an option of the method, if a value is not accepted, or if
+            `prune_layer` alone would replace a schedule.
         """
         shared = {name: changes.pop(name) for name in SHARED if name in changes}  # what remains are options
         method = shared.get("method", self.method)
@@ -281,6 +282,11 @@ class VTCConfig:
         if shared.get("schedule") is not None:
             shared = dict.fromkeys(IN_SCHEDULE) | shared
         elif any(shared.get(name) is not None for name in IN_SCHEDULE):
+            if self.schedule is not None and "schedule" not in shared and shared.keys().isdisjoint(("keep", "ratio")):
+                raise ValueError(
+                    f"prune_layer={shared['prune_layer']} would replace schedule={list(self.schedule)}, which says how "
+                    "many tokens stay; give keep or ratio, too, or another schedule"
+                )
             shared["schedule"] = None
         if isinstance(method, Method):
             if "backend" in shared:

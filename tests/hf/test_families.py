@@ -347,6 +347,25 @@ def test_tiles_with_beams_and_a_ratio(built, more):
         assert torch.equal(out[i * returned : (i + 1) * returned, batch.call["input_ids"].shape[1] :], alone)
 
 
+@pytest.mark.parametrize("method", ["vtc-cls", "scope", "hiprune"])
+def test_a_run_counts_the_mean_over_images(built, method):
+    """Images of 2, 3 and 5 views; what each alone is given is known from a call of its own."""
+    model, _ = built("llava_next")
+    calls = [[(50, 120)], [(168, 168)], [(250, 60)], [(50, 120), (168, 168), (250, 60)]]
+    runs = []
+    for sizes in calls:
+        call = Prompts("llava_next", "clip_vision_model", [[3, *sizes, 4]]).call
+        with vtc.compress(model, ratio=0.25, method=method) as run:
+            model.generate(**call, max_new_tokens=1)
+        runs.append(run)
+    *alone, run = runs
+    found = [(each.tokens_before, each.tokens_after) for each in alone]
+    assert len(set(found)) == 3
+    means = tuple(round(sum(each) / 3) for each in zip(*found, strict=True))
+    assert (run.tokens_before, run.tokens_after, run.token_layers) == (*means, means[1])
+    assert (run.images, [each.images for each in alone], run.backend) == (3, [1, 1, 1], alone[0].backend)
+
+
 def test_a_further_turn_with_tiles(built):
     model, eager = built("llava_next")
     vtc.enable(model, keep=7)

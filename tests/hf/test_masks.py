@@ -103,7 +103,9 @@ def test_what_is_hidden_matters(eager):
             assert a == b or (last[a] - last[b]).abs().max() > 1e-2, (a, b)
 
 
-@pytest.mark.supported("Training", "samples packed in a row: `position_ids` that start again, and no mask")
+@pytest.mark.supported(
+    "Training", "samples packed in a row: `position_ids` that start again, and no mask; `prune_layer=0`"
+)
 @pytest.mark.parametrize("count", [1, 2])
 @torch.no_grad()
 def test_packed_samples_do_not_see_each_other(model, eager, keep, count):
@@ -147,6 +149,40 @@ def test_the_loss_of_packed_samples_is_that_of_each_alone(model, eager):
         total -= sum(log_p[where[j - 1], label] for j, label in enumerate(own) if label != -100)
         count += sum(label != -100 for label in own)
     golden.close(model(**call, pixel_values=pixels, use_cache=False).loss, total / count)
+
+
+@pytest.mark.refused(
+    "samples packed in a row, with `prune_layer` > 0 or a `schedule`", instead="one sample in each row, or `keep`"
+)
+@pytest.mark.parametrize("positions", ["packed", "original"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prune_layer": 1, "keep": KEEP},
+        {"schedule": [(0, KEEP), (1, 4)]},
+        {"method": "fastv", "prune_layer": 1, "keep": KEEP},
+        {"method": "fastv", "prune_layer": 1, "keep": KEEP, "reselect": True},
+        {"method": "dart", "prune_layer": 1, "keep": KEEP},
+    ],
+    ids=lambda settings: "-".join(map(str, settings)),
+)
+@torch.no_grad()
+def test_packed_samples_cannot_be_pruned_inside_the_language_model(model, settings, positions):
+    """They would see each other; a row of one sample has the mask of any other."""
+    vtc.configure(model, **settings, positions=positions)
+    samples = [ids(2, "image", 3), ids(4, "image", 2, seed=1)]
+    call = {
+        "input_ids": torch.tensor([[*itertools.chain(*samples)]]),
+        "position_ids": torch.tensor([[i for sample in samples for i in range(len(sample))]]),
+        "pixel_values": models.images(2),
+        "use_cache": False,
+    }
+    with pytest.raises(ValueError, match=r"pack several samples in a row, .* pass one sample in each row"):
+        model(**call)
+    row = torch.tensor([samples[0]])
+    alone = {"input_ids": row, "pixel_values": models.images(1), "use_cache": False}
+    where = torch.arange(row.shape[1])[None]
+    golden.close(model(**alone, position_ids=where).logits, model(**alone).logits)
 
 
 @pytest.mark.parametrize("offset", [0, 26, 27, 28])

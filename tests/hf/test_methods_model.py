@@ -5,6 +5,7 @@ the prompt by hand.
 """
 
 import copy
+import math
 import re
 
 import pytest
@@ -528,7 +529,7 @@ def test_visionzip_reduces_every_tile_alone(built, given, splits):
         embeds.append(golden.splice_features(eager, [*rows[0], *rows[1]], visuals))
     with vtc.compress(model, method="visionzip", **given) as run:
         check_generated(model.generate(**call, **detailed()), call, eager, embeds)
-    assert (run.images, run.tokens_after) == (4, len(visuals[1][1]))
+    assert (run.images, run.tokens_after) == (4, round(sum(len(own) for _, own in visuals) / 2))
 
 
 class Part:
@@ -646,16 +647,67 @@ def of_part(case, part, keep):
     }[case]()
 
 
-def test_a_view_with_too_few_tokens_is_explained(built):
+TOO_FEW = [  # of 5 views: what is asked for, what each gets, and the smallest keep
+    ("visionzip", {"keep": 9}, 1, 10),
+    ("visionzip", {"keep": 24, "contextual": 3}, 4, 25),
+    ("visionzip", {"keep": 1}, 0, 10),
+    ("hiprune", {"keep": 4}, 0, 5),
+    ("hiprune", {"ratio": 0.01}, 0, 5),
+    ("downsample", {"keep": 1}, 0, 5),
+]
+
+
+@pytest.mark.parametrize(("method", "given", "got", "least"), TOO_FEW)
+def test_a_view_with_too_few_tokens_is_explained(built, method, given, got, least):
     model, _ = built("llava_next")
     call = {"pixel_values": models.images(5)[None], "image_sizes": torch.tensor([[168, 168]])}
-    with (
-        vtc.compress(model, method="visionzip", keep=9),
-        pytest.raises(
-            ValueError, match=r"each of the 5 views of an image gets keep // 5 = 1 tokens, .*use keep=2 or more"
-        ),
-    ):
+    says = rf"each of the 5 views of an image gets keep // 5 = {got} tokens, .* use keep={least} or more"
+    with vtc.compress(model, method=method, **given), pytest.raises(ValueError, match=says):
         model.get_image_features(**call)
+    with torch.no_grad(), vtc.compress(model, method=method, **{**given, "ratio": None, "keep": least}):
+        assert len(model.get_image_features(**call).pooler_output[0]) == least
+
+
+def test_every_method_that_reduces_views_alone_explains_too_few_tokens():
+    assert {name for name, method in METHODS.items() if method.per_view} == {name for name, *_ in TOO_FEW}
+
+
+@pytest.mark.parametrize("method", ["vtc-cls", "scope", "hiprune", "downsample"])
+def test_all_tokens_of_tiles_are_the_stock_model(built, method):
+    """Newlines, too; an image of which all stays is the same beside one of which not all does."""
+    model, _ = built("llava_next")
+    sizes = [golden.tile_tokens(GRID, *TILED[size], size) for size in TILED]
+    views = models.images(3 + 5)
+    images = {
+        "pixel_values": torch.nn.utils.rnn.pad_sequence([views[:3], views[3:]], batch_first=True),
+        "image_sizes": torch.tensor(list(TILED)),
+    }
+    call = models.batch([[1, 7, *[IMAGE] * len(own), 8, 9] for own in sizes]) | images
+    seen = []  # with other shapes, a GPU may add in another order
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    expected = model.generate(**call, **detailed())
+    with vtc.compress(model, method=method, ratio=1.0) as run:
+        out = model.generate(**call, **detailed())
+    hook.remove()
+    assert torch.equal(*seen)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert all(map(torch.equal, out.logits, expected.logits))
+    assert run.tokens_before == run.tokens_after
+    keep = len(sizes[0])
+    first, second = (
+        {"pixel_values": own[None], "image_sizes": images["image_sizes"][i : i + 1]}
+        for i, own in enumerate((views[:3], views[3:]))
+    )
+    with torch.no_grad():
+        stock = model.get_image_features(**first).pooler_output
+        with vtc.compress(model, method=method, keep=keep):
+            found = model.get_image_features(**images).pooler_output
+            assert torch.equal(model.get_image_features(**first).pooler_output[0], stock[0])
+            alone = model.get_image_features(**second).pooler_output
+    golden.close(found[0], stock[0])
+    golden.close(found[1], alone[0])
+    each = keep // 5
+    assert len(found[1]) == {"hiprune": 5 * each, "downsample": 5 * math.isqrt(each) ** 2}.get(method, keep)
 
 
 @pytest.mark.refused(

@@ -399,7 +399,7 @@ def test_a_masked_prompt_counts_as_whole(model):
     call = inputs(prompts("one"))
     with vtc.compress(model, keep=KEEP, method="fastv", reselect=True) as run:
         outputs = model(**call)
-    assert (run.tokens_before, run.tokens_after) == (TOKENS, KEEP)
+    assert (run.tokens_before, run.tokens_after, run.token_layers) == (TOKENS, KEEP, TOKENS)
     assert run.prompt_before == run.prompt_after == call["input_ids"].shape[1]
     assert run.kv_bytes_before == run.kv_bytes_after
     assert run.kv_bytes_after == sum(x.nbytes for own in outputs.past_key_values.layers for x in (own.keys, own.values))

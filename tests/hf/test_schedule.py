@@ -31,12 +31,13 @@ PROMPTS = {
     "left_padded": [[3, "image", 5], [2, "image", 11]],
     "unequal_images": [[2, "image", 3], [1, "image", "image", 6], [7]],
 }
+ORIGINAL = PROMPTS | {"ends_in_an_image": [[3, "image"], [1, "image"]]}  # for positions="original"
 schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 BOTH = [SCHEDULES["before and inside"], SCHEDULES["twice inside"]]
 
 
 def prompts(name):
-    return [ids(*parts, seed=i) for i, parts in enumerate(PROMPTS[name])]
+    return [ids(*parts, seed=i) for i, parts in enumerate(ORIGINAL[name])]
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,11 @@ def model(stock):
     return model
 
 
-def goldens(eager, rows, pixels, schedule, kv):
+def goldens(eager, rows, pixels, schedule, kv, original=False):
     pixels, result = list(pixels), []
     for row in rows:
         own, pixels = pixels[: count_images(row)], pixels[count_images(row) :]
-        result.append(golden_prune.scheduled(eager, row, own, SCORED, TOKENS, schedule, kv == "compact"))
+        result.append(golden_prune.scheduled(eager, row, own, SCORED, TOKENS, schedule, kv == "compact", original))
     return result
 
 
@@ -103,6 +104,46 @@ def test_greedy(model, eager, name, schedule, kv):
     assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [
         held + STEPS - 1 for held in columns(rows, schedule, kv)
     ]
+
+
+originals = pytest.mark.parametrize("schedule", [SCHEDULES["before and inside"], SCHEDULES["three"]])
+
+
+@pytest.mark.supported("generate()", '`positions="original"` with a `schedule`')
+@originals
+@pytest.mark.parametrize("kv", ["full", "compact"])
+@pytest.mark.parametrize("more", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_original_positions(model, eager, name, schedule, kv, more):
+    """Without a cache, transformers takes gaps for ends of samples, and generate() drops a mask of ones."""
+    if more and (kv == "full") != ("use_cache" in more):
+        pytest.skip('a call without a cache has nothing to shorten, and a static one is kv="compact"')
+    vtc.configure(model, schedule=schedule, kv=kv, positions="original")
+    rows = prompts(name)
+    call = inputs(rows)
+    paths = goldens(eager, rows, call["pixel_values"], schedule, kv, original=True)
+    check_generated(model.generate(**call, **detailed(**more)), call, paths)
+
+
+@originals
+@pytest.mark.parametrize("kv", ["full", "compact"])
+@pytest.mark.parametrize("how", ["forward", "generate"])
+@pytest.mark.parametrize("name", ["unequal_images", "ends_in_an_image"])
+@torch.no_grad()
+def test_original_positions_by_hand(model, eager, name, how, kv, schedule):
+    """Tokens by hand go on after the last position of the full prompt, whether its last token stays or not."""
+    vtc.configure(model, schedule=schedule, kv=kv, positions="original")
+    rows = prompts(name)
+    call = inputs(rows)
+    paths = goldens(eager, rows, call["pixel_values"], schedule, kv, original=True)
+    out = model(**call) if how == "forward" else model.generate(**call, **detailed(max_new_tokens=1))
+    new = torch.tensor([[11, 12]] * len(rows))
+    mask = torch.cat([call["attention_mask"], torch.ones_like(new)], 1)
+    logits = model(input_ids=new, attention_mask=mask, past_key_values=out.past_key_values).logits
+    for i, path in enumerate(paths):
+        if how == "forward":
+            golden.close(out.logits[i, -1], path.logits(path.embeds)[-1])
+        golden.close(logits[i], path.logits(path.after([11, 12]))[-2:])
 
 
 def test_golden_prompt_depends_on_everything(eager):
@@ -248,6 +289,23 @@ def test_forward_by_hand(model, eager, name, kv, schedule):
         model(input_ids=first, attention_mask=longer, past_key_values=outputs.past_key_values)
 
 
+@pytest.mark.parametrize("schedule", [[(0, TOKENS)], [(0, TOKENS), (2, 5)]])
+@torch.no_grad()
+def test_tokens_by_hand_after_all_of_an_image(model, stock, schedule):
+    """A first stage that keeps everything is no stage: positions count padding, as the stock forward() does."""
+    call = inputs(prompts("left_padded"))
+    new = torch.tensor([[11], [12]])
+    mask = torch.cat([call["attention_mask"], torch.ones_like(new)], 1)
+    same, logits = copy.deepcopy(stock), []
+    if len(schedule) > 1:
+        vtc.enable(same, prune_layer=2, keep=5)
+    vtc.configure(model, schedule=schedule)
+    for each in (model, same):
+        cache = each(**call).past_key_values
+        logits.append(each(input_ids=new, attention_mask=mask, past_key_values=cache).logits)
+    assert torch.equal(*logits)
+
+
 @schedules
 @torch.no_grad()
 def test_hidden_states_have_the_columns_of_the_prompt(model, eager, schedule):
@@ -270,10 +328,18 @@ def test_hidden_states_have_the_columns_of_the_prompt(model, eager, schedule):
 
 
 @pytest.mark.supported("Caches", 'a further turn with a `schedule`, `kv="full"` and no new image')
-@pytest.mark.parametrize("schedule", [SCHEDULES["three"], SCHEDULES["twice inside"]])
-def test_a_further_turn(model, eager, schedule):
-    vtc.configure(model, schedule=schedule, kv="full")
-    rows = prompts("unequal_images")
+@pytest.mark.parametrize(
+    ("schedule", "name", "positions"),
+    [
+        (SCHEDULES["three"], "unequal_images", "packed"),
+        (SCHEDULES["twice inside"], "unequal_images", "packed"),
+        (SCHEDULES["three"], "unequal_images", "original"),
+        (SCHEDULES["three"], "ends_in_an_image", "original"),
+    ],
+)
+def test_a_further_turn(model, eager, schedule, name, positions):
+    vtc.configure(model, schedule=schedule, kv="full", positions=positions)
+    rows = prompts(name)
     call = inputs(rows)
     first = model.generate(**call, **detailed())
     question = torch.tensor([ids(3, seed=30 + i)[1:] for i in range(len(rows))])
@@ -281,7 +347,7 @@ def test_a_further_turn(model, eager, schedule):
     mask = torch.ones_like(whole)
     mask[:, :length] = call["attention_mask"]
     cache = first.past_key_values
-    paths = goldens(eager, rows, call["pixel_values"], schedule, "full")
+    paths = goldens(eager, rows, call["pixel_values"], schedule, "full", positions == "original")
     for turn in range(2):
         out = model.generate(input_ids=whole, attention_mask=mask, past_key_values=cache, **detailed())
         for i, path in enumerate(paths):

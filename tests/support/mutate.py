@@ -679,7 +679,7 @@ MUTANTS = [
         "vtc/hf/generate.py",
         "hf/test_positions",
         {
-            "original: gaps of generate()": ('if images and not pixels and settings.config.positions == "original":', "if False:"),
+            "original: gaps of generate()": ('if is_short and settings.config.positions == "original":', "if False:"),
             "original: samples by gaps": ("        if packed:\n            short |=", "        if False:\n            short |="),
             "original: packed in a further turn": ('{"position_ids": note.positions(mask)} if original else {}', "{}"),
             "original: goes on after the last that stays": ("    if last is not None:  # transformers", "    if False:  # transformers"),
@@ -852,6 +852,31 @@ MUTANTS = [
     ),
     *_of(
         "vtc/hf/views.py",
+        "hf/test_methods_model",
+        {
+            "K = N of tiles has no newlines": ("if not method.per_view or (kept == tokens and _is_whole(plan)):", "if not method.per_view:"),
+            "K = N of tiles is reduced view by view": ("each = self.plan.method.per_view and not self._keeps_all", "each = self.plan.method.per_view"),
+            "K = N of one image beside another has no newlines": ("layout = (tiling.layout if stays else", "layout = (tiling.layout.abs() if stays else"),
+            "K = N of tiles for methods that merge": ("return method.keeps_patches() or (resizes and", "return True or (resizes and"),
+            "a view without tokens": ("    if not outputs:\n", "    if False:\n"),
+            "the smallest keep is that of one view": ("keep=\"\n            f\"{views * least} or", "keep=\"\n            f\"{least} or"),
+        },
+    ),
+    *_of(
+        "vtc/hf/views.py",
+        "hf/test_families",
+        {
+            "the last image counts for all": ("round(sum(each) / len(self.counts)) for each", "each[-1] for each"),
+            "several images count as one": ("self.plan, used, len(self.counts), before, after)", "self.plan, used, 1, before, after)"),
+        },
+    ),
+    *_of(
+        "vtc/hf/encode.py",
+        "hf/test_prune",
+        {"masked tokens count as removed": ("layers if plan.config.reselects else plan.config.prune_after", "plan.config.prune_after")},
+    ),
+    *_of(
+        "vtc/hf/views.py",
         "hf/test_schedule",
         {"later stages rank anew": ("            scores = scores.gather(1, indices)\n", "")},
     ),
@@ -866,10 +891,24 @@ MUTANTS = [
     ),
     *_of(
         "vtc/hf/generate.py",
+        "hf/test_masks",
+        {"packed samples are pruned inside": ("if images and settings.config.prunes_inside and _is_packed(settings, call):", "if False:")},
+    ),
+    *_of(
+        "vtc/hf/prune_limits.py",
+        "hf/test_masks",
+        {"any positions are packed samples": ("if (positions.diff(dim=1) != 1).any():", "if True:")},
+    ),
+    *_of(
+        "vtc/hf/generate.py",
         "hf/test_schedule",
         {
             "a further turn in the caller's columns": ("length=pruned.entered, short=None", "short=None"),
             "the answer in the columns of the last stage": ("- began.held + began.entered", ""),
+            "gaps before a later stage are samples": ('if is_short and settings.config.positions == "original":', 'if is_short and settings.config.positions == "original" and not settings.config.prunes_inside:'),
+            "by hand after the last that enters": ("short=note, position=note.position)", "short=note)"),
+            "by hand after generate() after the last that enters": (', "position": short.position}', "}"),
+            "by hand after all of an image padding is not counted": ("if in_forward and shortening is None and given is None:", "if False:"),
         },
     ),
     *_of(
@@ -891,6 +930,7 @@ MUTANTS = [
             "tokens in any order": ("counts[-1] < 1 or list(counts) != sorted(set(counts), reverse=True)", "counts[-1] < 1"),
             "a schedule beside keep": ("        if beside:\n", "        if False:\n"),
             "a new schedule keeps the old budget": ("shared = dict.fromkeys(IN_SCHEDULE) | shared", "pass"),
+            "a layer alone replaces a schedule": ('if self.schedule is not None and "schedule" not in shared', "if False"),
             "a new budget keeps the old schedule": ('shared["schedule"] = None', "pass"),
             "any method in stages": ("if len(self.schedule or ()) > 1 and not", "if False and not"),
         },

@@ -235,9 +235,10 @@ def count(settings: Settings, plan: Plan, used: list[str], images: int, before: 
     if (run := settings.run) is None:
         IMAGES[settings.base] = IMAGES.get(settings.base, 0) + images
         return
-    first = (plan.config.prune_after, after)
-    stages = (first, *plan.config.schedule[1:]) if plan.config.schedule else (first,)
-    run.count_images(images, before, stages, settings.base.language_model.config.num_hidden_layers)
+    layers = settings.base.language_model.config.num_hidden_layers
+    start = layers if plan.config.reselects else plan.config.prune_after  # a token mask leaves all in every layer
+    stages = ((start, after), *(plan.config.schedule or ())[1:])
+    run.count_images(images, before, stages, layers)
     device, backend = settings.base.vision_tower.device, plan.config.backend
     run.backend = {op: ops.backend_for(op, device, backend)[0] for op in operations(plan, used)}
 

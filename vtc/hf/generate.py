@@ -99,9 +99,10 @@ def generate(stock: Stock, model: Any, call: Call) -> Any:
     if used is not None:
         began = pruned or conversation.read(used)
         if isinstance(began, PrunedConversation):
-            length = pruned.length if pruned is not None else full.shape[1]
             held = conversation.length_of(used) - began.held + began.entered
-            answered: Any = dataclasses.replace(began, length=length, short=note.answered(sequences, held))
+            short = note.answered(sequences, held)
+            ended: Call = {} if pruned is not None else {"length": full.shape[1], "position": short.position}
+            answered: Any = dataclasses.replace(began, short=short, **ended)
         else:
             answered = note.answered(sequences, conversation.length_of(used))
         conversation.leave(used, None if has_beams else answered)
@@ -133,6 +134,11 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
         _require_own(settings, call["mm_encoder_outputs"], note)
     settings, run = _continued(settings, note, images), settings.run
     inside_too = pixels and not settings.config.prune_after
+    is_short = images and not pixels and not settings.config.prune_after  # by our generate(), before the layers
+    if is_short and settings.config.positions == "original":
+        call = positions.one_sample(settings, call)
+    if images and settings.config.prunes_inside and _is_packed(settings, call):
+        prune_limits.require_one_sample(settings.config, call["position_ids"])
     if isinstance(note, PrunedConversation) or (images and settings.config.prunes_inside and not inside_too):
         if images:
             return prune.prefill(stock, settings, _encoded(settings, call) if pixels else call)
@@ -147,8 +153,6 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
         return outputs
     if run and images and ids is not None and not settings.config.compresses:
         run.count_prompt(ids.shape[1], ids.shape[1])
-    if images and not pixels and settings.config.positions == "original":  # a shortened prompt, from our generate()
-        call = positions.one_sample(settings, call)
     outputs = stock(**call)
     if run and images and (cache := names.cache_of(outputs)) is not None:
         run.count_cache(cache)
@@ -168,7 +172,7 @@ def _forward_images(stock: Stock, settings: Settings, call: Call) -> Any:
     if cache is not None:
         pruned = conversation.read(cache) if inside else None
         if isinstance(pruned, PrunedConversation):
-            note = dataclasses.replace(pruned, length=note.length, short=note)
+            note = dataclasses.replace(pruned, length=note.length, short=note, position=note.position)
         conversation.leave(cache, note)
         if settings.run and not inside:
             settings.run.count_cache(cache)
@@ -318,6 +322,8 @@ def _shortened(
     if in_forward:
         full = full.clone()
     last = prompt.last_position(given, in_forward) if original and shortening is not None else None
+    if in_forward and shortening is None and given is None:  # the stock forward() counts padding, too
+        last = full.new_full((len(full), 1), full.shape[1] - 1)
     note = ShortConversation.of(full, short, shortening, settings.config, last)
     if past:
         note = past.followed_by(note, ids, mask, start)

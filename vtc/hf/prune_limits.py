@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from vtc.config import VTCConfig
@@ -90,6 +91,15 @@ def require_generate(settings: Settings, call: dict[str, Any], images: bool, opt
                 "pruning inside the language model needs the whole prompt at once, then one token at a time; unset "
                 f"{name}"
             )
+
+
+def require_one_sample(config: VTCConfig, positions: Tensor) -> None:
+    """Raise ValueError if `positions` `[B, L]` start again in a row, where transformers finds samples by that."""
+    if (positions.diff(dim=1) != 1).any():
+        raise ValueError(
+            f"position_ids pack several samples in a row, and with {asked(config)} they would see each other after the "
+            "layer that prunes; pass one sample in each row, or prune before the language model only"
+        )
 
 
 def is_static(cache: Any, compact: bool) -> bool:

@@ -26,7 +26,7 @@ from vtc.hf.question import question_of, repeated
 from vtc.hf.settings import Settings
 from vtc.hf.tiles import Tiling, flat_tiles, tilings
 from vtc.hf.towers import INTERPOLATION, TowerSpec, tower_of
-from vtc.methods import Question, Tokens, VisionOutputs
+from vtc.methods import Method, Question, Tokens, VisionOutputs
 from vtc.plan import Plan, patch_grid, share_out
 
 
@@ -326,55 +326,76 @@ class Tiles(Views):
         return [tiling.num_tiles for tiling in self.tiles]
 
     def project(self) -> Tensor:
-        return self._project_each() if self.plan.method.per_view else self._project_best()
+        each = self.plan.method.per_view and not self._keeps_all
+        return self._project_each() if each else self._project_best()
+
+    @property
+    def _keeps_all(self) -> bool:
+        return _is_whole(self.plan) and all(tokens == kept for tokens, kept in self.counts)
+
+    def _count(self, used: list[str]) -> None:
+        """Count the images, whose tokens are the means of theirs."""
+        before, after = (round(sum(each) / len(self.counts)) for each in zip(*self.counts, strict=True))
+        encode.count(self.settings, self.plan, used, len(self.counts), before, after)
 
     def _project_each(self) -> Tensor:
-        """The tokens of each view, reduced alone; the base image's first."""
-        plan, rows, first = self.plan, [], 0
+        """The tokens of each view, reduced alone; the base image's first. If K = N, all tokens of the image."""
+        plan, rows, newlines, first = self.plan, [], [], 0
         resizes = plan.method.view_grid(plan.grid, plan.num_kept) != plan.grid
         if not resizes:
             vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments, self.question)
         for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
-            views, keep = slice(first, first + tiling.num_tiles), kept // tiling.num_tiles
+            views, stays = slice(first, first + tiling.num_tiles), kept == tokens and _is_whole(plan)
+            keep = plan.num_tokens if stays else kept // tiling.num_tiles
             if resizes:  # to sizes of their own
                 alone = plan._replace(num_kept=keep)
                 own, used = encode.run_tower(self.settings, self.views[views], alone, self.tower_arguments)
             else:
                 own = vision.of_views(views)
-            rows.append(plan.method.reduce(own, keep).features.flatten(0, 1))
+            features = plan.method.reduce(own, keep).features.flatten(0, 1)
+            layout = (tiling.layout if stays else torch.arange(kept)).to(features.device)
+            rows.append(features[layout.clamp(min=0)])
+            newlines.append(layout < 0)
             first += tiling.num_tiles
-            encode.count(self.settings, plan, used, 1, tokens, kept)
+        self._count(used)
         visual = self.settings.base.multi_modal_projector(torch.cat(rows))
-        return torch.nn.utils.rnn.pad_sequence(visual.split([kept for _, kept in self.counts]), batch_first=True)
+        return self._with_newlines(visual, torch.cat(newlines))
 
     def _project_best(self) -> Tensor:
         """The best tokens of all views."""
         base, plan, backend = self.settings.base, self.plan, self.plan.config.backend
-        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments, self.question)
+        seen = plan._replace(num_kept=plan.num_tokens) if self._keeps_all else plan
+        vision, used = encode.run_tower(self.settings, self.views, seen, self.tower_arguments, self.question)
         features = vision.patches  # [T, N, D]
-        scores = None if plan.method.joint else plan.method.selected(vision, 1)[1]  # [T, N]
+        scores = None if plan.method.joint or self._keeps_all else plan.method.selected(vision, 1)[1]  # [T, N]
         selected, kept_of_images, first = [], [], 0
         for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
             own = slice(first, first + tiling.num_tiles)
-            if scores is None:
-                ranking = _joint_ranking(plan, vision.of_views(own), tiling.layout, kept)
+            if kept == tokens:
+                places = torch.arange(tokens, device=features.device)[None]
             else:
-                ranking = share_out(scores[own], tiling.layout, plan.config.tiles)
+                if scores is None:
+                    ranking = _joint_ranking(plan, vision.of_views(own), tiling.layout, kept)
+                else:
+                    ranking = share_out(scores[own], tiling.layout, plan.config.tiles)
+                places = ops.topk(ranking[None], kept, backend=backend)
             layout = tiling.layout.to(features.device)
-            places = ops.topk(ranking[None], kept, backend=backend)
             kept_of_images.append(Patches(places, tokens)())
             numbers = layout[places[0]]
             selected.append(torch.where(numbers < 0, numbers, numbers + first * plan.num_tokens))
             first += tiling.num_tiles
-            encode.count(self.settings, plan, used, 1, tokens, kept)
+        self._count(used)
         numbers, self.kept = torch.cat(selected), torch.cat(kept_of_images)
-        keeps_all = all(tokens == kept for tokens, kept in self.counts)
-        if keeps_all:  # exactly what the stock model computes
+        if self._keeps_all:  # exactly what the stock model computes
             features = base.multi_modal_projector(features)
         visual = ops.compact(features.flatten(0, 1)[None], numbers.clamp(min=0)[None], backend=backend)[0]
-        if not keeps_all:
+        if not self._keeps_all:
             visual = base.multi_modal_projector(visual)
-        visual = torch.where(numbers[:, None] < 0, base.image_newline.to(visual), visual)
+        return self._with_newlines(visual, numbers < 0)
+
+    def _with_newlines(self, visual: Tensor, newlines: Tensor) -> Tensor:
+        """Projected features `[images, K, D]` from those of all images `[M, D]`; `newlines` `[M]` bool are replaced."""
+        visual = torch.where(newlines[:, None], self.settings.base.image_newline.to(visual), visual)
         return torch.nn.utils.rnn.pad_sequence(visual.split([kept for _, kept in self.counts]), batch_first=True)
 
 
@@ -401,17 +422,35 @@ def _joint_ranking(plan: Plan, vision: VisionOutputs, layout: Tensor, keep: int)
 
 
 def _kept_of_tiles(plan: Plan, tiling: Tiling) -> int:
-    """K of an image with tiles."""
-    tokens, views = len(tiling.layout), tiling.num_tiles
-    if not plan.method.per_view:
-        return kept_count(plan.config, tokens)
+    """K of an image with tiles, or ValueError if it is too small for its views."""
+    tokens, views, method = len(tiling.layout), tiling.num_tiles, plan.method
+    kept = kept_count(plan.config, tokens)
+    if not method.per_view or (kept == tokens and _is_whole(plan)):
+        return kept
     keep = kept_per_view(plan.config, tokens, views, plan.num_tokens)
-    try:
-        return views * plan.method.num_outputs(plan.num_tokens, keep)
-    except ValueError as error:
+    outputs, why = _outputs(plan, keep)
+    if not outputs:
+        least = next((each for each in range(1, plan.num_tokens + 1) if _outputs(plan, each)[0]), plan.num_tokens)
         raise ValueError(
-            f"each of the {views} views of an image gets keep // {views} = {keep} tokens, which is too few: {error}"
-        ) from error
+            f"each of the {views} views of an image gets keep // {views} = {keep} tokens, which is too few; use keep="
+            f"{views * least} or more, or a larger ratio{why}"
+        )
+    return views * outputs
+
+
+def _is_whole(plan: Plan) -> bool:
+    """Whether K = N changes nothing of a view: patches are chosen, or the view is made smaller."""
+    method = plan.method
+    resizes = type(method).view_grid is not Method.view_grid
+    return method.keeps_patches() or (resizes and method.view_grid(plan.grid, plan.num_tokens) == plan.grid)
+
+
+def _outputs(plan: Plan, keep: int) -> tuple[int, str]:
+    """How many tokens a view has for `keep`; 0 and why, if they are too few."""
+    try:
+        return keep and plan.method.num_outputs(plan.num_tokens, keep), ""
+    except ValueError as error:
+        return 0, f". Of each view: {error}"
 
 
 LAYOUTS: dict[str, type[Views]] = {each.layout: each for each in (Whole, Tiles, Frames)}

@@ -203,6 +203,7 @@ class Method:
         Whether the images of a batch can end up with different counts.
     per_view : bool
         Whether an image's base image and tiles can be reduced one by one, each to exactly the same number of tokens.
+        Where K = N, an image has all of its tokens, if the method keeps patches or makes views smaller.
     joint : bool
         Whether it chooses among all patches of an image's tiles together, as if they were those of one image.
     rounds_up : bool

@@ -15,7 +15,8 @@ class Downsample(Method):
 
     Pixels are resized by antialiased bicubic interpolation, and the tower interpolates its position embeddings. The
     number of tokens is the largest square that is at most K: 121 for K = 128. Of an image with tiles, and of a video,
-    every tile and every frame is made smaller. The tower gets cheaper, too, by as many patches. It has no options.
+    every tile and every frame is made smaller, and newline tokens are left out. An image that keeps all of its tokens
+    stays as it is. The tower gets cheaper, too, by as many patches. It has no options.
     """
 
     name: ClassVar[str] = "downsample"

@@ -32,7 +32,8 @@ class HiPrune(Method):
     the feature layer stay. The patches stay in their order. Their scores are those of the feature layer; anchors score
     2 more, and buffers 1 more.
 
-    Each view of an image of LLaVA-NeXT is reduced alone, to `keep` // V of its V views.
+    Each view of an image of LLaVA-NeXT is reduced alone, to `keep` // V of its V views, without newline tokens. Where
+    `keep` is the number of all tokens of the image, they all stay, newlines, too.
 
     Parameters
     ----------

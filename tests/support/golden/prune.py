@@ -211,10 +211,13 @@ def prompt(model, row, images, keep, layers, tokens, method, layer, compact, fas
         return Pruned(model, embeds, is_image, layer, compact, kept=kept)
 
 
-def scheduled(model, row, images, layers, tokens, schedule, compact):
-    """A `Scheduled` for one unpadded prompt (list of ids) with `images` of `tokens` patches each."""
+def scheduled(model, row, images, layers, tokens, schedule, compact, original=False):
+    """A `Scheduled` for one unpadded prompt (list of ids) with `images` of `tokens` patches each.
+
+    `original`: a stage before the language model leaves the others where they stood in the full prompt.
+    """
     with torch.no_grad():
-        before = dict(schedule).get(0, tokens)
+        before = tokens if original else dict(schedule).get(0, tokens)
         embeds, short = golden.splice(model, row, images, before, layers, tokens)
         ranks = []  # of each image's tokens that enter the language model, its rank among all patches
         for image in images:
@@ -223,7 +226,7 @@ def scheduled(model, row, images, layers, tokens, schedule, compact):
             ranks += [order.index(patch) for patch in sorted(order[:before])]
     stages = []
     for layer, keep in schedule:
-        if layer:
+        if layer or original:
             left = list(ranks)
             is_image = [token == model.config.image_token_id for token in short]
             stages.append((layer, [at for at, image in enumerate(is_image) if not image or left.pop(0) < keep]))
