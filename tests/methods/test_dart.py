@@ -54,6 +54,20 @@ def test_rows_do_not_depend_on_each_other():
     assert torch.equal(choose(*half, is_image, real, [7, 9, 0])[0], choose(*single, is_image, real, [7, 9, 0])[0])
 
 
+@pytest.mark.parametrize("rows", [2, 3])
+def test_tokens_that_are_almost_alike_do_not_depend_on_the_batch(rows):
+    """Their cosines differ by rounding only, as those of wide hidden states are rounded in a batch and alone."""
+    generator = torch.Generator().manual_seed(rows)
+    keys = torch.randn(rows, 2, 300, 4, generator=generator)
+    hidden = torch.randn(rows, 1, 1024, generator=generator) + 1e-3 * torch.randn(rows, 300, 1024, generator=generator)
+    is_image = torch.zeros(rows, 300, dtype=torch.bool)
+    is_image[:, 4:290] = True
+    given = keys, hidden, is_image, torch.ones_like(is_image)
+    _, scores = choose(*given, [64] * rows)
+    for row in range(rows):
+        assert torch.equal(choose(*(each[row : row + 1] for each in given), [64])[1][0], scores[row])
+
+
 def test_the_earlier_of_equal_tokens():
     keys, hidden, is_image, real = prompts()
     for value in (1, 0):

@@ -800,6 +800,7 @@ MUTANTS = [
         "methods/test_dart",
         {
             "the most alike are kept": ("rank = rank_of(-cosine, free)", "rank = rank_of(cosine, free)"),
+            "cosines by a batched matmul": ("(unit * unit.gather(1, at)).sum(2)", "(unit @ unit.gather(1, at).transpose(1, 2)).squeeze(2)"),
             "a pivot takes all": ("torch.minimum(quota, keep - count)", "(keep - count)"),
             "the Euclidean norm": (".float().abs().sum((1, 3))", ".float().square().sum((1, 3))"),
             "text pivots without padding's mask": ("follows = is_text &", "follows = ~is_image &"),

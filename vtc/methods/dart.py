@@ -92,7 +92,8 @@ class DART(Method):
         quota = (left + exists.sum(0).clamp(min=1) - 1) // exists.sum(0).clamp(min=1)
         for pivot, real in zip(found, exists, strict=True):
             at = pivot.int().argmax(1)[:, None, None].expand(-1, 1, unit.shape[2])
-            cosine = (unit @ unit.gather(1, at).transpose(1, 2)).squeeze(2)
+            # A product and a sum, not a matmul: a batched one may round a prompt differently in another batch.
+            cosine = (unit * unit.gather(1, at)).sum(2)
             free = is_image & ~taken
             rank = rank_of(-cosine, free)
             more = free & (rank < torch.minimum(quota, keep - count)) & real
