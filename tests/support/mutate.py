@@ -799,21 +799,26 @@ MUTANTS = [
         "vtc/methods/dart.py",
         "methods/test_dart",
         {
-            "the most alike are kept": ("rank = rank_of(-cosine, free)", "rank = rank_of(cosine, free)"),
+            "the most alike are kept": ("unlike = -(unit *", "unlike = (unit *"),
             "cosines by a batched matmul": ("(unit * unit.gather(1, at)).sum(2)", "(unit @ unit.gather(1, at).transpose(1, 2)).squeeze(2)"),
+            "hidden tokens are chosen": (".masked_fill(unlike.isnan(), -2.0).masked_fill(~real, float(\"-inf\"))", ".masked_fill(unlike.isnan(), -2.0)"),
+            "hidden tokens are pivots": ("norms = norms.masked_fill(~real, float(\"-inf\"))", "pass"),
+            "NaN is chosen first": ("unlike.masked_fill(unlike.isnan(), -2.0)", "unlike"),
+            "NaN is a pivot": ("norms = norms.masked_fill(norms.isnan() | unit.isnan().any(2), -1.0)", "pass"),
+            "NaN states are pivots": ("norms.isnan() | unit.isnan().any(2)", "norms.isnan()"),
             "a pivot takes all": ("torch.minimum(quota, keep - count)", "(keep - count)"),
             "the Euclidean norm": (".float().abs().sum((1, 3))", ".float().square().sum((1, 3))"),
-            "text pivots without padding's mask": ("follows = is_text &", "follows = ~is_image &"),
+            "text pivots without padding's mask": ("follows = real & ~is_image &", "follows = ~is_image &"),
             "text before the image": (" & (is_image.flip(1).cumsum(1).flip(1) == 0)", ""),
             "the keys are compared": ("normalize(hidden.detach().float(), dim=-1)", "normalize(keys.detach().float().transpose(1, 2).flatten(2), dim=-1)"),
-            "the quota rounds down": ("(left + exists.sum(0).clamp(min=1) - 1) //", "left //"),
+            "the quota rounds down": ("(left + exist.sum(0).clamp(min=1) - 1) //", "left //"),
         },
     ),
     *_of(
         "vtc/hf/prune.py",
         "hf/test_prune",
         {
-            "padding may be a pivot": ("self.real & ~self.is_image, keep)", "~self.is_image, keep)"),
+            "padding may be a pivot": ("(states, is_image, self.real, keep)", "(states, is_image, torch.ones_like(self.real), keep)"),
             "states without the norm": ("states = self.norm(on_device_of(self.norm, hidden))", "states = hidden"),
         },
     ),
@@ -1553,6 +1558,13 @@ MUTANTS = [
         {
             "results in place": ("with replacing(lines) as made:  # the next command reads it\n", "if made := lines:\n"),
             "inputs are not asked for": ("require_writable(existing / name, inputs)", "require_writable(existing / name)"),
+        },
+    ),
+    *_of(
+        "vtc/hf/prune.py",
+        "hf/test_selection",
+        {
+            "hidden image tokens are as good": ("(states, is_image, self.real, keep)", "(states, is_image, self.real | is_image, keep)"),
         },
     ),
     *_of(
