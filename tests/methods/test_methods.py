@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.golden import methods as golden
-from support.kernels import DEVICE, DTYPES
+from support.kernels import BACKENDS, DEVICE, DTYPES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedTokenizerFast
@@ -735,6 +735,32 @@ def test_coverage_knows_duplicates(images):
         method = METHODS[name]()
         tokens = method.reduce(twins._replace(projected=patches), 7)
         assert (tokens.indices[0] // 3).tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_divprune_takes_the_lower_of_two_that_are_far_from_all_others(backend):
+    """They are each other's nearest, so their distances are one number, however the sums are rounded."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(1, 40, generator=generator) + 0.3 * torch.randn(64, 40, generator=generator)
+        x[40] = torch.randn(40, generator=generator)
+        x[11] = x[40] + 1.6 * torch.randn(40, generator=generator)
+        x = x[None].half().to(DEVICE)
+        tokens = METHODS["divprune"](backend=backend).reduce(VisionOutputs(x, (8, 8), cls=False, projected=x), 3)
+        assert tokens.scores[0].argmax() == 11
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_divprune_hands_over_contiguous_rows(backend, images, monkeypatch):
+    """`maxmin` reads a row at a step."""
+    seen, maxmin = [], ops.maxmin
+    monkeypatch.setattr(ops, "maxmin", lambda x, *args, **options: seen.append(x) or maxmin(x, *args, **options))
+    for name in ("oblong", "small"):
+        outputs = images(name).outputs(METHODS["divprune"]())
+        METHODS["divprune"](backend=backend).reduce(outputs, 5)
+        METHODS["divprune"](backend=backend).reduce(outputs.of_views(slice(0, 1)), 5)
+    assert len(seen) == 4
+    assert all(x.is_contiguous() for x in seen)
 
 
 def test_what_a_method_needs():

@@ -1599,7 +1599,11 @@ MUTANTS = [
     *_of(
         "vtc/methods/divprune.py",
         "methods/test_methods",
-        {"tokens before the projector": ('tokens = self.require(outputs, "projected")', 'tokens = (self.require(outputs, "projected"), outputs.patches)[1]')},
+        {
+            "tokens before the projector": ('tokens = self.require(outputs, "projected")', 'tokens = (self.require(outputs, "projected"), outputs.patches)[1]'),
+            "rounding decides": ("similarity = torch.maximum(similarity.mT, similarity)", "similarity = similarity.contiguous()"),
+            "columns are contiguous": ("torch.maximum(similarity.mT, similarity)", "torch.maximum(similarity, similarity.mT)"),
+        },
     ),
     *_of(
         "vtc/methods/divprune.py",
