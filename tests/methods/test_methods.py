@@ -408,6 +408,17 @@ def test_a_bad_image_keeps_as_many_patches_and_harms_no_other(name, images):
         assert torch.equal(tokens.features[b], good.features[b])
 
 
+@pytest.mark.parametrize("name", ["vtc-cls", "fastervlm", "scope", "vispruner"])
+def test_attention_of_nan_is_the_least(name, images):
+    """As that of a tile that has no finite attention, beside others of its image."""
+    method = METHODS[name](important=1.0) if name == "vispruner" else METHODS[name]()
+    outputs = images("small").outputs(method)
+    probs = outputs.cls_probs.clone()
+    probs[..., 10:20] = float("nan")
+    tokens = method.reduce(outputs._replace(cls_probs=probs), 24)
+    assert not ((tokens.indices >= 10) & (tokens.indices < 20)).any()
+
+
 @pytest.mark.parametrize("keep", [2, 16, 32, 192, 288, 576])
 def test_prumerge_plus_for_other_numbers(keep):
     """About as many as asked for: the best, a sample at most 5/6 of them, less what is in both by chance."""

@@ -1615,6 +1615,7 @@ MUTANTS = [
         "methods/test_methods",
         {
             "the least similar are dropped": ("nearest.sort(dim=1, descending=True, stable=True)", "nearest.sort(dim=1, stable=True)"),
+            "NaN is the most important": ('probs = probs.masked_fill(probs.isnan(), float("-inf"))', "pass"),
             "a keeps its order": ("            if b.shape[1]:\n", "            if b.shape[1] and rest.shape[1] - wanted <= 8:\n"),
             "b before a": ("torch.cat([a[:, drop:], b], dim=1)", "torch.cat([b, a[:, drop:]], dim=1)"),
             "one in a round": ("min(8, rest", "min(1, rest"),
