@@ -504,20 +504,20 @@ def received(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     num_tokens = query.shape[2]
-    share = torch.full((num_tokens,), 1 / num_tokens, device=query.device) if num_tokens else None
+    share = torch.full((num_tokens,), 1 / max(num_tokens, 1), dtype=torch.float32, device=query.device)
     mask = None
     if cu_seqlens is not None:
         tokens = torch.arange(num_tokens, device=query.device)
         segment = torch.searchsorted(cu_seqlens.to(query.device, torch.int64), tokens, right=True)
         mask = segment.unsqueeze(1) == segment
-        share = 1 / mask.sum(dim=1)
+        share = 1 / mask.sum(dim=1).float()
     total = torch.zeros((query.shape[0], num_tokens), dtype=torch.float32, device=query.device)
     for head in range(query.shape[1]):  # never all heads' N x N matrices at once
         logits = _products(query[:, head].float(), key[:, head].float().mT) * scale
         if mask is not None:
             logits = logits.masked_fill(~mask, float("-inf"))
         probs = logits.softmax(dim=2) if lse is None else (logits - lse[:, head].unsqueeze(2)).exp()
-        probs *= share.unsqueeze(1)  # type: ignore[union-attr]
+        probs *= share.unsqueeze(1)
         if mask is not None:  # again: the NaN of one segment must not reach another
             probs = probs.masked_fill(~mask, 0.0)
         total += probs.sum(dim=1)

@@ -68,6 +68,16 @@ def test_tokens_that_are_almost_alike_do_not_depend_on_the_batch(rows):
         assert torch.equal(choose(*(each[row : row + 1] for each in given), [64])[1][0], scores[row])
 
 
+def test_scores_are_float32_whatever_the_default_dtype():
+    given = prompts()
+    _, expected = choose(*given, [9] * 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(choose(*given, [9] * 3)[1], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_earlier_of_equal_tokens():
     keys, hidden, is_image, real = prompts()
     for value in (1, 0):

@@ -443,6 +443,29 @@ def test_features_have_the_dtype_of_the_hidden_states(name, dtype, images):
         assert tokens.scores.dtype == torch.float32
 
 
+@pytest.fixture
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ON_TENSORS)
+def test_the_default_dtype_changes_nothing(name, images, request):
+    method, data = METHODS[name](), images("small")
+    outputs = data.outputs(method)
+    tokens = method.reduce(outputs, 9)
+    request.getfixturevalue("float64_by_default")
+    for one, other in zip(tokens, method.reduce(outputs, 9), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one.dtype == other.dtype and torch.equal(one, other))
+
+
+def test_the_default_dtype_changes_no_weight_of_a_word(images, float64_by_default):
+    question = images("small").question_of()
+    assert word_weights(question, (7, 5)).dtype == torch.float32
+
+
 KERNELS = ["vtc-cls", "visionzip", "prumerge", "prumerge+", *GREEDY, "hiprune", "received"]
 
 

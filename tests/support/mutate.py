@@ -490,6 +490,7 @@ MUTANTS = [
         "vtc/methods/visionzip.py",
         "methods/test_methods",
         {
+            "weights of the default dtype": ("dtype=torch.float32, device=keys.device", "device=keys.device"),
             "[CLS] not kept": ("torch.nn.functional.pad(patches + 1, (1, 0))", "torch.nn.functional.pad(patches, (1, 0))"),
             "targets of the last rows": ("[:, :contextual]", "[:, -contextual:]"),
             "metric of the first head": ("keys.mean(dim=1, dtype=torch.float32)", "keys[:, 0].float()"),
@@ -553,7 +554,9 @@ MUTANTS = [
         {
             "received: NaN of another segment": ("probs = probs.masked_fill(~mask, 0.0)", "pass"),
             "received: given logarithm ignored": ("logits.softmax(dim=2) if lse is None else", "logits.softmax(dim=2) if True else"),
-            "received: a segment's mean over all tokens": ("share = 1 / mask.sum(dim=1)", "pass"),
+            "received: a segment's mean over all tokens": ("share = 1 / mask.sum(dim=1).float()", "pass"),
+            "received: shares of the default dtype": ("1 / max(num_tokens, 1), dtype=torch.float32, device", "1 / max(num_tokens, 1), device"),
+            "received: segments' shares of the default dtype": ("1 / mask.sum(dim=1).float()", "1 / mask.sum(dim=1)"),
             "received: skipped keys leave the denominator": ("logits = _products(query[:, head].float(), key[:, head].float().mT) * scale", "logits = _products(query[:, head].float(), key[:, head].float().mT) * scale; logits[:, :, :skip] = -1e4"),
         },
     ),
@@ -806,6 +809,7 @@ MUTANTS = [
             "NaN is chosen first": ("unlike.masked_fill(unlike.isnan(), -2.0)", "unlike"),
             "NaN is a pivot": ("norms = norms.masked_fill(norms.isnan() | unit.isnan().any(2), -1.0)", "pass"),
             "NaN states are pivots": ("norms.isnan() | unit.isnan().any(2)", "norms.isnan()"),
+            "scores of the default dtype": ("place.float() / keep", "place / keep"),
             "a pivot takes all": ("torch.minimum(quota, keep - count)", "(keep - count)"),
             "the Euclidean norm": (".float().abs().sum((1, 3))", ".float().square().sum((1, 3))"),
             "text pivots without padding's mask": ("follows = real & ~is_image &", "follows = ~is_image &"),
@@ -1571,6 +1575,7 @@ MUTANTS = [
         "vtc/methods/question.py",
         "methods/test_methods",
         {
+            "weights of the default dtype": ("words.float() / words", "words / words"),
             "ignored words count": ("question.is_text & ~torch.isin(question.ids, ignored)", "question.is_text"),
             "nothing left means nothing": ("words = torch.where(words.any(dim=1, keepdim=True), words, question.is_text)", "pass"),
             "what is no text counts": ("question.is_text & ~torch", "~torch"),

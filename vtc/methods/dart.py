@@ -105,7 +105,7 @@ class DART(Method):
             more = free & (rank < torch.minimum(quota, keep - count)) & exists
             place = torch.where(more, count + rank, place)
             taken, count = taken | more, count + more.sum(1, keepdim=True)
-        return torch.where(taken, 1 - place / keep.clamp(min=1), 0.0)
+        return torch.where(taken, 1 - place.float() / keep.clamp(min=1), 0.0)
 
     def keep_prompt(self, scores: Tensor, is_image: Tensor, keep: int | Tensor) -> Tensor:
         """Which tokens of the prompts stay, `[B, L]` bool: all text, and the `keep` image tokens of `prompt_scores`."""

@@ -89,7 +89,7 @@ def word_weights(question: Question, ignore: tuple[int, ...]) -> Tensor:
     ignored = torch.tensor(ignore, dtype=torch.int64, device=question.ids.device)
     words = question.is_text & ~torch.isin(question.ids, ignored)
     words = torch.where(words.any(dim=1, keepdim=True), words, question.is_text)
-    return words / words.sum(dim=1, keepdim=True).clamp(min=1)
+    return words.float() / words.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def sum_of_tokens(terms: Tensor) -> Tensor:
