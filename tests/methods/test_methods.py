@@ -11,11 +11,14 @@ from support.golden import methods as golden
 from support.kernels import BACKENDS, DEVICE, DTYPES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerFast
 
 from vtc import methods, ops, tiny
 from vtc.config import SHARED, VTCConfig
 from vtc.methods import METHODS, Question, VisionOutputs
+from vtc.methods import question as question_module
 from vtc.methods.prumerge import _fraction_count, _outliers, top_and_step
 from vtc.methods.question import FUNCTION_WORDS, ignored_ids, sum_of_tokens, word_weights
 from vtc.tiny.scenes import balanced_questions
@@ -480,28 +483,69 @@ def test_kernels_choose_the_same(name, images):
     torch.testing.assert_close(one.features, other.features, rtol=1e-5, atol=1e-5)
 
 
+class Copies(TorchDispatchMode):
+    """Collects the operations that copy between devices, or wait for a GPU although they run on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+        if name == "aten::isin" or (
+            name in ("aten::_to_copy", "aten::copy_") and len({x.device.type for x in tensors}) > 1
+        ):
+            self.found.append(f"{name} of {[str(x.device) for x in tensors]}")
+        return result
+
+
+IGNORING = {name: {"ignore": (7, 5, 0)} for name in ("mmtok", "cdpruner")}
+
+
 @pytest.mark.parametrize("name", ON_TENSORS)
 def test_nothing_waits_for_the_device(name, images):
-    """Fake tensors have shapes and no values: whatever asks for one, as `.item()` does, is an error."""
-    outputs = images("small").outputs(METHODS[name]())
-    real = METHODS[name]().reduce(outputs, 9)
-    with FakeTensorMode() as mode:
-        fake = VisionOutputs(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in outputs))
-        if outputs.question is not None:
-            fake = fake._replace(question=Question(*map(mode.from_tensor, outputs.question)))
-        tokens = METHODS[name]().reduce(fake, 9)
+    """Tensors on the meta device have shapes and no values: whatever asks for one, as `.item()` does, is an error."""
+    method = METHODS[name](**IGNORING.get(name, {}))
+    outputs = images("small").outputs(method)
+    real = method.reduce(outputs, 9)
+    meta = VisionOutputs(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in outputs))
+    if outputs.question is not None:
+        meta = meta._replace(question=Question(*(x.to("meta") for x in outputs.question)))
+    method.reduce(meta, 9)  # the first call may copy what all others use
+    with Copies() as copies:
+        tokens = method.reduce(meta, 9)
+    assert not copies.found
     for one, other in zip(real, tokens, strict=True):
         assert (one is None) == (other is None)
         assert one is None or (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
+def test_ignored_ids_are_copied_to_the_device_once(images):
+    """And no tensor of a tracer is kept."""
+    question_module._kept.cache_clear()
+    with FakeTensorMode() as mode:
+        assert question_module._ascending((5, 3), torch.empty(2, dtype=torch.int64)).fake_mode is mode
+    question = images("small").question_of()
+    torch._dynamo.reset()
+    compiled = torch.compile(word_weights, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(question, (7, 5)), word_weights(question._replace(ids=question.ids.clone()), (5, 7)))
+    assert question_module._kept.cache_info().currsize == 1  # of the call that no tracer saw
+    one, other = (question_module._ascending((5, 7), question.ids) for _ in range(2))
+    assert one is other
+    assert one.tolist() == [5, 7]
+    assert question_module._kept((7, 5), question.ids.device).tolist() == [5, 7]
+
+
 @pytest.mark.filterwarnings("error:.*custom operator:UserWarning")  # outputs that alias
 @pytest.mark.parametrize("name", ON_TENSORS)
 def test_compilers_trace_through(name, images):
-    outputs = images("oblong").outputs(METHODS[name]())
+    method = METHODS[name](**IGNORING.get(name, {}))
+    outputs = images("oblong").outputs(method)
     torch._dynamo.reset()  # methods share `reduce`, and a function is compiled a few times at most
-    compiled = torch.compile(METHODS[name]().reduce, fullgraph=True, backend="aot_eager")
-    for one, other in zip(METHODS[name]().reduce(outputs, 5), compiled(outputs, 5), strict=True):
+    compiled = torch.compile(method.reduce, fullgraph=True, backend="aot_eager")
+    for one, other in zip(method.reduce(outputs, 5), compiled(outputs, 5), strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.equal(one, other)
 
