@@ -206,9 +206,19 @@ MUTANTS = [
         },
     ),
     *_of(
+        "vtc/ops/checks.py",
+        "ops/test_common",
+        {
+            "strings are numbers": ("not isinstance(value, (int, float, torch.SymInt, torch.SymFloat))", "isinstance(value, list)"),
+            "no remedy": ('f" Use {name}.{call}()."', '""'),
+            "always a remedy": ('"" if tensor.dtype == dtype else ', ""),
+        },
+    ),
+    *_of(
         "kernels/maxmin.py",
         "ops/test_maxmin",
         {
+            "any number of columns": ("if num_tokens > tuning.GREEDY_COLUMNS:", "if False:"),
             "first from the token itself": (" & (m[:, None] != n[None, :])", ""),
             "first from all tokens": ("competes = tl.load(allowed_ptrs, mask=competes, other=0) != 0", "pass"),
             "first rows alone": ("while start < num_tokens:", "while start < BLOCK_M:"),
@@ -396,6 +406,7 @@ MUTANTS = [
         "kernels/coverage.py",
         "ops/test_coverage",
         {
+            "any number of columns": ("if num_columns > tuning.GREEDY_COLUMNS:", "if False:"),
             "ties to the higher column": ("_decode(tl.max(top, axis=0))", "_decode(tl.max(top ^ 0x1FFE, axis=0) ^ 0x1FFE)"),
             "stale bound accepted": ("tl.where(n == best_n, _encode(tl.full(n.shape, _CHOSEN, tl.int32), n, 0), key & -2)", "tl.where(n == best_n, _encode(tl.full(n.shape, _CHOSEN, tl.int32), n, 0), key)"),
             "others evaluated only when stale before": ("stale = (top_bound > 0) & (top_n != best_n)", "stale = top_bound > 0"),
