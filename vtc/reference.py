@@ -415,7 +415,7 @@ def coverage(
         rest = rest.scatter(1, order[-1], False)
         chosen = cover.gather(2, order[-1].unsqueeze(1).expand(-1, num_rows, 1))
         covered = torch.where(chosen > covered, chosen, covered)
-    return _sorted_choices(torch.cat(order, dim=1), num_columns, counts)
+    return sorted_choices(torch.cat(order, dim=1), num_columns, counts)
 
 
 def maxmin(
@@ -462,7 +462,7 @@ def maxmin(
         rest = rest.scatter(1, order[-1], False)
         row = similarity.gather(1, order[-1].unsqueeze(2).expand(-1, 1, num_tokens)).squeeze(1)
         nearest = torch.maximum(nearest, row) if number else row
-    return _sorted_choices(torch.cat(order, dim=1), num_tokens, counts)
+    return sorted_choices(torch.cat(order, dim=1), num_tokens, counts)
 
 
 def received(
@@ -563,8 +563,23 @@ def _first_largest(gain: Tensor, rest: Tensor, allowed: Tensor | None) -> Tensor
     return (competes & (gain == best)).int().argmax(dim=1, keepdim=True)
 
 
-def _sorted_choices(order: Tensor, num_columns: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The first `counts` choices of each image, ascending, and in their order; 0 after them."""
+def sorted_choices(order: Tensor, num_columns: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `coverage` and `maxmin` return: the first `counts` choices of each image, ascending, and in their order.
+
+    Parameters
+    ----------
+    order : Tensor[B, k], int64
+        The chosen columns, in their order.
+    num_columns : int
+        N.
+    counts : Tensor[B], int64, optional
+        As in `coverage`.
+
+    Returns
+    -------
+    indices, order : Tensor[B, k], int64
+        Entries from an image's count on are 0.
+    """
     if counts is None:
         return order.sort(dim=1).values, order
     left = torch.arange(order.shape[1], device=order.device) >= counts.unsqueeze(1)

@@ -19,6 +19,7 @@ from vtc import methods, ops, tiny
 from vtc.config import SHARED, VTCConfig
 from vtc.methods import METHODS, Question, VisionOutputs
 from vtc.methods import question as question_module
+from vtc.methods.cdpruner import _most_probable
 from vtc.methods.prumerge import _fraction_count, _outliers, top_and_step
 from vtc.methods.question import FUNCTION_WORDS, ignored_ids, sum_of_tokens, word_weights
 from vtc.tiny.scenes import balanced_questions
@@ -951,6 +952,33 @@ def test_cdpruner_takes_no_patch_twice(images):
     kept = method.reduce(bad, 9)
     assert torch.equal(kept.indices[0], method.reduce(outputs, 9).indices[0])
     assert len(set(kept.indices[1].tolist())) == 9
+
+
+def most_probable(features, relevance, keep):
+    """Greedy MAP of one image in float64, by the Schur complement of the chosen patches; then the lowest indices."""
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    rest = relevance.double()[:, None] * (unit @ unit.mT) * relevance.double()
+    first, order = rest.diagonal().clone(), []
+    while len(order) < keep and bool((rest.diagonal() > 1e-9 * first).any()):
+        chosen = int(rest.diagonal().argmax())
+        order.append(chosen)
+        rest = rest - rest[:, chosen, None] * rest[chosen] / rest[chosen, chosen]
+    return (order + [n for n in range(len(first)) if n not in order])[:keep]
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_tokens", "keep", "mean"), [(3, 40, 12, 0), (8, 64, 64, 0), (64, 576, 100, 0), (1024, 576, 192, 1)]
+)
+def test_cdpruner_chooses_as_in_float64_and_knows_when_nothing_is_left(rank, num_tokens, keep, mean):
+    """Also where all tokens are alike, as those of a projector."""
+    generator = torch.Generator().manual_seed(rank)
+    features = torch.randn(2, num_tokens, rank, generator=generator)
+    features += mean * torch.randn(2, 1, rank, generator=generator)
+    relevance = torch.rand(2, num_tokens, generator=generator)
+    features, relevance = features.to(DEVICE), relevance.to(DEVICE)
+    order = _most_probable(ops.similarity(features, features, backend="torch"), relevance, keep)
+    for b in range(2):
+        assert order[b].tolist() == most_probable(features[b], relevance[b], keep)
 
 
 def test_cdpruner_scales_the_relevance_of_each_image_alone(images):

@@ -1711,6 +1711,8 @@ MUTANTS = [
             "gain without relevance": ("gain = relevance * relevance * likeness", "gain = relevance * likeness"),
             "earlier choices are not projected out": ("        if step:\n", "        if step == 1:\n"),
             "a patch is taken twice": ("rest = rest.scatter(1, chosen, False)", "pass"),
+            "rounding is a gain": ("gain = gain.masked_fill(gain <= rounding, 0.0)", "pass"),
+            "small gains are rounding": ("num_tokens * torch.finfo", "1000 * num_tokens * torch.finfo"),
             "noise is divided by": ("torch.where(square > 0, row / square.sqrt(), 0.0)", "row / square.sqrt()"),
         },
     ),
