@@ -353,7 +353,7 @@ def similarity(x: Tensor, y: Tensor, *, temperature: float | None = None) -> Ten
         Computed in float32 whatever the inputs' dtype. The columns are contiguous, as `coverage` reads them.
     """
     left, right = (torch.nn.functional.normalize(each.float(), dim=2) for each in (x, y))
-    columns = _products(right, left.mT)  # [B, N, R]
+    columns = _columns_alone(left, right)
     if temperature is not None:
         columns = (columns / temperature).softmax(dim=1)
     return columns.mT
@@ -539,6 +539,20 @@ def _similarity(key: Tensor, targets: Tensor) -> Tensor:
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """Matrix products [B, ..., ...], image by image: a batched one may round an image according to its batch mates."""
     return torch.stack([a @ b for a, b in zip(left, right, strict=True)]) if len(left) else left @ right
+
+
+def _columns_alone(left: Tensor, right: Tensor) -> Tensor:
+    """The products `right · leftᵀ` `[B, N, R]`, each column the same to the bit however many others there are.
+
+    Libraries choose the order of a product's sums by its shape. So all products have one shape: 64 columns, the last of
+    them filled up with zeros. Of 576 columns this costs about as much as one product.
+    """
+    columns = left.new_empty(left.shape[0], right.shape[1], left.shape[1])
+    for image, row, out in zip(left, right, columns, strict=True):
+        for block, part in zip(image.split(64), out.split(64, dim=1), strict=True):
+            block = torch.nn.functional.pad(block, (0, 0, 0, 64 - len(block)))
+            part.copy_((row @ block.mT)[:, : part.shape[1]])
+    return columns
 
 
 def _sum_of_rows(terms: Tensor) -> Tensor:

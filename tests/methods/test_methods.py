@@ -924,6 +924,27 @@ def test_an_image_does_not_depend_on_the_length_of_other_questions(name, images)
         assert torch.equal(one.scores[0], many.scores[b])  # the same order
 
 
+@pytest.mark.parametrize("name", ["mmtok", "cdpruner"])
+@pytest.mark.parametrize("words", [1, 7])
+def test_a_few_words_of_many_features_do_not_depend_on_padding(words, name):
+    """A product of few rows may be summed in another order than one of many."""
+    generator = torch.Generator().manual_seed(words)
+    hidden = torch.randn(1, 64, 16, generator=generator)
+    projected = torch.randn(1, 1, 1024, generator=generator) + 1e-2 * torch.randn(1, 64, 1024, generator=generator)
+    embeddings = torch.randn(1, 70, 1024, generator=generator)
+    is_text = (torch.arange(70) < words)[None]
+    question = Question(*(x.to(DEVICE) for x in (embeddings, torch.arange(70)[None], is_text)))
+    outputs = VisionOutputs(hidden.to(DEVICE), (8, 8), cls=False, projected=projected.to(DEVICE), question=question)
+    short = outputs._replace(question=Question(*(x[:, :words] for x in question)))
+    method = METHODS[name](backend="torch")
+    one, many = (method.reduce(each, 16) for each in (short, outputs))
+    assert torch.equal(one.scores, many.scores)
+    for length in (words, 33, 64):
+        cosines = ops.similarity(question.embeddings[:, :length], outputs.projected, backend="torch")
+        expected = ops.similarity(question.embeddings, outputs.projected, backend="torch")[:, :length]
+        assert torch.equal(cosines, expected)
+
+
 def test_mmtok_weighs_the_question_as_a_whole(images):
     """All words together have 1, however many, and all patches alpha; the words come last."""
     outputs = images("small").outputs(METHODS["mmtok"]())

@@ -215,6 +215,19 @@ MUTANTS = [
         },
     ),
     *_of(
+        "vtc/reference.py",
+        "methods/test_methods",
+        {"similarity: one product of all rows": ("columns = _columns_alone(left, right)", "columns = _products(right, left.mT)")},
+    ),
+    *_of(
+        "vtc/reference.py",
+        "ops/test_similarity",
+        {
+            "similarity: the first block alone": ("image.split(64), out.split(64, dim=1), strict=True", "image.split(64), [out[:, :64]] * 99"),
+            "similarity: blocks of other images": ("zip(left, right, columns, strict=True)", "zip(left, right.flip(0), columns, strict=True)"),
+        },
+    ),
+    *_of(
         "kernels/maxmin.py",
         "ops/test_maxmin",
         {
