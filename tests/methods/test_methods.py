@@ -885,6 +885,15 @@ def test_too_few_tokens_are_explained(method, keep, message, images):
         method.reduce(images("small").outputs(method), keep)
 
 
+def test_downsample_makes_no_side_larger():
+    method = METHODS["downsample"]()
+    assert [method.view_grid((6, 6), keep) for keep in (1, 17, 35, 36, 49)] == [(1, 1), (4, 4), (5, 5), (6, 6), (6, 6)]
+    assert method.view_grid((3, 7), 21) == method.view_grid((3, 7), 30) == (3, 7)
+    assert [method.num_outputs(21, keep) for keep in (17, 20, 21, 30)] == [16, 16, 21, 21]
+    with pytest.raises(ValueError, match=r'square views smaller, got views of 3 x 7 .* keep=21 .* or method="pool"'):
+        method.view_grid((3, 7), 20)
+
+
 def test_words_of_a_question(images):
     """What is ignored does not count, unless nothing is left; without any text there is nothing to weigh."""
     question = images("small").question_of()

@@ -1731,6 +1731,15 @@ MUTANTS = [
     ),
     *_of(
         "vtc/methods/downsample.py",
+        "methods/test_methods",
+        {
+            "views of any shape": ("if rows != columns:", "if False:"),
+            "a larger view": ("if keep >= rows * columns:", "if keep == rows * columns:"),
+            "all tokens of an oblong view are a square": ("num_tokens if keep >= num_tokens else ", ""),
+        },
+    ),
+    *_of(
+        "vtc/methods/downsample.py",
         "hf/test_question",
         {"one patch less in a row": ("return math.isqrt(keep), math.isqrt(keep)", "return math.isqrt(keep), math.isqrt(keep) + 1")},
     ),
