@@ -30,11 +30,11 @@ class Scope(Method):
     others. The patches stay in their order. They can be selected before the projector, or after a layer of the language
     model. The score of the i-th patch that is chosen is 1 - i / K.
 
-    Two things differ from the authors' code:
+    Two things differ from its published code:
 
     - An image of LLaVA-NeXT covers the patches of all its tiles together, without newline tokens. The authors give each
       of its V crops ⌊K / V⌋ tokens, and the published figures for LLaVA-NeXT are of that rule.
-    - On towers without [CLS] the authors' port compares the tokens after the projector, and takes the attention of the
+    - On towers without [CLS] its port compares the tokens after the projector, and takes the attention of the
       tower's last block. VTC takes the rows and the received attention of the feature layer.
 
     Parameters
