@@ -502,13 +502,14 @@ class Copies(TorchDispatchMode):
         return result
 
 
-IGNORING = {name: {"ignore": (7, 5, 0)} for name in ("mmtok", "cdpruner")}
+# With these, a method takes every branch.
+BRANCHES = {"mmtok": {"ignore": (7, 5, 0)}, "cdpruner": {"ignore": (7, 5, 0)}, "hiprune": {"alpha": 1.0}}
 
 
 @pytest.mark.parametrize("name", ON_TENSORS)
 def test_nothing_waits_for_the_device(name, images):
     """Tensors on the meta device have shapes and no values: whatever asks for one, as `.item()` does, is an error."""
-    method = METHODS[name](**IGNORING.get(name, {}))
+    method = METHODS[name](**BRANCHES.get(name, {}))
     outputs = images("small").outputs(method)
     real = method.reduce(outputs, 9)
     meta = VisionOutputs(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in outputs))
@@ -542,7 +543,7 @@ def test_ignored_ids_are_copied_to_the_device_once(images):
 @pytest.mark.filterwarnings("error:.*custom operator:UserWarning")  # outputs that alias
 @pytest.mark.parametrize("name", ON_TENSORS)
 def test_compilers_trace_through(name, images):
-    method = METHODS[name](**IGNORING.get(name, {}))
+    method = METHODS[name](**BRANCHES.get(name, {}))
     outputs = images("oblong").outputs(method)
     torch._dynamo.reset()  # methods share `reduce`, and a function is compiled a few times at most
     compiled = torch.compile(method.reduce, fullgraph=True, backend="aot_eager")
