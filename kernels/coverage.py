@@ -30,8 +30,13 @@ def coverage(
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel. Takes at most 4096 columns. Columns that are not contiguous are copied first."""
-    columns = cover.mT if cover.stride(1) == 1 else cover.mT.contiguous()
     num_images, num_rows, num_columns = cover.shape
+    if num_columns > tuning.GREEDY_COLUMNS:
+        raise ValueError(
+            f"coverage: the Triton kernel takes at most N = {tuning.GREEDY_COLUMNS} columns per image, got "
+            f"{num_columns}. Use backend='torch'."
+        )
+    columns = cover.mT if cover.stride(1) == 1 else cover.mT.contiguous()
     block_r, block_l, block_m, block_g, block_w = tuning.coverage_blocks(num_rows, num_columns)
     covered = torch.empty((num_images, num_rows), dtype=torch.float32, device=cover.device)
     indices = torch.empty((num_images, k), dtype=torch.int64, device=cover.device)

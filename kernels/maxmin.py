@@ -20,8 +20,13 @@ from .similarity import load_count
 def maxmin(
     similarity: Tensor, k: int, *, allowed: Tensor | None = None, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel. N <= 4096, because a program holds a whole row."""
+    """Launch the kernel. Takes at most 4096 tokens: a program holds a whole row."""
     num_images, num_tokens, _ = similarity.shape
+    if num_tokens > tuning.GREEDY_COLUMNS:
+        raise ValueError(
+            f"maxmin: the Triton kernel takes at most N = {tuning.GREEDY_COLUMNS} tokens per image, got {num_tokens}. "
+            "Use backend='torch'."
+        )
     indices = torch.empty((num_images, k), dtype=torch.int64, device=similarity.device)
     order = torch.empty((num_images, k), dtype=torch.int64, device=similarity.device)
     block_m, block_n, num_warps = tuning.maxmin_blocks(num_tokens)

@@ -52,6 +52,9 @@ def topk_block(num_tokens: int) -> tuple[int, int]:
     return block_n, 4 if block_n <= 512 else 8
 
 
+GREEDY_COLUMNS = 4096
+"""The most columns that `coverage` and `maxmin` take: a program holds a number for each of them."""
+
 SELECT_TOKENS = 1024
 """The longest row that `select` takes in one launch: each of its programs holds the whole row."""
 

@@ -465,16 +465,17 @@ def test_forward_by_hand(model, eager, name, kv, method):
 @torch.no_grad()
 def test_forward_without_a_cache_and_right_padding(model, eager, method):
     """The prompt's last token is the last that is not padding, wherever it is; padding is no pivot."""
-    vtc.configure(model, keep=KEEP, method=method, prune_layer=2)
+    keep = 20  # enough for every pivot to count
+    vtc.configure(model, keep=keep, method=method, prune_layer=2)
     rows = prompts("left_padded")
     length = max(map(len, rows))
     call = {
-        "input_ids": torch.tensor([row + [models.PAD] * (length - len(row)) for row in rows]),
+        "input_ids": torch.tensor([row + ids(length, seed=7)[1 : 1 + length - len(row)] for row in rows]),
         "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
         "pixel_values": models.images(2),
     }
     logits = model(**call, use_cache=False).logits
-    for i, path in enumerate(goldens(eager, rows, call["pixel_values"], method, 2, "full")):
+    for i, path in enumerate(goldens(eager, rows, call["pixel_values"], method, 2, "full", keep)):
         golden.close(logits[i, : len(rows[i])], spread(path, len(rows[i])))
 
 

@@ -87,6 +87,18 @@ def test_it_is_what_the_golden_path_and_generate_keep(stock, eager, name, layer,
     assert kept == kept_by_generate(stock, call, **options)
 
 
+@pytest.mark.parametrize("method", ["fastv", "dart"])
+def test_image_tokens_that_the_mask_hides_are_chosen_last(stock, method):
+    call = inputs([ids(3, "image", 5)])
+    hidden = [*range(0, 12), *range(20, 30)]
+    start = call["input_ids"][0].tolist().index(IMAGE)
+    call["attention_mask"][0, [start + n for n in hidden]] = 0
+    seen = [n for n in range(TOKENS) if n not in hidden]
+    options = {"method": method, "prune_layer": 1}
+    assert set(patches_of(vtc.select(stock, call, keep=KEEP, **options))[0]) < set(seen)
+    assert set(patches_of(vtc.select(stock, call, keep=len(seen) + 2, **options))[0]) > set(seen)
+
+
 def test_the_question_decides(stock):
     pixels = models.images(1)
     found = [

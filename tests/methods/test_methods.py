@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from support.golden import methods as golden
-from support.kernels import DEVICE, DTYPES
+from support.kernels import BACKENDS, DEVICE, DTYPES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerFast
 
 from vtc import methods, ops, tiny
 from vtc.config import SHARED, VTCConfig
 from vtc.methods import METHODS, Question, VisionOutputs
+from vtc.methods import question as question_module
+from vtc.methods.cdpruner import _most_probable
 from vtc.methods.prumerge import _fraction_count, _outliers, top_and_step
 from vtc.methods.question import FUNCTION_WORDS, ignored_ids, sum_of_tokens, word_weights
 from vtc.tiny.scenes import balanced_questions
@@ -408,6 +412,17 @@ def test_a_bad_image_keeps_as_many_patches_and_harms_no_other(name, images):
         assert torch.equal(tokens.features[b], good.features[b])
 
 
+@pytest.mark.parametrize("name", ["vtc-cls", "fastervlm", "scope", "vispruner"])
+def test_attention_of_nan_is_the_least(name, images):
+    """As that of a tile that has no finite attention, beside others of its image."""
+    method = METHODS[name](important=1.0) if name == "vispruner" else METHODS[name]()
+    outputs = images("small").outputs(method)
+    probs = outputs.cls_probs.clone()
+    probs[..., 10:20] = float("nan")
+    tokens = method.reduce(outputs._replace(cls_probs=probs), 24)
+    assert not ((tokens.indices >= 10) & (tokens.indices < 20)).any()
+
+
 @pytest.mark.parametrize("keep", [2, 16, 32, 192, 288, 576])
 def test_prumerge_plus_for_other_numbers(keep):
     """About as many as asked for: the best, a sample at most 5/6 of them, less what is in both by chance."""
@@ -432,6 +447,29 @@ def test_features_have_the_dtype_of_the_hidden_states(name, dtype, images):
         assert tokens.scores.dtype == torch.float32
 
 
+@pytest.fixture
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ON_TENSORS)
+def test_the_default_dtype_changes_nothing(name, images, request):
+    method, data = METHODS[name](), images("small")
+    outputs = data.outputs(method)
+    tokens = method.reduce(outputs, 9)
+    request.getfixturevalue("float64_by_default")
+    for one, other in zip(tokens, method.reduce(outputs, 9), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one.dtype == other.dtype and torch.equal(one, other))
+
+
+def test_the_default_dtype_changes_no_weight_of_a_word(images, float64_by_default):
+    question = images("small").question_of()
+    assert word_weights(question, (7, 5)).dtype == torch.float32
+
+
 KERNELS = ["vtc-cls", "visionzip", "prumerge", "prumerge+", *GREEDY, "hiprune", "received"]
 
 
@@ -446,28 +484,70 @@ def test_kernels_choose_the_same(name, images):
     torch.testing.assert_close(one.features, other.features, rtol=1e-5, atol=1e-5)
 
 
+class Copies(TorchDispatchMode):
+    """Collects the operations that copy between devices, or wait for a GPU although they run on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+        if name == "aten::isin" or (
+            name in ("aten::_to_copy", "aten::copy_") and len({x.device.type for x in tensors}) > 1
+        ):
+            self.found.append(f"{name} of {[str(x.device) for x in tensors]}")
+        return result
+
+
+# With these, a method takes every branch.
+BRANCHES = {"mmtok": {"ignore": (7, 5, 0)}, "cdpruner": {"ignore": (7, 5, 0)}, "hiprune": {"alpha": 1.0}}
+
+
 @pytest.mark.parametrize("name", ON_TENSORS)
 def test_nothing_waits_for_the_device(name, images):
-    """Fake tensors have shapes and no values: whatever asks for one, as `.item()` does, is an error."""
-    outputs = images("small").outputs(METHODS[name]())
-    real = METHODS[name]().reduce(outputs, 9)
-    with FakeTensorMode() as mode:
-        fake = VisionOutputs(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in outputs))
-        if outputs.question is not None:
-            fake = fake._replace(question=Question(*map(mode.from_tensor, outputs.question)))
-        tokens = METHODS[name]().reduce(fake, 9)
+    """Tensors on the meta device have shapes and no values: whatever asks for one, as `.item()` does, is an error."""
+    method = METHODS[name](**BRANCHES.get(name, {}))
+    outputs = images("small").outputs(method)
+    real = method.reduce(outputs, 9)
+    meta = VisionOutputs(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in outputs))
+    if outputs.question is not None:
+        meta = meta._replace(question=Question(*(x.to("meta") for x in outputs.question)))
+    method.reduce(meta, 9)  # the first call may copy what all others use
+    with Copies() as copies:
+        tokens = method.reduce(meta, 9)
+    assert not copies.found
     for one, other in zip(real, tokens, strict=True):
         assert (one is None) == (other is None)
         assert one is None or (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
+def test_ignored_ids_are_copied_to_the_device_once(images):
+    """And no tensor of a tracer is kept."""
+    question_module._kept.cache_clear()
+    with FakeTensorMode() as mode:
+        assert question_module._ascending((5, 3), torch.empty(2, dtype=torch.int64)).fake_mode is mode
+    question = images("small").question_of()
+    torch._dynamo.reset()
+    compiled = torch.compile(word_weights, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(question, (7, 5)), word_weights(question._replace(ids=question.ids.clone()), (5, 7)))
+    assert question_module._kept.cache_info().currsize == 1  # of the call that no tracer saw
+    one, other = (question_module._ascending((5, 7), question.ids) for _ in range(2))
+    assert one is other
+    assert one.tolist() == [5, 7]
+    assert question_module._kept((7, 5), question.ids.device).tolist() == [5, 7]
+
+
 @pytest.mark.filterwarnings("error:.*custom operator:UserWarning")  # outputs that alias
 @pytest.mark.parametrize("name", ON_TENSORS)
 def test_compilers_trace_through(name, images):
-    outputs = images("oblong").outputs(METHODS[name]())
+    method = METHODS[name](**BRANCHES.get(name, {}))
+    outputs = images("oblong").outputs(method)
     torch._dynamo.reset()  # methods share `reduce`, and a function is compiled a few times at most
-    compiled = torch.compile(METHODS[name]().reduce, fullgraph=True, backend="aot_eager")
-    for one, other in zip(METHODS[name]().reduce(outputs, 5), compiled(outputs, 5), strict=True):
+    compiled = torch.compile(method.reduce, fullgraph=True, backend="aot_eager")
+    for one, other in zip(method.reduce(outputs, 5), compiled(outputs, 5), strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.equal(one, other)
 
@@ -737,6 +817,32 @@ def test_coverage_knows_duplicates(images):
         assert (tokens.indices[0] // 3).tolist() == list(range(7))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_divprune_takes_the_lower_of_two_that_are_far_from_all_others(backend):
+    """They are each other's nearest, so their distances are one number, however the sums are rounded."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(1, 40, generator=generator) + 0.3 * torch.randn(64, 40, generator=generator)
+        x[40] = torch.randn(40, generator=generator)
+        x[11] = x[40] + 1.6 * torch.randn(40, generator=generator)
+        x = x[None].half().to(DEVICE)
+        tokens = METHODS["divprune"](backend=backend).reduce(VisionOutputs(x, (8, 8), cls=False, projected=x), 3)
+        assert tokens.scores[0].argmax() == 11
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_divprune_hands_over_contiguous_rows(backend, images, monkeypatch):
+    """`maxmin` reads a row at a step."""
+    seen, maxmin = [], ops.maxmin
+    monkeypatch.setattr(ops, "maxmin", lambda x, *args, **options: seen.append(x) or maxmin(x, *args, **options))
+    for name in ("oblong", "small"):
+        outputs = images(name).outputs(METHODS["divprune"]())
+        METHODS["divprune"](backend=backend).reduce(outputs, 5)
+        METHODS["divprune"](backend=backend).reduce(outputs.of_views(slice(0, 1)), 5)
+    assert len(seen) == 4
+    assert all(x.is_contiguous() for x in seen)
+
+
 def test_what_a_method_needs():
     assert {name for name, method in METHODS.items() if method.needs_cls()} == {
         *("vtc-cls", "fastervlm", "visionzip", "prumerge", "prumerge+", "vispruner")
@@ -780,6 +886,15 @@ def test_too_few_tokens_are_explained(method, keep, message, images):
         method.reduce(images("small").outputs(method), keep)
 
 
+def test_downsample_makes_no_side_larger():
+    method = METHODS["downsample"]()
+    assert [method.view_grid((6, 6), keep) for keep in (1, 17, 35, 36, 49)] == [(1, 1), (4, 4), (5, 5), (6, 6), (6, 6)]
+    assert method.view_grid((3, 7), 21) == method.view_grid((3, 7), 30) == (3, 7)
+    assert [method.num_outputs(21, keep) for keep in (17, 20, 21, 30)] == [16, 16, 21, 21]
+    with pytest.raises(ValueError, match=r'square views smaller, got views of 3 x 7 .* keep=21 .* or method="pool"'):
+        method.view_grid((3, 7), 20)
+
+
 def test_words_of_a_question(images):
     """What is ignored does not count, unless nothing is left; without any text there is nothing to weigh."""
     question = images("small").question_of()
@@ -819,6 +934,27 @@ def test_an_image_does_not_depend_on_the_length_of_other_questions(name, images)
         assert torch.equal(one.scores[0], many.scores[b])  # the same order
 
 
+@pytest.mark.parametrize("name", ["mmtok", "cdpruner"])
+@pytest.mark.parametrize("words", [1, 7])
+def test_a_few_words_of_many_features_do_not_depend_on_padding(words, name):
+    """A product of few rows may be summed in another order than one of many."""
+    generator = torch.Generator().manual_seed(words)
+    hidden = torch.randn(1, 64, 16, generator=generator)
+    projected = torch.randn(1, 1, 1024, generator=generator) + 1e-2 * torch.randn(1, 64, 1024, generator=generator)
+    embeddings = torch.randn(1, 70, 1024, generator=generator)
+    is_text = (torch.arange(70) < words)[None]
+    question = Question(*(x.to(DEVICE) for x in (embeddings, torch.arange(70)[None], is_text)))
+    outputs = VisionOutputs(hidden.to(DEVICE), (8, 8), cls=False, projected=projected.to(DEVICE), question=question)
+    short = outputs._replace(question=Question(*(x[:, :words] for x in question)))
+    method = METHODS[name](backend="torch")
+    one, many = (method.reduce(each, 16) for each in (short, outputs))
+    assert torch.equal(one.scores, many.scores)
+    for length in (words, 33, 64):
+        cosines = ops.similarity(question.embeddings[:, :length], outputs.projected, backend="torch")
+        expected = ops.similarity(question.embeddings, outputs.projected, backend="torch")[:, :length]
+        assert torch.equal(cosines, expected)
+
+
 def test_mmtok_weighs_the_question_as_a_whole(images):
     """All words together have 1, however many, and all patches alpha; the words come last."""
     outputs = images("small").outputs(METHODS["mmtok"]())
@@ -847,6 +983,33 @@ def test_cdpruner_takes_no_patch_twice(images):
     kept = method.reduce(bad, 9)
     assert torch.equal(kept.indices[0], method.reduce(outputs, 9).indices[0])
     assert len(set(kept.indices[1].tolist())) == 9
+
+
+def most_probable(features, relevance, keep):
+    """Greedy MAP of one image in float64, by the Schur complement of the chosen patches; then the lowest indices."""
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    rest = relevance.double()[:, None] * (unit @ unit.mT) * relevance.double()
+    first, order = rest.diagonal().clone(), []
+    while len(order) < keep and bool((rest.diagonal() > 1e-9 * first).any()):
+        chosen = int(rest.diagonal().argmax())
+        order.append(chosen)
+        rest = rest - rest[:, chosen, None] * rest[chosen] / rest[chosen, chosen]
+    return (order + [n for n in range(len(first)) if n not in order])[:keep]
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_tokens", "keep", "mean"), [(3, 40, 12, 0), (8, 64, 64, 0), (64, 576, 100, 0), (1024, 576, 192, 1)]
+)
+def test_cdpruner_chooses_as_in_float64_and_knows_when_nothing_is_left(rank, num_tokens, keep, mean):
+    """Also where all tokens are alike, as those of a projector."""
+    generator = torch.Generator().manual_seed(rank)
+    features = torch.randn(2, num_tokens, rank, generator=generator)
+    features += mean * torch.randn(2, 1, rank, generator=generator)
+    relevance = torch.rand(2, num_tokens, generator=generator)
+    features, relevance = features.to(DEVICE), relevance.to(DEVICE)
+    order = _most_probable(ops.similarity(features, features, backend="torch"), relevance, keep)
+    for b in range(2):
+        assert order[b].tolist() == most_probable(features[b], relevance[b], keep)
 
 
 def test_cdpruner_scales_the_relevance_of_each_image_alone(images):

@@ -1,6 +1,7 @@
 """What holds for all operations: messages for arguments that do not fit, modes of autograd, empty batches, grids."""
 
 import functools
+import math
 import sys
 
 import pytest
@@ -129,12 +130,18 @@ MERGE = [
             r"counts must lie in \[0, K \+ 1\) = \[0, 3\), got values from -1 to 3",
         ),
         (lambda: ops.maxmin(COSINES[0], 2), r"similarity must be float32 \[B, R, N\] .*, got torch.float32 \[10, 10\]"),
-        (lambda: ops.maxmin(COSINES.half(), 2), "maxmin: similarity must be float32 .*, got torch.float16"),
+        (lambda: ops.maxmin(COSINES.half(), 2), r"must be float32 .*, got torch.float16 .* Use similarity.float\(\)"),
+        (lambda: ops.coverage(COSINES.half(), 2), r"must be float32 .*, got torch.float16 .* Use cover.float\(\)"),
+        (lambda: ops.coverage(COSINES, 2, weight=SCORES.double()), r"got torch.float64 .* Use weight.float\(\)"),
+        (lambda: ops.coverage(COSINES, 2, weight=SCORES[:, 1:]), r"= \[2, 10\], got torch.float32 \[2, 9\].$"),
         (lambda: ops.maxmin(COSINES[:, 1:], 2), r"similarity must be \[B, N, N\], got \[2, 9, 10\]"),
-        (lambda: ops.maxmin(torch.zeros(1, 1, 4097), 2), "4097 columns, and the kernel takes 4096"),
         (lambda: ops.maxmin(COSINES, 11), "1 <= k <= N = 10, got 11"),
         (lambda: ops.maxmin(COSINES, 0), "got 0"),
-        (lambda: ops.maxmin(COSINES, 2, allowed=MASK.int()), r"bool \[B, N\] = \[2, 10\], got torch.int32"),
+        (
+            lambda: ops.maxmin(COSINES, 2, allowed=MASK.int()),
+            r"bool .* = \[2, 10\], got torch.int32 .* Use allowed.bool\(\)",
+        ),
+        (lambda: ops.maxmin(COSINES, 2, counts=COUNTS.int()), r"int64 .*, got torch.int32 .* Use counts.long\(\)"),
         (lambda: ops.maxmin(COSINES, 2, counts=COUNTS[:1]), r"int64 \[B\] = \[2\], got torch.int64 \[1\]"),
         (
             lambda: ops.maxmin(COSINES, 2, counts=COUNTS),
@@ -148,6 +155,16 @@ MERGE = [
         (lambda: ops.received(KEY, KEY, skip=10), "0 <= skip < N = 10, got 10"),
         (lambda: ops.received(KEY, KEY, skip=True), "got True"),
         (lambda: ops.received(KEY, KEY, scale=float("inf")), "finite number or None, got inf"),
+        (lambda: ops.received(KEY, KEY, scale="0.5"), r"finite number or None, got '0.5'. Use float\(scale\)"),
+        (lambda: ops.received(KEY, KEY, scale=[0.5]), r"finite number or None, got \[0.5\]"),
+        (lambda: ops.received(KEY, KEY, scale=True), "finite number or None, got True"),
+        *(
+            (
+                functools.partial(ops.similarity, TOKENS, TOKENS, temperature=value),
+                f"positive number or None, got {got}",
+            )
+            for value, got in ((0, "0"), (math.nan, "nan"), ("0.2", "'0.2'"), ([0.2], r"\[0.2\]"), (True, "True"))
+        ),
         (
             lambda: ops.received(KEY, KEY, lse=KEY[..., 0].half()),
             r"float32 \[B, H, N\] = \[2, 3, 10\], got torch.float16",

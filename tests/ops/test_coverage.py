@@ -234,3 +234,11 @@ def test_offsets_beyond_int32(stride):
     expected = reference.coverage(values, 4)
     for one, other in zip(ops.coverage(cover, 4, backend="triton"), expected, strict=True):
         assert torch.equal(one.cpu(), other)
+
+
+def test_more_columns_than_the_kernel_takes():
+    many = torch.rand(1, 4097, 4097, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    with pytest.raises(ValueError, match=r"at most N = 4096 .* got 4097. Use backend='torch'"):
+        ops.coverage(many, 2, backend="triton")
+    with guarded_empty():
+        assert ops.coverage(many, 2, backend="torch")[0].shape == (1, 2)

@@ -256,3 +256,11 @@ def test_any_matrix(num_images, num_tokens, num_values, share, layout, data):
     k = data.draw(st.integers(1, num_tokens))
     counts = torch.randint(1, k + 1, (num_images,), generator=generator)
     check(in_layout((values - 0.5).to(DEVICE), layout), k, "triton", allowed.to(DEVICE), counts.to(DEVICE))
+
+
+def test_more_columns_than_the_kernel_takes():
+    many = torch.rand(1, 4097, 4097, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    with pytest.raises(ValueError, match=r"at most N = 4096 .* got 4097. Use backend='torch'"):
+        ops.maxmin(many, 2, backend="triton")
+    with guarded_empty():
+        assert ops.maxmin(many, 2, backend="torch")[0].shape == (1, 2)

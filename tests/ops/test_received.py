@@ -119,6 +119,19 @@ def test_strides(layout, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("starts", [None, [0, 20, 49]])
+def test_the_default_dtype_changes_no_bit(starts, backend):
+    query, key = make(1, 2, 49, 16)
+    cu_seqlens = None if starts is None else torch.tensor(starts, device=DEVICE)
+    expected = ops.received(query, key, cu_seqlens=cu_seqlens, backend=backend)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(ops.received(query, key, cu_seqlens=cu_seqlens, backend=backend), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_shared_keys_by_expansion(backend):
     query, key = make(2, 4, 33, 16)
     check(query, key[:, :1].expand(-1, 4, -1, -1), backend)

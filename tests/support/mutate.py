@@ -206,9 +206,32 @@ MUTANTS = [
         },
     ),
     *_of(
+        "vtc/ops/checks.py",
+        "ops/test_common",
+        {
+            "strings are numbers": ("not isinstance(value, (int, float, torch.SymInt, torch.SymFloat))", "isinstance(value, list)"),
+            "no remedy": ('f" Use {name}.{call}()."', '""'),
+            "always a remedy": ('"" if tensor.dtype == dtype else ', ""),
+        },
+    ),
+    *_of(
+        "vtc/reference.py",
+        "methods/test_methods",
+        {"similarity: one product of all rows": ("columns = _columns_alone(left, right)", "columns = _products(right, left.mT)")},
+    ),
+    *_of(
+        "vtc/reference.py",
+        "ops/test_similarity",
+        {
+            "similarity: the first block alone": ("image.split(64), out.split(64, dim=1), strict=True", "image.split(64), [out[:, :64]] * 99"),
+            "similarity: blocks of other images": ("zip(left, right, columns, strict=True)", "zip(left, right.flip(0), columns, strict=True)"),
+        },
+    ),
+    *_of(
         "kernels/maxmin.py",
         "ops/test_maxmin",
         {
+            "any number of columns": ("if num_tokens > tuning.GREEDY_COLUMNS:", "if False:"),
             "first from the token itself": (" & (m[:, None] != n[None, :])", ""),
             "first from all tokens": ("competes = tl.load(allowed_ptrs, mask=competes, other=0) != 0", "pass"),
             "first rows alone": ("while start < num_tokens:", "while start < BLOCK_M:"),
@@ -396,6 +419,7 @@ MUTANTS = [
         "kernels/coverage.py",
         "ops/test_coverage",
         {
+            "any number of columns": ("if num_columns > tuning.GREEDY_COLUMNS:", "if False:"),
             "ties to the higher column": ("_decode(tl.max(top, axis=0))", "_decode(tl.max(top ^ 0x1FFE, axis=0) ^ 0x1FFE)"),
             "stale bound accepted": ("tl.where(n == best_n, _encode(tl.full(n.shape, _CHOSEN, tl.int32), n, 0), key & -2)", "tl.where(n == best_n, _encode(tl.full(n.shape, _CHOSEN, tl.int32), n, 0), key)"),
             "others evaluated only when stale before": ("stale = (top_bound > 0) & (top_n != best_n)", "stale = top_bound > 0"),
@@ -490,6 +514,7 @@ MUTANTS = [
         "vtc/methods/visionzip.py",
         "methods/test_methods",
         {
+            "weights of the default dtype": ("dtype=torch.float32, device=keys.device", "device=keys.device"),
             "[CLS] not kept": ("torch.nn.functional.pad(patches + 1, (1, 0))", "torch.nn.functional.pad(patches, (1, 0))"),
             "targets of the last rows": ("[:, :contextual]", "[:, -contextual:]"),
             "metric of the first head": ("keys.mean(dim=1, dtype=torch.float32)", "keys[:, 0].float()"),
@@ -553,7 +578,9 @@ MUTANTS = [
         {
             "received: NaN of another segment": ("probs = probs.masked_fill(~mask, 0.0)", "pass"),
             "received: given logarithm ignored": ("logits.softmax(dim=2) if lse is None else", "logits.softmax(dim=2) if True else"),
-            "received: a segment's mean over all tokens": ("share = 1 / mask.sum(dim=1)", "pass"),
+            "received: a segment's mean over all tokens": ("share = 1 / mask.sum(dim=1).float()", "pass"),
+            "received: shares of the default dtype": ("1 / max(num_tokens, 1), dtype=torch.float32, device", "1 / max(num_tokens, 1), device"),
+            "received: segments' shares of the default dtype": ("1 / mask.sum(dim=1).float()", "1 / mask.sum(dim=1)"),
             "received: skipped keys leave the denominator": ("logits = _products(query[:, head].float(), key[:, head].float().mT) * scale", "logits = _products(query[:, head].float(), key[:, head].float().mT) * scale; logits[:, :, :skip] = -1e4"),
         },
     ),
@@ -799,20 +826,27 @@ MUTANTS = [
         "vtc/methods/dart.py",
         "methods/test_dart",
         {
-            "the most alike are kept": ("rank = rank_of(-cosine, free)", "rank = rank_of(cosine, free)"),
+            "the most alike are kept": ("unlike = -(unit *", "unlike = (unit *"),
+            "cosines by a batched matmul": ("(unit * unit.gather(1, at)).sum(2)", "(unit @ unit.gather(1, at).transpose(1, 2)).squeeze(2)"),
+            "hidden tokens are chosen": (".masked_fill(unlike.isnan(), -2.0).masked_fill(~real, float(\"-inf\"))", ".masked_fill(unlike.isnan(), -2.0)"),
+            "hidden tokens are pivots": ("norms = norms.masked_fill(~real, float(\"-inf\"))", "pass"),
+            "NaN is chosen first": ("unlike.masked_fill(unlike.isnan(), -2.0)", "unlike"),
+            "NaN is a pivot": ("norms = norms.masked_fill(norms.isnan() | unit.isnan().any(2), -1.0)", "pass"),
+            "NaN states are pivots": ("norms.isnan() | unit.isnan().any(2)", "norms.isnan()"),
+            "scores of the default dtype": ("place.float() / keep", "place / keep"),
             "a pivot takes all": ("torch.minimum(quota, keep - count)", "(keep - count)"),
             "the Euclidean norm": (".float().abs().sum((1, 3))", ".float().square().sum((1, 3))"),
-            "text pivots without padding's mask": ("follows = is_text &", "follows = ~is_image &"),
+            "text pivots without padding's mask": ("follows = real & ~is_image &", "follows = ~is_image &"),
             "text before the image": (" & (is_image.flip(1).cumsum(1).flip(1) == 0)", ""),
             "the keys are compared": ("normalize(hidden.detach().float(), dim=-1)", "normalize(keys.detach().float().transpose(1, 2).flatten(2), dim=-1)"),
-            "the quota rounds down": ("(left + exists.sum(0).clamp(min=1) - 1) //", "left //"),
+            "the quota rounds down": ("(left + exist.sum(0).clamp(min=1) - 1) //", "left //"),
         },
     ),
     *_of(
         "vtc/hf/prune.py",
         "hf/test_prune",
         {
-            "padding may be a pivot": ("self.real & ~self.is_image, keep)", "~self.is_image, keep)"),
+            "padding may be a pivot": ("(states, is_image, self.real, keep)", "(states, is_image, torch.ones_like(self.real), keep)"),
             "states without the norm": ("states = self.norm(on_device_of(self.norm, hidden))", "states = hidden"),
         },
     ),
@@ -1595,12 +1629,25 @@ MUTANTS = [
         },
     ),
     *_of(
+        "vtc/hf/prune.py",
+        "hf/test_selection",
+        {
+            "hidden image tokens are as good": ("(states, is_image, self.real, keep)", "(states, is_image, self.real | is_image, keep)"),
+        },
+    ),
+    *_of(
         "vtc/methods/question.py",
         "methods/test_methods",
         {
-            "ignored words count": ("question.is_text & ~torch.isin(question.ids, ignored)", "question.is_text"),
+            "weights of the default dtype": ("words.float() / words", "words / words"),
+            "ignored words count": ("    if ignore:\n", "    if False:\n"),
+            "the last ignored id alone": ("ignored[places] != question.ids", "ignored[-1] != question.ids"),
+            "ignored ids in their order": ("return torch.tensor(sorted(ids), dtype=torch.int64, device=device)", "return torch.tensor(ids, dtype=torch.int64, device=device)"),
+            "ids are copied at every call": ("        return _kept(ids, like.device)\n", "        pass\n"),
+            "a tracer's tensor is kept": ("type(like) is Tensor and not torch.compiler.is_compiling()", "True"),
+            "a lookup that waits": ("ignored[places] != question.ids", "~torch.isin(question.ids, ignored)"),
             "nothing left means nothing": ("words = torch.where(words.any(dim=1, keepdim=True), words, question.is_text)", "pass"),
-            "what is no text counts": ("question.is_text & ~torch", "~torch"),
+            "what is no text counts": ("words & (ignored", "(ignored"),
             "halves of a sum by length": ("half = 1 << (length - 1).bit_length() - 1", "half = (length + 1) // 2"),
             "lower case alone": ("(word, word.capitalize(), word.upper())", "(word,)"),
             "no beginning of a line": ('("a\\n", "a\\n")]', "]"),
@@ -1626,7 +1673,11 @@ MUTANTS = [
     *_of(
         "vtc/methods/divprune.py",
         "methods/test_methods",
-        {"tokens before the projector": ('tokens = self.require(outputs, "projected")', 'tokens = (self.require(outputs, "projected"), outputs.patches)[1]')},
+        {
+            "tokens before the projector": ('tokens = self.require(outputs, "projected")', 'tokens = (self.require(outputs, "projected"), outputs.patches)[1]'),
+            "rounding decides": ("similarity = torch.maximum(similarity.mT, similarity)", "similarity = similarity.contiguous()"),
+            "columns are contiguous": ("torch.maximum(similarity.mT, similarity)", "torch.maximum(similarity, similarity.mT)"),
+        },
     ),
     *_of(
         "vtc/methods/divprune.py",
@@ -1638,6 +1689,7 @@ MUTANTS = [
         "methods/test_methods",
         {
             "the least similar are dropped": ("nearest.sort(dim=1, descending=True, stable=True)", "nearest.sort(dim=1, stable=True)"),
+            "NaN is the most important": ('probs = probs.masked_fill(probs.isnan(), float("-inf"))', "pass"),
             "a keeps its order": ("            if b.shape[1]:\n", "            if b.shape[1] and rest.shape[1] - wanted <= 8:\n"),
             "b before a": ("torch.cat([a[:, drop:], b], dim=1)", "torch.cat([b, a[:, drop:]], dim=1)"),
             "one in a round": ("min(8, rest", "min(1, rest"),
@@ -1650,7 +1702,8 @@ MUTANTS = [
         "methods/test_methods",
         {
             "anchors of the feature layer": ("ops.topk(middle, anchors", "ops.topk(deep, anchors"),
-            "no row above": ("[-1, 1, -width, width]", "[-1, 1, width, width]"),
+            "no row above": ("found - width", "found + width"),
+            "a copy to the device": ("near = torch.cat", "_ = torch.tensor([width], device=found.device); near = torch.cat"),
             "the grid's height": ("outputs.grid[1]", "outputs.grid[0]"),
             "neighbours in a ring": (".clamp(0, num_tokens - 1)", " % num_tokens"),
             "buffers before anchors": ("level.scatter(1, near, 1.0).scatter(1, found, 2.0)", "level.scatter(1, found, 2.0).scatter(1, near, 1.0)"),
@@ -1711,7 +1764,18 @@ MUTANTS = [
             "gain without relevance": ("gain = relevance * relevance * likeness", "gain = relevance * likeness"),
             "earlier choices are not projected out": ("        if step:\n", "        if step == 1:\n"),
             "a patch is taken twice": ("rest = rest.scatter(1, chosen, False)", "pass"),
+            "rounding is a gain": ("gain = gain.masked_fill(gain <= rounding, 0.0)", "pass"),
+            "small gains are rounding": ("num_tokens * torch.finfo", "1000 * num_tokens * torch.finfo"),
             "noise is divided by": ("torch.where(square > 0, row / square.sqrt(), 0.0)", "row / square.sqrt()"),
+        },
+    ),
+    *_of(
+        "vtc/methods/downsample.py",
+        "methods/test_methods",
+        {
+            "views of any shape": ("if rows != columns:", "if False:"),
+            "a larger view": ("if keep >= rows * columns:", "if keep == rows * columns:"),
+            "all tokens of an oblong view are a square": ("num_tokens if keep >= num_tokens else ", ""),
         },
     ),
     *_of(

@@ -113,7 +113,7 @@ class _Prefill:
             keys = self.reader.of(self.cache, drop.layer - 1, self.real.shape[1])
             with torch.no_grad():
                 states = self.norm(on_device_of(self.norm, hidden))
-            given = (each.to(keys.device) for each in (states, is_image, self.real & ~self.is_image, keep))
+            given = (each.to(keys.device) for each in (states, is_image, self.real, keep))
             scores = self.method.prompt_scores(keys, *given)
         stays: Tensor = self.method.keep_prompt(scores.to(device), is_image, keep)
         return stays & real

@@ -34,7 +34,7 @@ class CDPruner(Method):
     checkpoint. **The published figures are those of the text tower's variant: for LLaVA no quality of this one is
     published.**
 
-    The choice is K steps of PyTorch, about 20 launches each on a GPU, for the whole batch at once and without waiting
+    The choice is K steps of PyTorch, 29 to 36 launches each on a GPU, for the whole batch at once and without waiting
     for the device. Its state is K x N numbers per image in float32.
 
     Parameters
@@ -74,8 +74,9 @@ class CDPruner(Method):
 def _most_probable(likeness: Tensor, relevance: Tensor, keep: int) -> Tensor:
     """Greedy MAP of the process with the kernel relevance · likeness · relevance: `[B, keep]` int64, in their order.
 
-    By the update of the Cholesky factor of Chen, Zhang and Zhou (arXiv 1709.05135). When the chosen patches span the
-    others, so that nothing is left to gain, the lowest index is next.
+    By the update of the Cholesky factor of Chen, Zhang and Zhou (arXiv 1709.05135). A gain of at most N · 2**-23 times
+    the patch's own first gain is rounding, and counts as 0. So when the chosen patches span the others, the lowest
+    index is next.
 
     Parameters
     ----------
@@ -84,6 +85,7 @@ def _most_probable(likeness: Tensor, relevance: Tensor, keep: int) -> Tensor:
     """
     num_images, num_tokens = relevance.shape
     gain = relevance * relevance * likeness.diagonal(dim1=1, dim2=2)  # the squares of the next factor's diagonal
+    rounding = gain * (num_tokens * torch.finfo(torch.float32).eps)
     rest = torch.ones_like(gain, dtype=torch.bool)  # not chosen
     factor = gain.new_zeros((num_images, keep, num_tokens))
     lowest = torch.finfo(gain.dtype).min
@@ -102,4 +104,5 @@ def _most_probable(likeness: Tensor, relevance: Tensor, keep: int) -> Tensor:
         new = torch.where(square > 0, row / square.sqrt(), 0.0)
         factor[:, step] = new
         gain = gain - new * new
+        gain = gain.masked_fill(gain <= rounding, 0.0)
     return torch.cat(order, dim=1)

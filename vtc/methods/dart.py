@@ -26,8 +26,9 @@ class DART(Method):
 
     The image pivots stay. Every pivot p in turn adds the q image tokens with the smallest cosine of x[n] and x[p] among
     those that are not yet taken, until there are K. From layer k on, a prompt has these K image tokens and all its
-    text, in their order and at their rotary positions. Of equal ones the earlier token counts first. k is
-    `prune_layer`, 2 by default as in the paper. It needs no attention weights.
+    text, in their order and at their rotary positions. Of equal ones the earlier token counts first. Tokens with
+    NaN come after all others, and image tokens that the attention mask hides come last. k is `prune_layer`, 2 by
+    default as in the paper. It needs no attention weights.
 
     The authors' code takes its pivots in the order of a Python set, and rounds q down, so that it keeps fewer tokens
     than K. Several images of a prompt share its pivots and its K, as in "fastv". A prompt with fewer tokens than pivots
@@ -57,7 +58,7 @@ class DART(Method):
         check_integer("image_pivots", self.image_pivots, 1)
         check_integer("text_pivots", self.text_pivots, 0)
 
-    def prompt_scores(self, keys: Tensor, hidden: Tensor, is_image: Tensor, is_text: Tensor, keep: Tensor) -> Tensor:
+    def prompt_scores(self, keys: Tensor, hidden: Tensor, is_image: Tensor, real: Tensor, keep: Tensor) -> Tensor:
         """Scores of the tokens of the prompts: 1 - i / keep for the i-th image token that is chosen, 0 for the rest.
 
         Parameters
@@ -66,8 +67,10 @@ class DART(Method):
             Of layer k - 1, any strides.
         hidden : Tensor[B, L, C]
             Before layer k, after the language model's last norm.
-        is_image, is_text : Tensor[B, L], bool
-            True at image tokens, and at text tokens that are not padding.
+        is_image : Tensor[B, L], bool
+            True at image tokens.
+        real : Tensor[B, L], bool
+            The prompts' attention mask: False at padding, and at tokens that are hidden.
         keep : Tensor[B], int64
             Number of image tokens that stay in each prompt, over all its images together.
 
@@ -75,30 +78,34 @@ class DART(Method):
         -------
         Tensor[B, L], float32
         """
-        norms = keys.detach().float().abs().sum((1, 3))
         unit = torch.nn.functional.normalize(hidden.detach().float(), dim=-1)
+        norms = keys.detach().float().abs().sum((1, 3))
+        norms = norms.masked_fill(norms.isnan() | unit.isnan().any(2), -1.0)
+        norms = norms.masked_fill(~real, float("-inf"))
         keep = keep.unsqueeze(1)
         rank = rank_of(norms, is_image)
         taken = is_image & (rank < keep.clamp(max=self.image_pivots))
         place = torch.where(taken, rank, 0)  # in the order of choice
         pivots = [(rank, is_image, i) for i in range(self.image_pivots)]
-        follows = is_text & (is_image.flip(1).cumsum(1).flip(1) == 0)
+        follows = real & ~is_image & (is_image.flip(1).cumsum(1).flip(1) == 0)
         rank = rank_of(norms, follows)
         pivots += [(rank, follows, i) for i in range(self.text_pivots)]
         found = [candidates & (rank == i) for rank, candidates, i in pivots]
-        exists = torch.stack([each.any(1, keepdim=True) for each in found])
+        exist = torch.stack([each.any(1, keepdim=True) for each in found])
         count = taken.sum(1, keepdim=True)
         left = keep - count
-        quota = (left + exists.sum(0).clamp(min=1) - 1) // exists.sum(0).clamp(min=1)
-        for pivot, real in zip(found, exists, strict=True):
+        quota = (left + exist.sum(0).clamp(min=1) - 1) // exist.sum(0).clamp(min=1)
+        for pivot, exists in zip(found, exist, strict=True):
             at = pivot.int().argmax(1)[:, None, None].expand(-1, 1, unit.shape[2])
-            cosine = (unit @ unit.gather(1, at).transpose(1, 2)).squeeze(2)
+            # A product and a sum, not a matmul: a batched one may round a prompt differently in another batch.
+            unlike = -(unit * unit.gather(1, at)).sum(2)
+            unlike = unlike.masked_fill(unlike.isnan(), -2.0).masked_fill(~real, float("-inf"))  # cosines are above -2
             free = is_image & ~taken
-            rank = rank_of(-cosine, free)
-            more = free & (rank < torch.minimum(quota, keep - count)) & real
+            rank = rank_of(unlike, free)
+            more = free & (rank < torch.minimum(quota, keep - count)) & exists
             place = torch.where(more, count + rank, place)
             taken, count = taken | more, count + more.sum(1, keepdim=True)
-        return torch.where(taken, 1 - place / keep.clamp(min=1), 0.0)
+        return torch.where(taken, 1 - place.float() / keep.clamp(min=1), 0.0)
 
     def keep_prompt(self, scores: Tensor, is_image: Tensor, keep: int | Tensor) -> Tensor:
         """Which tokens of the prompts stay, `[B, L]` bool: all text, and the `keep` image tokens of `prompt_scores`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from vtc import ops
@@ -39,5 +40,8 @@ class DivPrune(Method):
     def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
         tokens = self.require(outputs, "projected")
         similarity = ops.similarity(tokens, tokens, backend=self.backend)
+        # Its two halves may differ by rounding, which would decide between two tokens that are each other's nearest.
+        # The transpose, whose rows are contiguous, comes first: so are those of the result, which `maxmin` reads.
+        similarity = torch.maximum(similarity.mT, similarity)
         indices, order = ops.maxmin(similarity, keep, backend=self.backend)
         return indices, scores_of(order, tokens.shape[1])

@@ -74,8 +74,7 @@ class HiPrune(Method):
         level = torch.zeros_like(deep)  # 2 for anchors, 1 for buffers
         if anchors := round(keep * self.alpha / 5):
             found = ops.topk(middle, anchors, backend=self.backend)
-            around = torch.tensor([-1, 1, -width, width], device=found.device)
-            near = (found.unsqueeze(2) + around).flatten(1).clamp(0, num_tokens - 1)
+            near = torch.cat([found - 1, found + 1, found - width, found + width], dim=1).clamp(0, num_tokens - 1)
             level = level.scatter(1, near, 1.0).scatter(1, found, 2.0)
         scores = level + deep  # attention is at most 1
         return ops.topk(scores, keep, backend=self.backend), scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -86,10 +87,26 @@ def word_weights(question: Question, ignore: tuple[int, ...]) -> Tensor:
 
     Words are the text tokens that are not among `ignore`; all text tokens where no other is left.
     """
-    ignored = torch.tensor(ignore, dtype=torch.int64, device=question.ids.device)
-    words = question.is_text & ~torch.isin(question.ids, ignored)
+    words = question.is_text
+    if ignore:
+        ignored = _ascending(ignore, question.ids)
+        places = torch.searchsorted(ignored, question.ids.contiguous()).clamp(max=len(ignored) - 1)
+        words = words & (ignored[places] != question.ids)  # not torch.isin, which waits for the device
     words = torch.where(words.any(dim=1, keepdim=True), words, question.is_text)
-    return words / words.sum(dim=1, keepdim=True).clamp(min=1)
+    return words.float() / words.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _ascending(ids: tuple[int, ...], like: Tensor) -> Tensor:
+    """The `ids` in ascending order, int64, on the device of `like`: copied there once, not at every call."""
+    # A tracer's tensors have no values, and must not outlive it.
+    if type(like) is Tensor and not torch.compiler.is_compiling():
+        return _kept(ids, like.device)
+    return torch.tensor(sorted(ids), dtype=torch.int64, device=like.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(sorted(ids), dtype=torch.int64, device=device)
 
 
 def sum_of_tokens(terms: Tensor) -> Tensor:

@@ -27,11 +27,15 @@ class Scope(Method):
 
     with x the rows of the feature layer, before the projector. The saliency w is the attention of [CLS], mean over
     heads, summed over the scored layers. On a tower without [CLS] it is the attention that a patch receives from all
-    others, as in ports of the method to such towers. The patches stay in their order. They can be selected before the
-    projector, or after a layer of the language model. The score of the i-th patch that is chosen is 1 - i / K.
+    others. The patches stay in their order. They can be selected before the projector, or after a layer of the language
+    model. The score of the i-th patch that is chosen is 1 - i / K.
 
-    An image of LLaVA-NeXT covers the patches of all its tiles together, without newline tokens. Its authors give each
-    tile the same share instead.
+    Two things differ from its published code:
+
+    - An image of LLaVA-NeXT covers the patches of all its tiles together, without newline tokens. The authors give each
+      of its V crops ⌊K / V⌋ tokens, and the published figures for LLaVA-NeXT are of that rule.
+    - On towers without [CLS] its port compares the tokens after the projector, and takes the attention of the
+      tower's last block. VTC takes the rows and the received attention of the feature layer.
 
     Parameters
     ----------

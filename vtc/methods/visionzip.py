@@ -72,7 +72,7 @@ class VisionZip(Method):
         kept = torch.nn.functional.pad(patches + 1, (1, 0))  # [B, D], [CLS] is 0
         merged = [outputs.hidden[:, :1], features]
         if contextual:
-            left = torch.ones(outputs.hidden.shape[:2], device=keys.device).scatter(1, kept, 0.0)
+            left = torch.ones(outputs.hidden.shape[:2], dtype=torch.float32, device=keys.device).scatter(1, kept, 0.0)
             num_left = left.shape[1] - dominant
             remaining = ops.topk(left, num_left, backend=self.backend)  # [B, M], ascending
             targets = remaining[:, :: num_left // contextual][:, :contextual]

@@ -19,7 +19,7 @@ class VisPruner(Method):
 
     ::
 
-        s[n]      = 1/H Σ_h softmax_j(q_fh[CLS] · k_fh[j] / √d)[n]          f is the feature layer
+        s[n]      = 1/H Σ_h softmax_j(q_fh[CLS] · k_fh[j] / √d)[n]          f is the feature layer; NaN counts as -inf
         important = the T = ⌊K · r⌋ patches with the largest s
         rest      = the others, the largest s first
         while the rest has more than K - T patches:
@@ -55,6 +55,7 @@ class VisPruner(Method):
 
     def select(self, outputs: VisionOutputs, keep: int) -> tuple[Tensor, Tensor]:
         x, probs = outputs.patches, self.require(outputs, "cls_probs").mean(2).sum(0)
+        probs = probs.masked_fill(probs.isnan(), float("-inf"))
         important = int(keep * self.important)
         order = probs.sort(dim=1, descending=True, stable=True).indices
         wanted = keep - important

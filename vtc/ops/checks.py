@@ -11,8 +11,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_scale(op: str, scale: float | None) -> None:
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"{op}: scale must be a finite number or None, got {scale}.")
+    if scale is not None and not is_finite(scale):
+        raise ValueError(f"{op}: scale must be a finite number or None, got {scale!r}. Use float(scale) of a number.")
 
 
 def check_indices(op: str, indices: Tensor, num_images: int) -> None:
@@ -39,6 +39,19 @@ def check_devices(op: str, **tensors: Tensor | None) -> None:
 
 def is_int(value: object) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a finite int or float. True and False are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return False
+    return math.isfinite(value)
+
+
+def remedy(name: str, dtype: torch.dtype, tensor: Tensor) -> str:
+    """How to give the argument `name` the `dtype`, for the end of a message; empty if it has it."""
+    call = {torch.float32: "float", torch.bool: "bool", torch.int64: "long"}[dtype]
+    return "" if tensor.dtype == dtype else f" Use {name}.{call}()."
 
 
 def shapes(*tensors: Tensor) -> str:

@@ -30,8 +30,8 @@ def coverage(
     Parameters
     ----------
     cover : Tensor[B, R, N], float32
-        How much column n covers of row r. N <= 4096. Any strides; the kernel copies it unless its columns are
-        contiguous, as `similarity` returns them.
+        How much column n covers of row r. The Triton kernel takes N <= 4096. Any strides; the kernel copies it unless
+        its columns are contiguous, as `similarity` returns them.
     k : int
         1 <= k <= N.
     weight : Tensor[B, N], float32, optional

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtc.ops.checks import check_devices, is_int, shapes
-
-MOST_COLUMNS = 4096
+from vtc.ops.checks import check_devices, is_int, remedy, shapes
 
 
 def check_choices(
@@ -23,22 +21,23 @@ def check_choices(
     if matrix.ndim != 3 or matrix.dtype != torch.float32 or 0 in matrix.shape[1:]:
         raise ValueError(
             f"{op}: {name} must be float32 [B, R, N] with at least one row and column, "
-            f"got {matrix.dtype} {shapes(matrix)}."
+            f"got {matrix.dtype} {shapes(matrix)}.{remedy(name, torch.float32, matrix)}"
         )
     num_images, num_columns = matrix.shape[0], matrix.shape[2]
-    if num_columns > MOST_COLUMNS:
-        raise ValueError(
-            f"{op}: {name} has {num_columns} columns, and the kernel takes {MOST_COLUMNS}; split the image's tokens."
-        )
     if not is_int(k) or not 1 <= k <= num_columns:
         raise ValueError(f"{op}: k must be an int with 1 <= k <= N = {num_columns}, got {k!r}.")
-    size = [num_images, num_columns]
-    if weight is not None and (weight.dtype != torch.float32 or list(weight.shape) != size):
-        raise ValueError(f"{op}: weight must be float32 [B, N] = {size}, got {weight.dtype} {shapes(weight)}.")
-    if allowed is not None and (allowed.dtype != torch.bool or list(allowed.shape) != size):
-        raise ValueError(f"{op}: allowed must be bool [B, N] = {size}, got {allowed.dtype} {shapes(allowed)}.")
-    if counts is not None and (counts.dtype != torch.int64 or list(counts.shape) != size[:1]):
-        raise ValueError(f"{op}: counts must be int64 [B] = {size[:1]}, got {counts.dtype} {shapes(counts)}.")
+    rows = [num_images, num_columns]
+    for given, tensor, dtype, axes, size in (
+        ("weight", weight, torch.float32, "[B, N]", rows),
+        ("allowed", allowed, torch.bool, "[B, N]", rows),
+        ("counts", counts, torch.int64, "[B]", rows[:1]),
+    ):
+        if tensor is not None and (tensor.dtype != dtype or list(tensor.shape) != size):
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{op}: {given} must be {kind} {axes} = {size}, got {tensor.dtype} {shapes(tensor)}."
+                f"{remedy(given, dtype, tensor)}"
+            )
     check_devices(op, **{name: matrix, "weight": weight, "allowed": allowed, "counts": counts})
 
 

@@ -39,7 +39,7 @@ def coverage(
             candidates = [n for n, first in enumerate(allowed[image].tolist()) if first]
         chosen = _choose(columns, candidates, min(count, len(candidates)), weights)
         order[image, :count] = torch.tensor((chosen + last)[:count])
-    return reference._sorted_choices(order, cover.shape[2], counts)
+    return reference.sorted_choices(order, cover.shape[2], counts)
 
 
 def _choose(columns: Tensor, candidates: list[int], count: int, weight: Tensor | None) -> list[int]:

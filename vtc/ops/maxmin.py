@@ -28,7 +28,9 @@ def maxmin(
     Parameters
     ----------
     similarity : Tensor[B, N, N], float32
-        Symmetric, as `similarity` of tokens to themselves returns it. Any strides, nothing is copied. N <= 4096.
+        Symmetric; row m is read for token m. Of tokens to themselves `similarity` is symmetric up to rounding, which
+        then decides where distances are equal. Any strides, nothing is copied; contiguous rows are read fastest.
+        The Triton kernel takes N <= 4096.
     k : int
         1 <= k <= N.
     allowed : Tensor[B, N], bool, optional

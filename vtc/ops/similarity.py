@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from vtc.ops.checks import FLOATS, check_devices, shapes
+from vtc.ops.checks import FLOATS, check_devices, is_finite, shapes
 from vtc.ops.dispatch import implementation, register
 
 
@@ -46,8 +44,11 @@ def similarity(x: Tensor, y: Tensor, *, temperature: float | None = None, backen
         raise ValueError(
             f"similarity: x and y must share one dtype, float32, float16 or bfloat16, got {x.dtype} and {y.dtype}."
         )
-    if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"similarity: temperature must be a positive number or None, got {temperature}.")
+    if temperature is not None and not (is_finite(temperature) and temperature > 0):
+        raise ValueError(
+            f"similarity: temperature must be a positive number or None, got {temperature!r}. Use float(temperature) "
+            "of a number."
+        )
     check_devices("similarity", x=x, y=y)
     return torch.ops.vtc.similarity(x.detach(), y.detach(), temperature, backend)
 
