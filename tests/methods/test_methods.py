@@ -495,7 +495,7 @@ class Copies(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
         tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
-        if name == "aten::isin" or (
+        if name in ("aten::isin", "aten::lift_fresh") or (  # the latter is of torch.tensor(numbers)
             name in ("aten::_to_copy", "aten::copy_") and len({x.device.type for x in tensors}) > 1
         ):
             self.found.append(f"{name} of {[str(x.device) for x in tensors]}")
