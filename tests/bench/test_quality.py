@@ -106,6 +106,8 @@ def test_quality_asks_every_method_the_same_questions(tmp_path):
     assert re.search(r"\| random +\| 20\.0 \(11\.2 to 33\.0\)", text)
     assert re.search(r"\| vtc-cls prune_layer=2 +\| 80\.0 \(\d+\.\d to \d+\.\d\) \(320 a layer\) +\|", text)
     assert re.search(r"\| prumerge +\| 60\.0 \(\d+\.\d to \d+\.\d\) \(29 tokens\) +\| +\|", text)
+    rest = 100 * sum(share[0] for family, share in random.families.items() if family != "counting") / 4
+    assert re.search(rf"\| random +\| 20\.0 \(11\.2 to 33\.0\) +\| {rest:.1f} +\|", text)
     inside, methods, settings = re.findall(r"^Against vtc-cls .* own\): (.*)$", text, re.MULTILINE)
     assert inside == "no clear difference: vtc-cls scheduled at 64, vtc-cls scheduled at 16."
     assert methods == ("worse: prumerge, random; no clear difference: vtc-cls scheduled, vtc-cls positions=original.")

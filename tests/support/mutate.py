@@ -938,7 +938,6 @@ MUTANTS = [
         "hf/test_schedule",
         {
             "a further turn in the caller's columns": ("length=pruned.entered, short=None", "short=None"),
-            "the answer in the columns of the last stage": ("- began.held + began.entered", ""),
             "gaps before a later stage are samples": ('if is_short and settings.config.positions == "original":', 'if is_short and settings.config.positions == "original" and not settings.config.prunes_inside:'),
             "by hand after the last that enters": ("short=note, position=note.position)", "short=note)"),
             "by hand after generate() after the last that enters": (', "position": short.position}', "}"),
