@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -184,16 +185,15 @@ def run(
 def merged(before: list[Quality], now: list[Quality]) -> list[Quality]:
     """The records `now`, and those of `before` that have the same questions and model, and other settings."""
 
-    def setting(r: Quality) -> tuple[object, ...]:
-        return r.method, sorted(r.options.items()), r.keep
+    def setting(r: Quality) -> str:
+        return json.dumps([r.method, r.options, r.keep], sort_keys=True)
 
     def asked(r: Quality) -> tuple[object, ...]:
         return r.questions, r.split, r.checkpoint
 
-    new = {str(setting(r)): r for r in now}
+    new = {setting(r): r for r in now}
     stay = [r for r in before if asked(r) == asked(now[0])]
-    everything = [new.pop(str(setting(r)), r) for r in stay]
-    return [*everything, *new.values()]
+    return [*(new.pop(setting(r), r) for r in stay), *new.values()]
 
 
 def nominal(options: dict[str, Any]) -> int:

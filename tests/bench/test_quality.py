@@ -148,12 +148,13 @@ def test_the_question_is_its_words(monkeypatch):
 def test_other_settings_of_a_file_stay(tmp_path, monkeypatch):
     """If their questions and the model are the same."""
     out = tmp_path / "quality.jsonl"
-    quality.run(10, (64, 16), ("random",), out)
+    quality.run(10, (64, 16), ("random", "mmtok"), out)
     monkeypatch.setitem(SHARES, "random", 0.5)
-    both = quality.run(10, (16,), ("random", "mmtok"), out)
+    both = quality.run(10, (16,), ("mmtok", "random"), out)
     assert [(r.name, r.keep, r.date) for r in quality.read(out)] == [(r.name, r.keep, r.date) for r in both]
     assert [(r.name, r.keep) for r in both] == [
-        *(("all tokens", 576), ("vtc-cls", 64), ("vtc-cls", 16), ("random", 64), ("random", 16), ("mmtok", 16)),
+        *(("all tokens", 576), ("vtc-cls", 64), ("vtc-cls", 16), ("random", 64), ("random", 16)),
+        *(("mmtok", 64), ("mmtok", 16)),
     ]
     assert [r.accuracy[0] for r in both[3:5]] == [0.2, 0.5]
     assert len(quality.run(15, (16,), ("random",), out)) == len(quality.read(out)) == 3
