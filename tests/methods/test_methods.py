@@ -799,6 +799,8 @@ def test_neighbours_of_anchors(images):
         received[1, 0, 30:] = 0.5
         tokens = METHODS["hiprune"](alpha=alpha).reduce(outputs._replace(received=received.to(DEVICE)), keep)
         assert sorted(golden.by_score(tokens.scores[0].tolist(), keep)) == tokens.indices[0].tolist()
+        chosen = (tokens.scores[0] >= 2).nonzero().flatten().tolist()
+        assert chosen == sorted(anchors[: round(keep * alpha / 5)])  # also where one is another's neighbour
         return tokens.indices[0].tolist()
 
     assert kept(5, 1.0) == [0, 1, 6, 30, 31]  # one anchor: 0, cut off above and to the left
