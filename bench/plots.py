@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bench.quality import Quality
 
 PANELS_ACROSS = 3
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)  # the ticks of accuracies
 THEMES = {"light": "default", "dark": "dark_background"}
 
 
@@ -48,8 +49,8 @@ def draw(records: list[Record], stem: Path) -> list[Path]:
 def draw_quality(records: list[Quality], stem: Path) -> list[Path]:
     """Write `<stem>-light.svg` and `<stem>-dark.svg`: accuracy over token·layers, a panel per group of methods.
 
-    A panel has its group's methods in colours, named at their ends, with 95 % intervals, and all other methods in gray.
-    The first record is that of all tokens, drawn as a dashed line.
+    A panel has its group's methods in colours, with 95 % intervals, and all other methods in gray. The first record is
+    that of all tokens, drawn as a dashed line. The logit scale shows differences near 100 % and near 50 % alike.
 
     Raises
     ------
@@ -74,19 +75,22 @@ def draw_quality(records: list[Quality], stem: Path) -> list[Path]:
             down, PANELS_ACROSS, figsize=(11.0, 3.3 * down), squeeze=False, sharex=True, sharey=True
         )
         for panel, (group, names) in zip(panels.flat, groups.items(), strict=False):
-            panel.axhline(100 * full.accuracy[0], color="gray", linestyle="--", linewidth=1)
+            panel.axhline(full.accuracy[0], color="gray", linestyle="--", linewidth=1)
             for name in (name for name in lines if name not in names):
                 panel.plot(*_accuracies(lines[name]), color="gray", alpha=0.25, linewidth=0.8)
             for number, name in enumerate(names):
                 _quality_line(panel, lines[name], f"C{number}")
-            _name_lines(panel, [(name, lines[name][0]) for name in names])
+            panel.legend(loc="best", fontsize=7, framealpha=0.6, handlelength=1.2, labelspacing=0.25)
             panel.set_title(group)
             panel.grid(alpha=0.3)
         for panel in panels.flat[len(groups) :]:
             panel.remove()
-        ticks = sorted({r.keep for r in compared if r.token_layers == r.keep} | {round(full.token_layers)})
+        ticks: list[int] = []
+        for keep in sorted({r.keep for r in compared if r.token_layers == r.keep} | {round(full.token_layers)}):
+            ticks += [keep] if not ticks or keep > 1.6 * ticks[-1] else []  # so that their labels do not touch
         for panel in panels.flat[: len(groups)]:
-            panel.set(xscale="log", xticks=ticks, xticklabels=ticks, xlim=(ticks[0] / 4, ticks[-1] * 1.15))
+            panel.set(xscale="log", xticks=ticks, xticklabels=ticks, xlim=(ticks[0] / 1.2, ticks[-1] * 1.15))
+            panel.set(yscale="logit", yticks=SHARES, yticklabels=[f"{100 * share:g}" for share in SHARES])
             panel.tick_params(labelbottom=True)
             panel.minorticks_off()
         figure.supxlabel("visual tokens, mean over the layers of the language model")
@@ -98,30 +102,17 @@ def draw_quality(records: list[Quality], stem: Path) -> list[Path]:
 
 
 def _accuracies(records: list[Quality]) -> tuple[list[float], list[float]]:
-    return [r.token_layers for r in records], [100 * r.accuracy[0] for r in records]
+    return [r.token_layers for r in records], [r.accuracy[0] for r in records]
 
 
 def _quality_line(panel: Any, records: list[Quality], color: str) -> None:
     """One method: its accuracies with 95 % intervals."""
     x, shares = _accuracies(records)
-    lows, highs = ([100 * abs(r.accuracy[end] - r.accuracy[0]) for r in records] for end in (1, 2))
+    lows, highs = ([abs(r.accuracy[end] - r.accuracy[0]) for r in records] for end in (1, 2))
     name = records[0].name
     panel.errorbar(
         x, shares, yerr=[lows, highs], marker="o", markersize=3, capsize=2, linewidth=1.2, color=color, label=name
     )
-
-
-def _name_lines(panel: Any, ends: list[tuple[str, Quality]]) -> None:
-    """Write each name at the left end of its line, one below the other where they would touch."""
-    gap, above = 5.5, float("inf")
-    for number in sorted(range(len(ends)), key=lambda i: -ends[i][1].accuracy[0]):
-        name, first = ends[number]
-        height = min(100 * first.accuracy[0], above - gap)
-        above = height
-        panel.annotate(
-            name, (first.token_layers, height), xytext=(-6, 0), textcoords="offset points", fontsize=7,
-            ha="right", va="center", color=f"C{number}", annotation_clip=False,
-        )  # fmt: skip
 
 
 def _save(stem: Path, paint: Callable[[Any], None]) -> list[Path]:
