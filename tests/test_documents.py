@@ -65,7 +65,7 @@ NOT_RUN = {
     "pytest tests/ops/test_topk.py": "a part of the tests",
     "python -m tests.support.mutate topk": "takes minutes",
     "python tests/ops/test_compile.py --write": "rewrites the budgets",
-    "python -m bench quality --sweep --out bench/results/quality": "takes hours",
+    "python -m bench quality --sweep --processes 2 --out bench/results/quality": "takes hours",
     "OMP_NUM_THREADS=1 python -m bench cpu --out bench/results/cpu": "takes ten minutes",
     "python -m bench launches --out bench/results/launches": "rewrites the record; it runs without --out",
     "python -m bench readme": "rewrites the documents; test_generated_blocks_are_current runs it on a copy",

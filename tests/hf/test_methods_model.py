@@ -23,7 +23,7 @@ from vtc.hf.families import FAMILIES
 from vtc.hf.settings import Settings
 from vtc.hf.views import plan_of
 from vtc.methods import METHODS, Method, Needs, Tokens
-from vtc.ops import greedy
+from vtc_kernels import tuning
 
 DEPTH, KEEP, STEPS = 6, 9, 5
 ROWS = [[2, "image", 3], [8], [4, "image", 2, "image", 1], [1, "image", 7]]  # left-padded, one without an image
@@ -593,11 +593,11 @@ def test_newlines_are_the_last_of_all_tiles(built, method):
 
 
 def test_too_many_patches_of_all_tiles_are_explained(built, monkeypatch):
-    monkeypatch.setattr(greedy, "MOST_COLUMNS", 100)
+    monkeypatch.setattr(tuning, "GREEDY_COLUMNS", 100)
     model, _ = built("llava_next")
     call = {"pixel_values": models.images(5)[None], "image_sizes": torch.tensor([[168, 168]])}
-    says = r"'coverage' chooses among all 180 patches of .* takes 100; split .* a method that ranks .*'vtc-cls'"
-    with vtc.compress(model, method="coverage", keep=KEEP), pytest.raises(ValueError, match=says):
+    says = r"'coverage' chooses among all 180 patches of .* takes at most N = 100 columns .* ranks .*'vtc-cls'"
+    with vtc.compress(model, method="coverage", keep=KEEP, backend="triton"), pytest.raises(ValueError, match=says):
         model.get_image_features(**call)
 
 
