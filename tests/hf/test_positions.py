@@ -356,8 +356,8 @@ def test_positions_that_forward_is_given(model, eager, name, has_mask):
 
 
 def packed_samples(count):
-    """Rows of samples, the first of which begins with an image, and their pixels."""
-    samples = [[ids("image", 3)[1:], ids(4, "image", 2, seed=1)], [ids(2, "image", 3, seed=2)]]
+    """Rows of samples, two of which begin with an image, whose first patches may go, and their pixels."""
+    samples = [[ids("image", 3)[1:], ids("image", 2, seed=1)[1:]], [ids(2, "image", 3, seed=2)]]
     samples[1].append(ids(sum(map(len, samples[0])) - len(samples[1][0]) - 1, seed=3))
     rows, pixels = samples[:count], models.images(3)[: 1 + count]
     return rows, {
