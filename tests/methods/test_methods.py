@@ -1002,7 +1002,8 @@ def most_probable(features, relevance, keep):
 
 
 @pytest.mark.parametrize(
-    ("rank", "num_tokens", "keep", "mean"), [(3, 40, 12, 0), (8, 64, 64, 0), (64, 576, 100, 0), (1024, 576, 192, 1)]
+    ("rank", "num_tokens", "keep", "mean"),
+    [(3, 40, 12, 0), (8, 64, 64, 0), (64, 40, 12, 20), (64, 576, 100, 0), (1024, 576, 192, 1)],
 )
 def test_cdpruner_chooses_as_in_float64_and_knows_when_nothing_is_left(rank, num_tokens, keep, mean):
     """Also where all tokens are alike, as those of a projector."""
