@@ -1786,7 +1786,7 @@ MUTANTS = [
         "vtc/hf/question.py",
         "hf/test_question",
         {
-            "placeholders are embedded": ("ids = ids.masked_fill(~is_text, 0)", "pass"),
+            "padding is embedded": ("ids = ids.masked_fill(~is_text, 0)", "pass"),
             "the first row asks for all": ("row.expand(count", "tensor[:1].expand(count"),
         },
     ),

@@ -22,7 +22,7 @@ def question_of(
     `sizes` are N of each image, as `Prompt.read` got them.
     """
     ids, is_text = prompt.text(sizes)
-    ids = ids.masked_fill(~is_text, 0)  # placeholders need not have an embedding
+    ids = ids.masked_fill(~is_text, 0)  # padding need not have an embedding
     return repeated(Question(settings.base.get_input_embeddings()(ids), ids, is_text), prompt.images[token])
 
 
