@@ -256,7 +256,7 @@ def test_no_cache(model, eager, schedule):
 
 @schedules
 @pytest.mark.parametrize("kv", ["full", "compact"])
-@pytest.mark.parametrize("name", ["one", "unequal_images"])
+@pytest.mark.parametrize("name", ["one", "unequal_images", "ends_in_an_image"])
 @torch.no_grad()
 def test_forward_by_hand(model, eager, name, kv, schedule):
     """Masks have the caller's columns, and so have logits; several tokens may come at once."""

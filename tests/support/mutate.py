@@ -395,6 +395,8 @@ MUTANTS = [
             "last tokens left out of the sum": ("tl.where(first < used, num_tokens, 0)", "tl.where(first < used, num_tokens // BLOCK_N * BLOCK_N, 0)"),
             "tokens of the first image": ("x_ptr += b * x_stride_b", "x_ptr += 0 * x_stride_b"),
             "32-bit step from block to block": ("BLOCK_N * tl.cast(x_stride_n, tl.int64)", "BLOCK_N * x_stride_n"),
+            "32-bit offset of an image": ("b = (target_block // target_blocks).to(tl.int64)", "b = target_block // target_blocks"),
+            "32-bit offset of a token": ("t = k.to(tl.int64)", "t = k"),
             "tokens' feature stride ignored": ("d[None, :] * x_stride_d", "d[None, :]"),
             "sums after the count unmasked": ("mixed = tl.where((r < used)[:, None], mixed, 0.0)", "mixed = mixed + 0.0"),
         },
