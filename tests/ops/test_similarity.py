@@ -45,7 +45,9 @@ def check(x, y, temperature, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [None, 0.2, 0.01])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (33, 70, 40), (64, 65, 16), (3, 130, 65)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (5, 3, 7), (33, 70, 40), (64, 65, 16), (3, 130, 65), (130, 9, 20)], ids=str
+)
 def test_shapes_that_hurt(shape, temperature, backend):
     num_rows, num_columns, num_features = shape
     check(randn(2, num_rows, num_features), randn(2, num_columns, num_features, seed=1), temperature, backend)

@@ -396,7 +396,6 @@ MUTANTS = [
             "tokens of the first image": ("x_ptr += b * x_stride_b", "x_ptr += 0 * x_stride_b"),
             "32-bit step from block to block": ("BLOCK_N * tl.cast(x_stride_n, tl.int64)", "BLOCK_N * x_stride_n"),
             "32-bit offset of an image": ("b = (target_block // target_blocks).to(tl.int64)", "b = target_block // target_blocks"),
-            "32-bit offset of a token": ("t = k.to(tl.int64)", "t = k"),
             "tokens' feature stride ignored": ("d[None, :] * x_stride_d", "d[None, :]"),
             "sums after the count unmasked": ("mixed = tl.where((r < used)[:, None], mixed, 0.0)", "mixed = mixed + 0.0"),
         },
@@ -406,6 +405,7 @@ MUTANTS = [
         "ops/test_similarity",
         {
             "x and y exchanged": ("_cosines(x, left=y)", "_cosines(y, left=x)"),
+            "32-bit offset of a token": ("t = k.to(tl.int64)", "t = k"),
             "left features' stride is the right ones'": ("c[None, :] * left_stride_c", "c[None, :] * right_stride_c"),
             "left tokens of the first image": ("left_ptr += b * left_stride_b", "left_ptr += 0 * left_stride_b"),
             "temperature multiplies": ("1 / temperature,", "temperature,"),
@@ -461,7 +461,6 @@ MUTANTS = [
             "weight outside the bound": ("torch.where((weight > 0) & (gain > 0), weight * gain, 0.0)", "torch.where((weight > 0) & (gain > 0), gain, 0.0)"),
             "inf times 0": ("(weight > 0) & (gain > 0)", "weight > 0"),
             "the last of those not allowed first": ("(chosen + last)[:count]", "(chosen + last[::-1])[:count]"),
-            "counts ignored": ("count = k if counts is None else int(counts[image])", "count = k"),
         },
     ),
     *_of(
