@@ -330,9 +330,9 @@ def test_forward(model, eager, name, use_cache, side):
 @pytest.mark.parametrize("use_cache", [True, False])
 @torch.no_grad()
 def test_forward_without_a_mask(model, eager, use_cache):
-    """Rows of one length become unequally short."""
-    for name in ("one", "unequal_same_length"):
-        rows = prompts(name)
+    """Rows of one length become equally or unequally short."""
+    alike = [ids(3, "image", 5), ids(1, "image", 7, seed=1)]
+    for rows in (prompts("one"), alike, prompts("unequal_same_length")):
         call = inputs(rows)
         mask = call.pop("attention_mask")
         golden_rows = shorts(eager, rows, call["pixel_values"])
