@@ -108,14 +108,15 @@ def test_second_turn_that_cannot_be_right(model, stock):
         model.generate(**whole, pixel_values=models.images(1), past_key_values=uncompressed, max_new_tokens=2)
 
 
-def test_a_conversation_keeps_its_settings(model, eager, caplog):
+@pytest.mark.parametrize("now", [{"keep": 4}, {"keep": 4, "prune_layer": 1}], ids=str)
+def test_a_conversation_keeps_its_settings(model, eager, caplog, now):
     """A new image is compressed as the conversation began, in spite of other settings, and a warning says so."""
     vtc.configure(model, keep=9)
     row = prompts("one")[0]
     cache = DynamicCache(config=model.config)
     turn = dict(past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
     row = model.generate(**models.batch([row]), pixel_values=models.images(1), **turn)[0].tolist()
-    vtc.configure(model, keep=4)
+    vtc.configure(model, **now)
     row += ids(2, "image", 3, seed=9)
     with caplog.at_level("WARNING", "vtc"):
         out = model.generate(**models.batch([row]), pixel_values=models.images(1, seed=1), **turn)

@@ -1087,6 +1087,7 @@ MUTANTS = [
         "vtc/hf/generate.py",
         "hf/test_conversation",
         {
+            "a new image is pruned inside": ("if (past and not inside) or settings.ending:", "if settings.ending:"),
             "a note of the caller's tensors": ("if shortening is None:\n        short =", "if False:\n        short ="),
             "a note of the caller's full prompt": ("if in_forward:\n        full =", "if False:\n        full ="),
         },
@@ -1208,7 +1209,6 @@ MUTANTS = [
         "hf/test_stateful",
         {
             "a forgotten image accepted": ("if found > 1:", "if False:"),
-            "a new image is pruned inside": ("if (past and not inside) or settings.ending:", "if settings.ending:"),
         },
     ),
     *_of(
