@@ -182,7 +182,7 @@ class Bench:
         transcription takes those indices: two patches whose scores differ by rounding alone may change places.
         """
         plan, settings = self.planned(pixels)
-        tokens, _ = encode.reduce(settings, pixels, plan)
+        tokens = encode.reduce(settings, pixels, plan).tokens
         scores, patches = self.seen(pixels, plan)
         if tokens.indices is None or tokens.scores is None:
             raise WrongResult("the method selects no patches")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,16 +61,21 @@ def play(calls: list[Callable[[], Any]]) -> Callable[[], None]:
     return replay
 
 
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive")
+
+
+def is_masked(name: str, args: Sequence[Any]) -> bool:
+    """Whether an operation reads or writes where a mask is true, and so has to count."""
+    return name in ("index", "index_put", "index_put_") and any(
+        index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+    )
+
+
 class _NoSync(TorchDispatchMode):
     """Refuses operations that synchronise with the host: on a GPU, these end a capture."""
 
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive")
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        masked = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        if name in self.NAMES or masked:
+        if name in WAITS or is_masked(name, args):
             raise RuntimeError(f"aten.{name} would wait for the GPU")
         return func(*args, **(kwargs or {}))

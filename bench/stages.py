@@ -113,7 +113,7 @@ class Stages:
         """The tower, up to the projector's input; with VTC that includes the selection."""
         pixels = self.inputs["pixel_values"]
         if self.keep is not None:
-            return encode.reduce(self.settings, pixels, self.plan)[0].features
+            return encode.reduce(self.settings, pixels, self.plan).tokens.features
         return self.base.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
 
     def selection(self) -> Tensor:
@@ -191,7 +191,7 @@ class Stages:
 
     def _selected(self) -> tuple[Tensor, Tensor, Tensor]:
         """Features [B, K, D], indices [B, K] and scores [B, N] of the patches that stay."""
-        tokens, _ = encode.reduce(self.settings, self.inputs["pixel_values"], self.plan)
+        tokens = encode.reduce(self.settings, self.inputs["pixel_values"], self.plan).tokens
         return tokens.features, tokens.indices, tokens.scores
 
 

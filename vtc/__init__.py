@@ -20,7 +20,7 @@ from vtc.overlay import heatmap, overlay
 
 if TYPE_CHECKING:
     from vtc import ops, tiny
-    from vtc.api import compress, configure, disable, enable, is_enabled, select, status
+    from vtc.api import compress, configure, disable, enable, graphs, is_enabled, select, status
     from vtc.config import VTCConfig, kept_count
     from vtc.hf.encode import Selection
     from vtc.hf.settings import Run
@@ -37,6 +37,7 @@ __all__ = [
     "configure",
     "disable",
     "enable",
+    "graphs",
     "heatmap",
     "is_enabled",
     "kept_count",
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("compress", "configure", "disable", "enable", "is_enabled", "select", "status"),
+    "api": ("compress", "configure", "disable", "enable", "graphs", "is_enabled", "select", "status"),
     "config": ("VTCConfig", "kept_count"),
     "hf.encode": ("Selection",),
     "hf.settings": ("Run",),

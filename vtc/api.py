@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from vtc.config import VTCConfig
 from vtc.hf import encode, names, patch, prune, settings
 from vtc.hf.encode import Selection
 from vtc.hf.families import family_of, find_llava
+from vtc.hf.graphs import warm_up as sizes
+from vtc.hf.graphs.model import Graphs, switch_on
+from vtc.hf.graphs.model import of as graphs_of
 from vtc.hf.settings import Run, Settings
 from vtc.hf.status import Status, status_of
 from vtc.hf.views import asked, plan_of, require, require_pixels
@@ -72,9 +75,64 @@ def enable(model: torch.nn.Module, **options: Any) -> VTCConfig:
 def disable(model: torch.nn.Module) -> None:
     """Restore the stock model: the attention from before `enable` ("sdpa" if it was loaded as "vtc"), no settings.
 
+    Graphs are closed, too.
+
     It acts on the model: in an open `compress` block it goes on compressing until the block ends.
     """
-    settings.switch_off(find_llava(model))
+    base = find_llava(model)
+    if (graphs := graphs_of(base)) is not None:
+        graphs.close()
+    settings.switch_off(base)
+
+
+def graphs(
+    model: torch.nn.Module, *, warm_up: Sequence[Sequence[int]] = (), limit: int = 32, compile: bool = False
+) -> Graphs:
+    """Replay parts of `generate()` as CUDA graphs, so that Python no longer decides when the first token comes.
+
+    Replayed are the vision tower with the selection and the projector, the language model's pass over the prompt, and
+    that over each new token. Each is recorded when first needed, for a batch size and a length rounded up, or ahead by
+    `warm_up`. What cannot be replayed runs as before, and the log names the reason once: gradients, hooks, other
+    devices, `output_attentions` and others. A model that has changed is recorded again: weights that moved, another
+    dtype, LoRA that was merged, other settings. `vtc.disable(model)` or `close()` of the result ends it.
+
+    Parameters
+    ----------
+    warm_up : sequence of (int, int) or (int, int, int)
+        Rows of a batch, tokens of each prompt as the processor makes it, and tokens of the longest answer, by default
+        256. Needs a model that generates and sees an image in one piece.
+    limit : int
+        How many graphs are kept. The one that was not used for the longest time leaves.
+    compile : bool
+        Whether torch.compile makes the code of the language model's graphs, for each shape anew.
+
+    Returns
+    -------
+    Graphs
+        What was recorded and replayed; `print` shows it.
+
+    Raises
+    ------
+    ValueError
+        If `model` holds no supported LLaVA, for other sizes, and if accelerate moves the model's weights.
+    """
+    base = _llava(model)
+    if type(limit) is not int or limit < 1:
+        raise ValueError(f"limit must be a number of graphs of at least 1, got {limit!r}")
+    made = Graphs(base, limit, compile)
+    calls = []
+    if warm_up:
+        if not hasattr(model, "generate"):
+            raise ValueError(f"warm_up needs a model that generates, got a {type(model).__name__}; pass it whole")
+        calls = sizes.calls(base, plan_of(Settings.of(base)).num_tokens, warm_up)
+    switch_on(base, made)
+    if not settings.is_on(base):
+        _log.warning("graphs act on models that compress, and this one does not; vtc.enable(model) switches it on")
+    made.say_if_useless()
+    for call, new_tokens in calls:
+        stop = sizes.has_two_tokens(call["input_ids"].shape[1])
+        model.generate(**call, max_new_tokens=new_tokens, do_sample=False, stopping_criteria=[stop])  # type: ignore
+    return made
 
 
 def is_enabled(model: torch.nn.Module) -> bool:

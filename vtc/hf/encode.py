@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -15,9 +15,10 @@ from torch import Tensor
 from vtc import ops
 from vtc.hf import names
 from vtc.hf.attention import ClsScores
+from vtc.hf.graphs.model import replayed
 from vtc.hf.settings import IMAGES, NAME, Settings
 from vtc.hf.towers import tower_of
-from vtc.methods import Question, Tokens, VisionOutputs
+from vtc.methods import Method, Question, Tokens, VisionOutputs
 from vtc.plan import Plan, patch_size
 
 _NOTHING: Mapping[str, Any] = {}
@@ -63,12 +64,32 @@ def run_tower(
     ValueError
         If the method needs the question and there is none, or the tower does not do what the method needs.
     """
-    base, tower, needs = settings.base, settings.base.vision_tower, plan.method.required
+    needs = plan.method.required
     if needs.question and question is None:
         raise ValueError(
             f"method {plan.method.name!r} selects patches by the question, and pixels alone have none; pass all of the "
             "processor's inputs to generate(), forward() or vtc.select(model, inputs)"
         )
+    vision, used = recorded(
+        settings,
+        "tower",
+        plan,
+        tower_arguments,
+        lambda views: _run_tower(settings, views, plan, tower_arguments),
+        views,
+    )
+    if question is not None and needs.question:  # the language model may be on another device
+        features = vision.hidden
+        ids, is_text = question.ids.to(features.device), question.is_text.to(features.device)
+        vision = vision._replace(question=Question(question.embeddings.to(features), ids, is_text))
+    return vision, used
+
+
+def _run_tower(
+    settings: Settings, views: Tensor, plan: Plan, tower_arguments: Mapping[str, Any]
+) -> tuple[VisionOutputs, list[str]]:
+    """As `run_tower`, without the question."""
+    base, tower, needs = settings.base, settings.base.vision_tower, plan.method.required
     spec = tower_of(tower.config)
     scores = _scores(spec.attentions_of(tower), plan, spec.cls)
     grid = plan.method.view_grid(plan.grid, plan.num_kept)
@@ -89,10 +110,29 @@ def run_tower(
     if needs.projected:  # to choose by; the features are those of the kept tokens, which are projected again
         with torch.no_grad():
             vision = vision._replace(projected=base.multi_modal_projector(vision.patches))
-    if question is not None and needs.question:  # the language model may be on another device
-        ids, is_text = question.ids.to(features.device), question.is_text.to(features.device)
-        vision = vision._replace(question=Question(question.embeddings.to(features), ids, is_text))
     return vision, scores.ops
+
+
+def recorded(
+    settings: Settings,
+    name: str,
+    plan: Plan,
+    tower_arguments: Mapping[str, Any],
+    function: Callable[[Tensor], Any],
+    views: Tensor,
+) -> Any:
+    """`function(views)`, which is replayed if the model has graphs.
+
+    `function` depends on the settings, the plan, the arguments and, of the modules, on the tower and the projector.
+    `name` tells it from other functions of these.
+    """
+    if any(isinstance(value, Tensor) for value in tower_arguments.values()):
+        return function(views)
+
+    def key() -> tuple[str, str]:
+        return name, repr((plan.config.to_dict(), plan.method.values(), plan[2:], dict(tower_arguments)))
+
+    return replayed(settings.base, key, function, views)
 
 
 def _resized(
@@ -185,36 +225,73 @@ def _without_hooks(tower: Any) -> str:
     return "vtc.enable(model)" if spec.passes_on else f"method 'coverage' with {spec.name}"
 
 
+class Reduced(NamedTuple):
+    """The views `[T, 3, height, width]`, reduced.
+
+    Attributes
+    ----------
+    tokens : Tokens
+        Before the projector.
+    counts : list of int
+        How many each view has.
+    projected : Tensor[T, largest count, D] or None
+        Their features after the projector, if there was one.
+    """
+
+    tokens: Tokens
+    counts: list[int]
+    projected: Tensor | None
+
+
 def reduce(
     settings: Settings,
     views: Tensor,
     plan: Plan,
     tower_arguments: Mapping[str, Any] = _NOTHING,
     question: Question | None = None,
-) -> tuple[Tokens, list[int]]:
-    """Encode views `[T, 3, height, width]`: the reduced tokens before the projector, and how many each view has.
+    projector: Callable[[Tensor], Tensor] | None = None,
+) -> Reduced:
+    """Encode views `[T, 3, height, width]`: reduce them to tokens, and apply the model's `projector`, if given.
 
     An adaptive method synchronises with the device once here, to read the counts: the host needs them to shorten the
     prompt.
     """
-    vision, used = run_tower(settings, views, plan, tower_arguments, question)
-    tokens = plan.method.reduce(vision, plan.num_kept)
-    if tokens.features.shape[:2] != (len(views), plan.num_outputs):
-        raise ValueError(
-            f"reduce of method {plan.method.name!r} must return features [{len(views)}, {plan.num_outputs}, D], as its "
-            f"num_outputs says, got {list(tokens.features.shape)}"
-        )
+    method = plan.method
+
+    def run(views: Tensor) -> tuple[Tokens, list[str], Tensor | None]:
+        vision, used = run_tower(settings, views, plan, tower_arguments, question)
+        tokens = method.reduce(vision, plan.num_kept)
+        if tokens.features.shape[:2] != (len(views), plan.num_outputs):
+            raise ValueError(
+                f"reduce of method {method.name!r} must return features [{len(views)}, {plan.num_outputs}, D], as its "
+                f"num_outputs says, got {list(tokens.features.shape)}"
+            )
+        has_counts = tokens.counts is not None
+        return tokens, used, None if projector is None or has_counts else projector(tokens.features)
+
+    if question is None and is_replayable(method):
+        name = "reduce" if projector is None else "reduce and project"
+        tokens, used, projected = recorded(settings, name, plan, tower_arguments, run, views)
+    else:
+        tokens, used, projected = run(views)
     counts, after = [plan.num_outputs] * len(views), plan.num_outputs
     if tokens.counts is not None:
         counts = tokens.counts.tolist()
         after = round(sum(counts) / len(counts))
+        if projector is not None:
+            projected = projector(tokens.features[:, : max(counts)])
     count(settings, plan, used, len(views), plan.num_tokens, after)
-    return tokens, counts
+    return Reduced(tokens, counts, projected)
+
+
+def is_replayable(method: Method) -> bool:
+    """Whether a method computes the same at every call. One of other authors may do anything."""
+    return type(method).__module__.startswith("vtc.methods.")
 
 
 def select(settings: Settings, views: Tensor, plan: Plan, question: Question | None = None) -> Selection | None:
     """The patches kept of views `[T, 3, height, width]`, or None if the method selects no patches."""
-    tokens, _ = reduce(settings, views, plan, question=question)
+    tokens = reduce(settings, views, plan, question=question).tokens
     if tokens.indices is None or tokens.scores is None:
         return None
     indices, counts = tokens.indices, tokens.counts

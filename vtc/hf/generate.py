@@ -21,6 +21,7 @@ from vtc.config import VTCConfig
 from vtc.hf import conversation, names, positions, prune, prune_decode, prune_limits
 from vtc.hf.conversation import PrunedConversation, ShortConversation
 from vtc.hf.families import VisualInput
+from vtc.hf.graphs.model import replayed
 from vtc.hf.lone_image import LoneImage
 from vtc.hf.prompt import FullPrompt, Prompt, Shortening, require_ids
 from vtc.hf.settings import Ending, Settings, is_on, running
@@ -190,12 +191,25 @@ def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> A
                 raise ValueError(f"{name} of the vision tower are not returned; call model.base_model.vision_tower")
         outputs: Any = read(settings, visual, call).encode()
         return outputs.to_tuple()[:2] if call.get("return_dict") is False else outputs
-    outputs = stock(**call)
+    outputs = _replayed(settings, visual, stock, call)
     if settings.run is not None and not torch.compiler.is_compiling():
         features = outputs[1] if isinstance(outputs, tuple) else outputs.pooler_output
         tokens, layers = len(features[-1]), settings.base.language_model.config.num_hidden_layers
         settings.run.count_images(len(features), tokens, ((0, tokens),), layers)
     return outputs
+
+
+def _replayed(settings: Settings, visual: VisualInput, stock: Stock, call: Call) -> Any:
+    """`stock(**call)`, which is replayed if the model has graphs and the pixels are the only tensor of the call."""
+    pixels, others = call.get(visual.pixels), {name: value for name, value in call.items() if name != visual.pixels}
+    plain = all(isinstance(value, (bool, int, str, list, type(None))) for value in others.values())
+    if not plain or not isinstance(pixels, torch.Tensor):
+        return stock(**call)
+
+    def key() -> tuple[str, str]:
+        return visual.get, repr(sorted(others.items()))
+
+    return replayed(settings.base, key, lambda views: stock(**others, **{visual.pixels: views}), pixels)
 
 
 def _require_own(settings: Settings, outputs: dict[str, Any], note: Any) -> None:
@@ -401,6 +415,15 @@ def _option(model: Any, call: Call, name: str) -> Any:
     configs = (call.get("generation_config"), model.generation_config)
     values = (call.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in values if value is not None), None)
+
+
+def new_tokens(model: Any, call: Call) -> int:
+    """How many tokens a call of `generate()` may add to its prompt. transformers adds 20 if nothing is said."""
+    new, length = (_option(model, call, name) for name in ("max_new_tokens", "max_length"))
+    if new is not None:
+        return int(new)
+    prompt = call.get("input_ids", call.get("inputs"))
+    return max(0, int(length) - prompt.shape[1]) if length and isinstance(prompt, torch.Tensor) else 20
 
 
 def _inferred_mask(model: Any, call: Call) -> torch.Tensor:

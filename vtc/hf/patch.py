@@ -18,6 +18,7 @@ import torch
 
 from vtc.hf import attention, conversation, generate, names, settings
 from vtc.hf.families import FAMILIES
+from vtc.hf.graphs.model import of as graphs_of
 from vtc.hf.settings import is_on
 
 
@@ -37,8 +38,14 @@ def install(module: ModuleType) -> None:
 
 
 def _generate(stock: generate.Stock, model: Any, call: generate.Call) -> Any:
-    with settings.held(model.base_model):
-        return generate.generate(stock, model, call)
+    base = model.base_model
+    run = functools.partial(generate.generate, stock, model, call)
+    with settings.held(base):
+        if (graphs := graphs_of(base)) is None:
+            return run()
+        mask = call.get("attention_mask")
+        own_masks = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+        return graphs.generate(run, call.get("cache"), generate.new_tokens(model, call), own_masks)
 
 
 def _guard(owner: type, name: str, ours: Callable[..., Any], images: tuple[str, ...] = ()) -> None:

@@ -34,7 +34,7 @@ class Run:
 
     Tokens are those of one image. If images keep different numbers, they are the rounded mean over the latest call.
     `tokens_after` are those of the last stage, and `token_layers` the mean over the language model's `layers`; see
-    `vtc.config.token_layers`.
+    `vtc.config.token_layers`. `replays` and `refusals` are those of the model's graphs, see `vtc.graphs`.
     """
 
     tokens_before: int | None = None
@@ -47,6 +47,8 @@ class Run:
     kv_bytes_before: int | None = None
     kv_bytes_after: int | None = None
     backend: dict[str, str] = dataclasses.field(default_factory=dict)
+    replays: dict[str, int] = dataclasses.field(default_factory=dict)
+    refusals: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def report(self) -> str:
         """Return the counts as a few lines of text."""
@@ -61,6 +63,9 @@ class Run:
             lines.append(f"{self.kv_bytes_before / 2**20:.2f} -> {self.kv_bytes_after / 2**20:.2f} MiB of KV cache")
         if self.backend:
             lines.append("backend: " + ", ".join(f"{op} {choice}" for op, choice in self.backend.items()))
+        if self.replays:
+            lines.append("replayed from graphs: " + ", ".join(f"{kind} {n}" for kind, n in self.replays.items()))
+        lines += [f"not replayed: {reason} ({count})" for reason, count in self.refusals.items()]
         return "\n".join(lines)
 
     def count_images(self, images: int, before: int, stages: Stages, layers: int) -> None:

@@ -9,6 +9,7 @@ from vtc import ops
 from vtc.config import Stages, VTCConfig
 from vtc.hf import encode, settings
 from vtc.hf.families import TILES
+from vtc.hf.graphs.model import of as graphs_of
 from vtc.hf.settings import NAME, Settings
 from vtc.hf.towers import tower_of
 from vtc.hf.views import plan_of
@@ -53,6 +54,8 @@ class Status:
     images : int
         Images that it has compressed since it was switched on, in a block since that was opened; about so many if
         several threads use the model. Calls of a graph that torch.compile made are not counted.
+    graphs : str or None
+        What its graphs have recorded and replayed since `vtc.graphs` switched them on; None if it has none.
     problem : str or None
         Why the settings do not fit this model, which the next image would raise.
     """
@@ -73,6 +76,7 @@ class Status:
     later: Stages = ()
     scored: tuple[int, ...] = ()
     backends: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    graphs: str | None = None
     problem: str | None = None
 
     def __str__(self) -> str:
@@ -101,6 +105,8 @@ class Status:
             lines[-1] += f"; layers {scored} of 0 to {self.layers - 1} are scored" if scored else "; no layer is scored"
             lines += [f"{operation}: {backend} ({why})" for operation, (backend, why) in self.backends.items()]
             lines.append(f"images compressed since then: {self.images}")
+        if self.graphs is not None:
+            lines.append(self.graphs)
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,6 +130,7 @@ def status_of(base: Any) -> Status:
         layers=tower.config.num_hidden_layers,
         device=str(tower.device),
         images=block.run.images if block else settings.IMAGES.get(base, 0),
+        graphs=None if (graphs := graphs_of(base)) is None else str(graphs),
     )
     try:
         current = Settings.of(base)

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from vtc.hf.question import question_of, repeated
 from vtc.hf.settings import Settings
 from vtc.hf.tiles import Tiling, flat_tiles, tilings
 from vtc.hf.towers import INTERPOLATION, TowerSpec, tower_of
-from vtc.methods import Method, Question, Tokens, VisionOutputs
+from vtc.methods import Method, Question, VisionOutputs
 from vtc.plan import Plan, patch_grid, share_out
 
 
@@ -198,14 +198,17 @@ class Views:
         if self.plan.method.needs.question:
             self.question = repeated(question_of(self.settings, prompt, sizes, token), self.views_of_images)
 
-    def _reduce(self) -> tuple[Tokens, list[int]]:
-        """The reduced tokens of each view, and how many each has. Sets `kept`."""
-        tokens, counts = encode.reduce(self.settings, self.views, self.plan, self.tower_arguments, self.question)
+    def _reduce(self) -> tuple[Tensor, list[int] | None]:
+        """The projected tokens `[T, K, D]` of the views, and how many each has if they differ. Sets `kept`."""
+        projector = self.settings.base.multi_modal_projector
+        tokens, counts, projected = encode.reduce(
+            self.settings, self.views, self.plan, self.tower_arguments, self.question, projector
+        )
         if self.plan.method.keeps_patches() and tokens.indices is not None:
             self.kept = Patches(tokens.indices, self.plan.num_tokens)
             if self.plan.config.schedule and tokens.scores is not None:
                 self.later = self._nested(tokens.indices, tokens.scores)
-        return tokens, counts
+        return cast("Tensor", projected), None if tokens.counts is None else counts
 
     def _nested(self, indices: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
         """For each later stage, the places `[images, K]` of the largest scores among the tokens of the one before."""
@@ -231,16 +234,24 @@ class Views:
 
     def _project_all(self) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """For `prune_layer` > 0: projected features `[images, N, D]` of all patches, and each stage's selection."""
-        plan = self.plan
-        vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments, self.question)
+        plan, settings = self.plan, self.settings
         inside = plan.method.prunes_only_language()  # selected in the language model
-        selections = None
-        if not inside:
-            indices, scores = plan.method.selected(vision, plan.num_kept)
-            selections = (indices, *self._nested(indices, scores))
-        encode.count(self.settings, plan, used, len(self.views), plan.num_tokens, plan.num_kept)
+
+        def run(views: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None, list[str]]:
+            vision, used = encode.run_tower(settings, views, plan, self.tower_arguments, self.question)
+            selections = None
+            if not inside:
+                indices, scores = plan.method.selected(vision, plan.num_kept)
+                selections = (indices, *self._nested(indices, scores))
+            return settings.base.multi_modal_projector(vision.patches), selections, used
+
+        if self.question is None and encode.is_replayable(plan.method):
+            found = encode.recorded(settings, "project all", plan, self.tower_arguments, run, self.views)
+        else:
+            found = run(self.views)
+        features, selections, used = found
+        encode.count(settings, plan, used, len(self.views), plan.num_tokens, plan.num_kept)
         self.counts = [(plan.num_tokens, plan.num_tokens)] * len(self.views)
-        features: Tensor = self.settings.base.multi_modal_projector(vision.patches)
         return features, selections
 
 
@@ -258,12 +269,9 @@ class Whole(Views):
         return cls(settings, plan, pixels, [(plan.num_tokens, plan.num_outputs)] * len(pixels), extra)
 
     def project(self) -> Tensor:
-        tokens, counts = self._reduce()
-        features = tokens.features
-        if tokens.counts is not None:
+        projected, counts = self._reduce()
+        if counts is not None:
             self.counts = [(self.plan.num_tokens, count) for count in counts]
-            features = features[:, : max(counts)]
-        projected: Tensor = self.settings.base.multi_modal_projector(features)
         return projected
 
 
@@ -292,8 +300,7 @@ class Frames(Views):
         return [len(self.views) // len(self.counts)] * len(self.counts)
 
     def project(self) -> Tensor:
-        tokens, _ = self._reduce()
-        projected: Tensor = self.settings.base.multi_modal_projector(tokens.features)
+        projected, _ = self._reduce()
         return projected.reshape(len(self.counts), -1, projected.shape[-1])
 
 
