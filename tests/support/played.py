@@ -7,7 +7,6 @@ Numbers differ in their last digits then, so tests that ask for the same bits ar
 
 from collections import Counter
 
-
 from bench.played import PlayedRecorder
 from vtc.hf import patch, settings
 from vtc.hf.graphs import model as graphs
