@@ -196,7 +196,7 @@ def measure(names: tuple[str, ...] = tuple(VARIANTS), time_them: bool = True) ->
     ValueError
         If Triton was imported without its interpreter.
     """
-    _require_interpreter()
+    require_interpreter()
     for name in names:
         with variant(name) as model:
             found = {}
@@ -210,7 +210,7 @@ def measure(names: tuple[str, ...] = tuple(VARIANTS), time_them: bool = True) ->
             yield Launches(model="bundled", stage=stage, variant=name, keep=KEEP, **each, **facts)
 
 
-def _require_interpreter() -> None:
+def require_interpreter() -> None:
     """Have the launchers run without a GPU, or raise ValueError."""
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"

@@ -6,6 +6,7 @@ that a replay could not find again. After each replay it overwrites all memory t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.graphs import WAITS, is_masked
+from vtc.hf.graphs import model as graphs
 
 
 class PlayedRecorder:
@@ -52,6 +54,25 @@ class PlayedRecorder:
         return replay
 
 
+def switch_on(model: Any, limit: int = 32, compile: bool = False) -> graphs.Graphs:
+    """As `vtc.graphs`, for a model on a CPU."""
+    base = model.base_model
+    made = graphs.Graphs(base, limit, compile, recorder(base))
+    graphs.switch_on(base, made)
+    return made
+
+
+def recorder(base: Any) -> Callable[[torch.device], PlayedRecorder]:
+    """In place of `vtc.hf.graphs.model.recorder_of`, for the graphs of `base`, a LLaVA without its head."""
+    model: Callable[[], Any] = weakref.ref(base)
+    made = PlayedRecorder(lambda: [*model().parameters(), *model().buffers()])
+
+    def of(device: torch.device) -> PlayedRecorder:
+        return made if device.type == "cpu" else graphs.recorder_of(device)  # type: ignore[return-value]
+
+    return of
+
+
 class _Operations(TorchDispatchMode):
     """Notes the operations that run inside. Only those that start from `known` memory can run again."""
 
@@ -59,7 +80,7 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self._known, self._kept = {_storage(each) for each in known}, list(known)
         self._made: dict[int, Tensor] = {}
-        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], dict[int, Tensor]]] = []
 
     @property
     def made(self) -> list[Tensor]:
@@ -69,8 +90,9 @@ class _Operations(TorchDispatchMode):
     def run(self) -> None:
         """Run all operations again, in the same memory."""
         for function, args, kwargs, results in self._calls:
-            for result, found in zip(results, _tensors(function(*args, **kwargs)), strict=bool(results)):
-                result.copy_(found)
+            found = _tensors(function(*args, **kwargs))
+            for number, result in results.items():
+                result.copy_(found[number])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -83,16 +105,15 @@ class _Operations(TorchDispatchMode):
             if each.numel() and _storage(each) not in self._known and _storage(each) not in self._made:
                 raise RuntimeError(f"aten.{name} reads a tensor {list(each.shape)} that is no input and no weight")
         out = func(*args, **kwargs)
-        results, schema = _tensors(out), func._schema
-        for each in results:
+        results, given = _tensors(out), {_storage(each) for each in _tensors((args, kwargs))}
+        self._kept += results  # else others could get their memory
+        # Views show what others write. What an operation returns of its own is written anew.
+        new = {number: each for number, each in enumerate(results) if _storage(each) not in given}
+        for each in new.values():
             if _storage(each) not in self._known:
                 self._made.setdefault(_storage(each), each)
-        self._kept += results  # else others could get their memory
-        writes = any(argument.alias_info and argument.alias_info.is_write for argument in schema.arguments)
-        if writes:
-            self._calls.append((func, args, kwargs, []))
-        elif not any(result.alias_info for result in schema.returns):  # views show the memory anew by themselves
-            self._calls.append((func, args, kwargs, results))
+        if new or any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments):
+            self._calls.append((func, args, kwargs, new))
         return out
 
 

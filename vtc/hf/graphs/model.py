@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vtc.hf import names
-from vtc.hf.graphs import vision_calls
 from vtc.hf.graphs.capture import CudaRecorder, Recorder
 from vtc.hf.graphs.language_calls import LanguageCalls
 from vtc.hf.graphs.recorded import Recorded, Refused
+from vtc.hf.graphs.vision_calls import VisionCalls
 
 _ATTRIBUTE = "_vtc_graphs"  # of a model without a head
 NO_GAIN = "on a CPU, computing takes longer than launching"
@@ -60,11 +60,12 @@ class Graphs:
         base: Any,
         limit: int = 32,
         compile: bool = False,
-        recorder: Callable[[torch.device], Recorder] = recorder_of,
+        recorder: Callable[[torch.device], Recorder] | None = None,
     ) -> None:
         self._base: Callable[[], Any] = weakref.ref(base)
-        self.compile, self._recorder_of = compile, recorder
-        self._recorded = Recorded(base, recorder, limit)
+        self.compile, self._recorder_of = compile, recorder or recorder_of
+        self._recorded = Recorded(base, self._recorder_of, limit)
+        self._vision = VisionCalls(self._recorded)
         self._language = LanguageCalls(self._recorded, _compiled if compile else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -130,7 +131,7 @@ class Graphs:
         base = self._base()
         modules = [module for name, module in base.named_children() if name != "language_model"]
         key = (key, base.vision_tower.config._attn_implementation)
-        return vision_calls.replayed(self._recorded, key, modules, function, views)
+        return self._vision(key, modules, function, views)
 
 
 class Forward:
@@ -149,10 +150,11 @@ class Forward:
         return getattr, (self._model(), "forward")  # of the copy, which has no other yet than that of its class
 
     def __call__(self, *args: Any, **call: Any) -> Any:
-        stock, graphs = self._stock, self._graphs()
-        if args or graphs is None or torch.compiler.is_compiling():
-            return stock(*args, **call)
-        return graphs.language(self._model(), stock, call)
+        model: Any = self._model()
+        if torch.compiler.is_compiling():
+            return type(model).forward(model, *args, **call)
+        graphs = self._graphs()
+        return self._stock(*args, **call) if args or graphs is None else graphs.language(model, self._stock, call)
 
 
 def of(base: Any) -> Graphs | None:

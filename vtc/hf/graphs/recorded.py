@@ -24,6 +24,10 @@ class Refused(Exception):
     """Why a call is not replayed, as a clause."""
 
 
+class Unrecordable(Refused):
+    """That a function does what cannot be recorded."""
+
+
 class Place(NamedTuple):
     """What all recorded functions of a model share: they run one after the other."""
 
@@ -92,16 +96,16 @@ class Recorded:
 
     def place(self, device: torch.device) -> Place:
         """Where functions on `device` are recorded; raises Refused if no call can be replayed now and here."""
+        if self._place is None:
+            self._place = Place(self._recorder_of(device), Memory(device))
+        if self._place.memory.device != device:
+            raise Refused(f"its graphs are on {self._place.memory.device}, and a part of the model is on {device}")
         if torch.is_grad_enabled():
             raise Refused("gradients are computed; use torch.no_grad()")
         if torch.is_autocast_enabled(device.type):
             raise Refused("autocast is on")
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise Refused("another capture is running")
-        if self._place is None:
-            self._place = Place(self._recorder_of(device), Memory(device))
-        if self._place.memory.device != device:
-            raise Refused(f"its graphs are on {self._place.memory.device}, and a part of the model is on {device}")
         self._place.recorder.begin()
         return self._place
 
@@ -109,14 +113,14 @@ class Recorded:
         """The function `key`, recorded if it is not yet there; raises Refused if it cannot be."""
         key = (key, flags())
         if why := self._failed.get(key):
-            raise Refused(why)
+            raise Unrecordable(why)
         if key not in self._functions:
             try:
                 with self._quiet():
                     self._functions[key] = record()
             except RuntimeError as error:
                 self._failed[key] = f"it cannot be recorded: {str(error).splitlines()[0]}"
-                raise Refused(self._failed[key]) from error
+                raise Unrecordable(self._failed[key]) from error
             while len(self._functions) > self.limit:
                 self._functions.popitem(last=False)
         self._functions.move_to_end(key)

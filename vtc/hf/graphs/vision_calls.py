@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
 
-from vtc.hf.graphs.recorded import Recorded, Refused
+from vtc.hf.graphs.recorded import Recorded, Refused, Unrecordable
 from vtc.hf.graphs.tower import ViewsGraph
 
 
-def replayed(
-    recorded: Recorded, key: Hashable, modules: list[Any], function: Callable[[Tensor], Any], views: Tensor
-) -> Any:
-    """`function(views)`, a tree of tensors and other values; `key` is what it depends on besides `modules`."""
-    if recorded.is_recording:
-        return function(views)
-    with recorded.lock:
+class _Call(threading.local):
+    """The call of this thread; `is_refused` holds for the calls inside it, too."""
+
+    is_refused = False
+
+
+class VisionCalls:
+    """In place of functions of views."""
+
+    def __init__(self, recorded: Recorded) -> None:
+        self._recorded, self._call = recorded, _Call()
+
+    def __call__(self, key: Hashable, modules: list[Any], function: Callable[[Tensor], Any], views: Tensor) -> Any:
+        """`function(views)`, a tree of tensors and other values; `key` is what it depends on besides `modules`."""
+        recorded, now = self._recorded, self._call
+        if recorded.is_recording or now.is_refused:
+            return function(views)
+        with recorded.lock:
+            try:
+                recorded.require_state("vision", modules)
+                place = recorded.place(views.device)
+                graph = recorded.get(
+                    ("views", key, views.shape, views.dtype),
+                    lambda: ViewsGraph(place.recorder, place.memory, function, views),
+                )
+                found = graph(views)
+                recorded.count("vision")
+                return found
+            except Refused as why:
+                recorded.refuse("vision tower", str(why))
+                now.is_refused = not isinstance(why, Unrecordable)  # else a part of the function may be replayed
         try:
-            recorded.require_state("vision", modules)
-            place = recorded.place(views.device)
-            graph = recorded.get(
-                ("views", key, views.shape, views.dtype),
-                lambda: ViewsGraph(place.recorder, place.memory, function, views),
-            )
-            found = graph(views)
-            recorded.count("vision")
-            return found
-        except Refused as why:
-            recorded.refuse("vision tower", str(why))
-    return function(views)
+            return function(views)
+        finally:
+            now.is_refused = False

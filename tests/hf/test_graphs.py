@@ -1,0 +1,730 @@
+"""`vtc.graphs`: what is recorded, when it is replayed, when not, and that nothing but the time changes.
+
+On a CPU the graphs are played by `bench.played`, which is as strict as a capture. The whole integration runs that way
+with `pytest -p support.played tests/hf`.
+"""
+
+import contextlib
+import copy
+import gc
+import io
+import logging
+import threading
+import weakref
+
+import pytest
+import torch
+from support import models
+from support.models import TOKENS
+from support.prompts import detailed, inputs, prompts
+from transformers import DynamicCache
+
+import vtc
+from bench import played
+from vtc.hf.graphs import model as graphs
+from vtc.methods import METHODS
+from vtc.methods.vtc_cls import VTCCLS
+
+KEEP = 9
+
+
+@pytest.fixture
+def model():
+    made = models.build()
+    vtc.enable(made, keep=KEEP)
+    return made
+
+
+@pytest.fixture
+def call():
+    return inputs(prompts("left_padded"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_log(caplog):
+    caplog.set_level(logging.INFO, logger="vtc")
+
+
+def close(one, other):
+    assert len(one) == len(other)
+    for mine, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
+
+
+def answer(model, call, **how):
+    return model.generate(**call, **(detailed() | how))
+
+
+def same(one, other):
+    assert torch.equal(one.sequences, other.sequences)
+    close(one.logits, other.logits)
+
+
+# What is recorded
+
+
+@pytest.mark.supported("Graphs", "`generate()`: greedy, sampling, beams, left-padded batches")
+@pytest.mark.parametrize("how", [{}, {"do_sample": True}, {"num_beams": 3}], ids=["greedy", "sampling", "beams"])
+def test_answers_are_those_without_graphs(model, call, how):
+    torch.manual_seed(3)
+    expected = answer(model, call, **how)
+    found = played.switch_on(model)
+    for times in (1, 2):
+        torch.manual_seed(3)
+        same(answer(model, call, **how), expected)
+        assert found.replays == {"vision": times, "prompt": times, "step": 6 * times}
+    assert len(found) == 3
+    assert not found.refusals
+
+
+def test_prompts_of_a_bucket_share_a_graph(model):
+    found = played.switch_on(model)
+    for text in (5, 6, 12, 22):  # with KEEP visual tokens, and one at the beginning
+        one = inputs([models.ids(text, "image")])
+        answer(model, one)
+    assert sorted(key[2] for key, _ in found._recorded._functions if key[0] == "prompt") == [32]
+    answer(model, inputs([models.ids(23, "image")]))
+    assert sorted(key[2] for key, _ in found._recorded._functions if key[0] == "prompt") == [32, 64]
+
+
+def test_a_long_answer_records_nothing_on_its_way(model, monkeypatch):
+    model.generation_config.eos_token_id = None
+    one = inputs([models.ids(5, "image")])
+    expected = answer(model, one, max_new_tokens=300)
+    found = played.switch_on(model)
+    lengths = []
+    step = type(found._language)._step
+    monkeypatch.setattr(
+        type(found._language),
+        "_step",
+        lambda *args: [lengths.append(len(found)), step(*args), lengths.append(len(found))][1],
+    )
+    same(answer(model, one, max_new_tokens=300), expected)
+    assert (lengths[0], set(lengths[1:])) == (2, {4})  # one for 256 columns, one for 512
+    same(answer(model, one, max_new_tokens=300), expected)
+    assert len(found) == 4
+
+
+def test_what_was_not_used_for_the_longest_time_leaves(model):
+    found = played.switch_on(model, limit=3)
+    rows = [models.ids(5, "image"), models.ids(40, "image"), models.ids(80, "image")]
+    expected = [models_answer.sequences for models_answer in (answer(model, inputs([row])) for row in rows)]
+    assert len(found) == 3
+    for row, before in zip(rows, expected, strict=True):
+        assert torch.equal(answer(model, inputs([row])).sequences, before)
+    assert len(found) == 3
+
+
+def test_only_some_batch_sizes_have_memory_for_steps(model):
+    found = played.switch_on(model)
+    for batch in (1, 2, 3, 4, 5, 1):
+        expected = answer(model, inputs([models.ids(5, "image", seed=s) for s in range(batch)]))
+        same(answer(model, inputs([models.ids(5, "image", seed=s) for s in range(batch)])), expected)
+    assert list(found._language._windows) == [3, 4, 5, 1]
+    assert {key[1] for key, _ in found._recorded._functions if key[0] == "step"} == {1, 3, 4, 5}
+
+
+# Methods
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_is_replayed_or_runs_as_before(method, call):
+    model = models.build(text_layers=4)
+    vtc.enable(model, keep=KEEP, method=method)
+    expected = answer(model, call)
+    found = played.switch_on(model)
+    for _ in range(2):
+        same(answer(model, call), expected)
+    assert found.replays["vision"] == 2, found
+    assert found.replays["step"] == (0 if model.config.vtc.get("prune_layer") or method in ("fastv", "dart") else 12)
+
+
+@pytest.mark.supported("Graphs", 'all tokens kept: `method="none"`')
+def test_a_model_that_keeps_all(model, call):
+    vtc.configure(model, method="none")
+    expected = answer(model, call)
+    found = played.switch_on(model)
+    for _ in range(2):
+        same(answer(model, call), expected)
+    assert found.replays == {"vision": 2, "prompt": 2, "step": 12}
+
+
+def test_a_question_is_read_at_every_call(model):
+    vtc.configure(model, method="mmtok")
+    pixels = models.images(1)
+    calls = [{**models.batch([models.ids(3, "image", 9, seed=seed)]), "pixel_values": pixels} for seed in range(6)]
+    expected = [(answer(model, each), vtc.select(model, each).indices) for each in calls]
+    played.switch_on(model)
+    for each, (before, indices) in zip(calls, expected, strict=True):
+        same(answer(model, each), before)
+        assert torch.equal(vtc.select(model, each).indices, indices)
+    assert len({tuple(indices[0].tolist()) for _, indices in expected}) > 1
+
+
+class Alternating(VTCCLS):
+    """Every second call it ranks the other way round."""
+
+    name = "alternating"
+    calls = 0
+
+    def ranking(self, outputs):
+        ranking = super().ranking(outputs)
+        type(self).calls += 1
+        return ranking._replace(scores=-ranking.scores) if self.calls % 2 else ranking
+
+
+def test_a_method_of_others_runs_at_every_call(model, call):
+    vtc.configure(model, method=Alternating())
+    found = played.switch_on(model)
+    one, two, three = (vtc.select(model, call["pixel_values"]).indices for _ in range(3))
+    assert not torch.equal(one, two)
+    assert torch.equal(one, three)
+    assert found.replays == {"vision": 3}
+
+
+# Changes of the model
+
+
+def test_settings_that_change(model, call):
+    found = played.switch_on(model)
+    for options in ({"keep": 4}, {"keep": 12}, {"start_layer": 1}, {"keep": 4, "positions": "original"}):
+        with vtc.compress(model, **options):
+            one = answer(model, call)
+            with without(found, model):
+                same(one, answer(model, call))
+    assert found.replays["vision"] == 4
+
+
+@contextlib.contextmanager
+def without(found, model):
+    """The model without its graphs, which stay as they are."""
+    base = model.base_model
+    kept = base.__dict__.pop("_vtc_graphs")
+    forward = base.language_model.__dict__.pop("forward")
+    try:
+        yield
+    finally:
+        base.__dict__["_vtc_graphs"], base.language_model.__dict__["forward"] = kept, forward
+    assert kept is found
+
+
+def scale_in_place(model):
+    model.lm_head.weight.data.mul_(1.5)
+    model.model.language_model.layers[0].mlp.up_proj.weight.data.mul_(1.2)
+    model.model.vision_tower.get_submodule("encoder.layers.0.mlp.fc1").weight.data.mul_(1.2)
+
+
+def replace_data(model):
+    for part in (model.model.language_model.layers[0].mlp.up_proj, model.model.multi_modal_projector.linear_1):
+        part.weight.data = part.weight.data * 1.2
+
+
+def replace_parameter(model):
+    part = model.model.language_model.layers[1].self_attn.q_proj
+    part.weight = torch.nn.Parameter(part.weight * 1.2)
+
+
+def replace_module(model):
+    layer = model.model.language_model.layers[1]
+    layer.mlp = copy.deepcopy(layer.mlp)
+    layer.mlp.down_proj.weight.data.mul_(1.2)
+
+
+def change_dtype(model):
+    model.double()
+
+
+CHANGES = [scale_in_place, replace_data, replace_parameter, replace_module, change_dtype]
+
+
+@pytest.mark.supported("Graphs", "weights that move, change, or get another dtype")
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_model_that_changes(model, call, change):
+    found = played.switch_on(model)
+    before = answer(model, call)
+    change(model)
+    if change is change_dtype:
+        call["pixel_values"] = call["pixel_values"].double()
+    with without(found, model):
+        expected = answer(model, call)
+    assert not torch.equal(expected.logits[0], before.logits[0])
+    same(answer(model, call), expected)
+    assert found.replays == {"vision": 2, "prompt": 2, "step": 12}
+
+
+@pytest.mark.supported("Graphs", "LoRA from peft: switched, scaled, merged")
+def test_lora(call):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(models.build(), config).eval()
+    vtc.enable(model, keep=KEEP)
+    inner = model.get_base_model()
+    found = played.switch_on(inner)
+
+    def check():
+        with without(found, inner):
+            expected = answer(model, call)
+        same(answer(model, call), expected)
+        return expected.logits[0]
+
+    seen = [check()]
+    with model.disable_adapter():
+        seen.append(check())
+    seen.append(check())
+    model.merge_adapter()
+    check()
+    model.unmerge_adapter()
+    for module in inner.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.scale_layer(3.0)
+    seen.append(check())
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[3])
+    close([seen[2]], [seen[0]])
+    assert found.replays["prompt"] == 5
+    assert not found.refusals
+
+
+# Calls that are not replayed
+
+
+def hooked(model):
+    return model.model.language_model.layers[0].register_forward_hook(lambda module, args, output: output * 1.1).remove
+
+
+def hooked_before(model):
+    return model.model.language_model.layers[0].register_forward_pre_hook(lambda module, args: None).remove
+
+
+def hooked_all(model):
+    return torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None).remove
+
+
+def training(model):
+    model.train()
+    return model.eval
+
+
+def replaced_forward(model):
+    layer = model.model.language_model.layers[0]
+    layer.forward = layer.forward
+    return lambda: layer.__dict__.pop("forward")
+
+
+def deterministic(model):
+    """Does not hinder graphs, but other kernels run."""
+    torch.use_deterministic_algorithms(True)
+    return lambda: torch.use_deterministic_algorithms(False)
+
+
+HINDRANCES = {
+    hooked: "language model: there are hooks on its modules",
+    hooked_before: "language model: there are hooks on its modules",
+    hooked_all: "language model: there are hooks on all modules",
+    training: "language model: it is in training mode; use model.eval()",
+    replaced_forward: "language model: the forward() of a module was replaced, as accelerate does to move weights",
+}
+
+
+@pytest.mark.supported("Graphs", "hooks, gradients, training, `output_attentions`: these calls run as without graphs")
+@pytest.mark.parametrize("hinder", HINDRANCES, ids=lambda hinder: hinder.__name__)
+def test_what_hinders_is_named_once(model, call, caplog, hinder):
+    found = played.switch_on(model)
+    answer(model, call)
+    undo = hinder(model)
+    try:
+        with without(found, model):
+            expected = answer(model, call)
+        one, _ = answer(model, call), answer(model, call)
+        assert all(map(torch.equal, one.logits, expected.logits))
+    finally:
+        undo()
+    reason = HINDRANCES[hinder]
+    assert found.refusals[reason] == 14
+    clause = reason.partition(": ")[2]
+    assert sum(clause in text for text in caplog.messages) == 1
+    answer(model, call)
+    assert found.refusals[reason] == 14
+    assert found.replays["prompt"] == 2
+
+
+@pytest.mark.parametrize("option", ["output_attentions", "output_hidden_states"])
+def test_outputs_that_graphs_do_not_have(model, call, option):
+    model.set_attn_implementation({"text_config": "eager"})
+    expected = answer(model, call, **{option: True})
+    found = played.switch_on(model)
+    one = answer(model, call, **{option: True})
+    name = option.removeprefix("output_")
+    for mine, theirs in zip(one[name], expected[name], strict=True):
+        close(mine, theirs)
+    assert not found.replays["prompt"]
+    assert found.refusals[f"language model: the argument {option} of its forward()"] == 7
+
+
+def test_gradients(model, call):
+    found = played.switch_on(model)
+    loss = model(**call, labels=call["input_ids"].masked_fill(call["attention_mask"] == 0, -100).clamp(max=2)).loss
+    loss.backward()
+    assert model.model.language_model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().max() > 0
+    assert not found.replays
+    assert set(found.refusals) == {
+        f"{part}: gradients are computed; use torch.no_grad()" for part in ("vision tower", "language model")
+    }
+
+
+def test_autocast(model, call):
+    found = played.switch_on(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        answer(model, call)
+    assert not found.replays
+    assert found.refusals["language model: autocast is on"] == 7
+
+
+def test_a_static_cache_is_filled_in_place(model, call):
+    expected = answer(model, call, cache_implementation="static")
+    found = played.switch_on(model)
+    same(answer(model, call, cache_implementation="static"), expected)
+    assert found.replays == {"vision": 1, "prompt": 1}
+    assert found.refusals == {
+        "language model: a step with a StaticCache, or with layers of it that are no DynamicLayer": 6
+    }
+
+
+@torch.no_grad()
+def test_a_mask_of_four_dimensions_from_a_caller(model):
+    embeds = model.get_input_embeddings()(torch.tensor([[5, 6, 7]]))
+    language, mask = model.model.language_model, torch.ones(1, 1, 3, 3, dtype=torch.bool)  # each token sees all
+    expected = language(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    found = played.switch_on(model)
+    assert torch.equal(language(inputs_embeds=embeds, attention_mask=mask).last_hidden_state, expected)
+    assert found.refusals == {"language model: a mask [1, 1, 3, 3] for a prompt [1, 3]": 1}
+
+
+@torch.no_grad()
+def test_samples_packed_in_a_row(model):
+    embeds = model.get_input_embeddings()(torch.tensor([[5, 6, 7, 8, 9, 10]]))
+    language, positions = model.model.language_model, torch.tensor([[0, 1, 2, 0, 1, 2]])
+    call = {"inputs_embeds": embeds, "position_ids": positions, "use_cache": False}
+    expected = language(**call).last_hidden_state
+    found = played.switch_on(model)
+    assert torch.equal(language(**call).last_hidden_state, expected)
+    assert not found.replays
+
+
+@torch.no_grad()
+def test_forward_by_hand(model, call):
+    found = played.switch_on(model)
+
+    def two_tokens():
+        out = model(**call)
+        token = out.logits[:, -1:].argmax(-1)
+        mask = torch.cat([call["attention_mask"], torch.ones_like(token)], 1)
+        cache = {key: value for key, value in out.items() if key in ("cache", "past_key_values")}
+        return out.logits, model(input_ids=token, attention_mask=mask, **cache).logits
+
+    replayed = two_tokens()
+    with without(found, model):
+        close(replayed, two_tokens())
+    assert found.replays == {"vision": 1, "prompt": 1}
+    assert found.refusals == {"language model: one token outside of generate()": 1}
+
+
+# Caches
+
+
+def cache_of(out):
+    return out.get("cache", out.get("past_key_values"))
+
+
+def test_caches_keep_their_values(model, call):
+    found = played.switch_on(model)
+    first = answer(model, call)
+    kept = [(layer.keys.clone(), layer.values.clone()) for layer in cache_of(first).layers]
+    tensors = [(layer.keys, layer.values) for layer in cache_of(first).layers]
+    answer(model, inputs(prompts("unequal_images")))
+    cache = weakref.ref(cache_of(first))
+    del first  # and with it the cache; its tensors stay
+    gc.collect()
+    assert cache() is None
+    answer(model, inputs(prompts("unequal_images")))
+    for now, before in zip(tensors, kept, strict=True):
+        assert all(map(torch.equal, now, before))
+    assert found.replays["prompt"] == 3
+
+
+@pytest.mark.supported("Graphs", "further turns on a returned cache, and on one that was cropped, reordered or copied")
+@pytest.mark.parametrize("change", ["none", "crop", "reorder", "deepcopy", "select"])
+def test_further_turns(model, call, change):
+    def turns():
+        first = answer(model, call)
+        cache, sequences = cache_of(first), first.sequences
+        if change == "crop":
+            cache.crop(-2)
+        elif change == "reorder":
+            cache.reorder_cache(torch.tensor([0, 1, 2]))
+        elif change == "deepcopy":
+            cache = copy.deepcopy(cache)
+        elif change == "select":
+            cache.batch_select_indices(torch.tensor([2, 0]))
+            sequences = sequences[[2, 0]]
+        longer = torch.cat([sequences, torch.full((len(sequences), 4), 7)], 1)
+        pad = torch.zeros(len(sequences), longer.shape[1] - call["input_ids"].shape[1]).long() + 1
+        mask = torch.cat([call["attention_mask"] if change != "select" else call["attention_mask"][[2, 0]], pad], 1)
+        return first, answer(model, {"input_ids": longer, "attention_mask": mask}, past_key_values=cache)
+
+    expected = turns()
+    found = played.switch_on(model)
+    for mine, theirs in zip(turns(), expected, strict=True):
+        same(mine, theirs)
+    assert found.replays["step"] >= 11
+
+
+def test_two_caches_in_turn(model, call):
+    """Each step of a generation takes the memory from the other."""
+    found = played.switch_on(model)
+    other = inputs(prompts("left_padded")[::-1])
+    expected = [answer(model, each).sequences for each in (call, other)]
+    results = {}
+
+    def run(name, each):
+        results[name] = [answer(model, each).sequences for _ in range(3)]
+
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate((call, other))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, sequences in enumerate(expected):
+        assert all(torch.equal(each, sequences) for each in results[number])
+    assert found.replays["step"] == 8 * 6
+
+
+def test_assisted_decoding(model, call):
+    assistant, one = models.build(seed=1), inputs(prompts("one"))
+    vtc.enable(assistant, keep=KEEP)
+    expected = model.generate(**one, max_new_tokens=12, do_sample=False, assistant_model=assistant)
+    played.switch_on(assistant)
+    found = played.switch_on(model)
+    assert torch.equal(model.generate(**one, max_new_tokens=12, do_sample=False, assistant_model=assistant), expected)
+    assert found.replays["vision"] == 1
+
+
+def test_inference_mode_and_then_none(model, call):
+    expected = answer(model, call)
+    found = played.switch_on(model)
+    with torch.inference_mode():
+        same(answer(model, call), expected)
+    same(answer(model, call), expected)
+    with torch.inference_mode():
+        same(answer(model, call), expected)
+    assert found.replays == {"vision": 3, "prompt": 3, "step": 18}
+
+
+def test_a_cache_of_the_caller(model):
+    call = inputs(prompts("one"))
+    expected = answer(model, call)
+    found, cache = played.switch_on(model), DynamicCache()
+    same(answer(model, call, past_key_values=cache), expected)
+    assert cache.get_seq_length() == cache_of(expected).get_seq_length()
+    close([layer.keys for layer in cache.layers], [layer.keys for layer in cache_of(expected).layers])
+    assert found.replays["step"] == 6
+
+
+# Copies, memory
+
+
+def test_a_copy_has_no_graphs(model, call):
+    expected = answer(model, call)
+    found = played.switch_on(model)
+    answer(model, call)
+    twin = copy.deepcopy(model)
+    twin.model.language_model.layers[0].mlp.up_proj.weight.data.mul_(1.2)
+    seen = found.replays.copy()
+    assert not torch.equal(answer(twin, call).logits[0], expected.logits[0])
+    assert found.replays == seen
+    same(answer(model, call), expected)
+    assert played.switch_on(twin) is not found  # a copy may have its own
+    twin.model.language_model.layers[0].mlp.up_proj.weight.data.copy_(
+        model.model.language_model.layers[0].mlp.up_proj.weight
+    )
+    same(answer(twin, call), expected)
+
+
+def test_pickling(model, call):
+    expected = answer(model, call)
+    fresh = models.build()  # transformers' hooks of a model that has run cannot be pickled
+    vtc.enable(fresh, keep=KEEP)
+    played.switch_on(fresh)
+    file = io.BytesIO()
+    torch.save(fresh, file)
+    file.seek(0)
+    same(answer(torch.load(file, weights_only=False), call), expected)
+
+
+def test_a_model_is_freed_at_once():
+    model = models.build()
+    vtc.enable(model, keep=KEEP)
+    found = played.switch_on(model)
+    answer(model, inputs(prompts("one")))
+    seen = [weakref.ref(each) for each in (model.model, model.model.language_model, found)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model, found
+        assert [ref() for ref in seen] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("close_it", [lambda model, found: found.close(), lambda model, found: vtc.disable(model)])
+def test_closing(model, call, close_it):
+    found = played.switch_on(model)
+    answer(model, call)
+    close_it(model, found)
+    assert len(found) == 0
+    assert graphs.of(model.model) is None
+    assert "forward" not in vars(model.model.language_model)
+    vtc.enable(model, keep=KEEP)
+    seen = found.replays.copy()
+    answer(model, call)
+    assert found.replays == seen
+    found.close()  # twice is once
+
+
+def test_new_graphs_take_the_place_of_the_old(model, call):
+    first = played.switch_on(model)
+    answer(model, call)
+    second = played.switch_on(model)
+    answer(model, call)
+    assert len(first) == 0
+    assert second.replays["prompt"] == 1
+    first.close()  # which no longer are the model's
+    answer(model, call)
+    assert second.replays["prompt"] == 2
+
+
+# What is said
+
+
+def test_what_a_block_reports(model, call):
+    played.switch_on(model)
+    with vtc.compress(model) as run:
+        answer(model, call)
+        undo = hooked(model)
+        answer(model, call)
+        undo()
+    assert run.replays == {"vision": 2, "prompt": 1, "step": 6}
+    assert run.refusals == {"language model: there are hooks on its modules": 7}
+    lines = run.report().splitlines()
+    assert lines[-2:] == [
+        "replayed from graphs: vision 2, prompt 1, step 6",
+        "not replayed: language model: there are hooks on its modules (7)",
+    ]
+    with vtc.compress(model) as run:
+        pass
+    assert run.replays == {}
+
+
+def test_status(model, call):
+    assert vtc.status(model).graphs is None
+    found = played.switch_on(model)
+    answer(model, call)
+    text = "graphs: 3 recorded\nreplayed: vision 1, prompt 1, step 6"
+    assert vtc.status(model).graphs == str(found) == text
+    assert str(vtc.status(model)).endswith(text)
+
+
+def test_on_a_cpu_there_is_nothing_to_gain(model, call, caplog):
+    expected = answer(model, call)
+    made = vtc.graphs(model)
+    why = "the model is on cpu; graphs need a CUDA GPU: on a CPU, computing takes longer than launching"
+    assert caplog.messages[-1] == f"graphs are switched on, but nothing is replayed: {why}"
+    said = len(caplog.messages)
+    one = answer(model, call)
+    assert all(map(torch.equal, one.logits, expected.logits))
+    assert not made.replays
+    assert made.refusals == {f"vision tower: {why}": 1, f"language model: {why}": 7}
+    assert not [text for text in caplog.messages[said:] if "graph" in text]
+
+
+def test_a_model_that_does_not_compress_is_named(caplog):
+    vtc.graphs(models.build())
+    assert "graphs act on models that compress, and this one does not; vtc.enable(model) switches it on" in (
+        caplog.messages
+    )
+
+
+# Ahead
+
+
+def test_warm_up(model, monkeypatch):
+    monkeypatch.setattr(graphs, "recorder_of", played.recorder(model.model))
+    made = vtc.graphs(model, warm_up=[(1, TOKENS + 6), (2, TOKENS + 60, 400)])
+    assert sorted(key[:3] for key, _ in made._recorded._functions if key[0] != "views") == [
+        ("prompt", 1, 32), ("prompt", 2, 96), ("step", 1, 256), ("step", 1, 512), ("step", 2, 256), ("step", 2, 512),
+    ]  # fmt: skip
+    count = len(made)
+    assert count == 8
+    answer(model, inputs([models.ids(5, "image")]))
+    answer(model, inputs([models.ids(58, "image", seed=s) for s in range(2)]), max_new_tokens=300)
+    assert len(made) == count
+    assert not made.refusals
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([(1,)], r"warm_up must be pairs \(batch, length\), or \(batch, length, new tokens\), got \(1,\)"),
+        ([(0, 50)], "warm_up must be pairs"),
+        ([(1, 50.0)], "warm_up must be pairs"),
+        ([7], "warm_up must be pairs"),
+        ([(1, TOKENS)], f"a prompt of {TOKENS} tokens, but an image alone has {TOKENS}"),
+    ],
+)
+def test_sizes_that_are_not_accepted(model, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        vtc.graphs(model, warm_up=sizes)
+    assert graphs.of(model.model) is None
+
+
+def test_tiles_cannot_be_warmed_up():
+    model = models.build(family="llava_next")
+    vtc.enable(model, keep=KEEP)
+    with pytest.raises(ValueError, match=r"LLaVA-NeXT \(1.6\) cuts it into tiles; leave it out"):
+        vtc.graphs(model, warm_up=[(1, 100)])
+
+
+def test_arguments_that_are_not_accepted(model):
+    with pytest.raises(ValueError, match="limit must be a number of graphs of at least 1, got 0"):
+        vtc.graphs(model, limit=0)
+    with pytest.raises(ValueError, match="warm_up needs a model that generates, got a LlavaModel"):
+        vtc.graphs(model.model, warm_up=[(1, 100)])
+    with pytest.raises(ValueError, match="Linear holds no LLaVA model"):
+        vtc.graphs(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.refused("`vtc.graphs` on a model whose weights accelerate moves", "load it on one device")
+def test_a_forward_that_others_replaced(model):
+    language = model.model.language_model
+    own = language.forward
+    language.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    with pytest.raises(ValueError, match=r"forward\(\) of the LlamaModel was replaced, as accelerate does"):
+        vtc.graphs(model)
+    assert graphs.of(model.model) is None
+
+
+# Compiled
+
+
+@pytest.mark.supported("Graphs", "of compiled code: `compile=True`")
+def test_compiled_code(model, call):
+    torch._dynamo.reset()
+    expected = answer(model, call)
+    found = played.switch_on(model, compile=True)
+    for _ in range(2):
+        same(answer(model, call), expected)
+    assert not found.refusals
+    assert found.replays == {"vision": 2, "prompt": 2, "step": 12}
+    torch._dynamo.reset()
