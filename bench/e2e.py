@@ -14,11 +14,14 @@ from transformers import LlavaForConditionalGeneration
 
 import vtc
 from bench import record, roofline, speedups, table, timing
+from bench.accuracy import WrongResult
 from bench.jobs import Job
 from bench.jobs import run as run_jobs
 from bench.micro import chosen
+from bench.played import switch_on as play_graphs
 from bench.record import Record
-from bench.stages import MODELS, TEXT_TOKENS, Stages, build, make_inputs, shared_copy
+from bench.stages import MODELS, TEXT_TOKENS, Stages, build, make_inputs, require_close, shared_copy
+from vtc.hf.graphs.model import of as graphs_of
 
 NEW_LENGTH = "first token, new length"
 LONG = "generate 32"
@@ -32,23 +35,36 @@ STAGES = (
     "vision", "selection", "projector", "prefill", "decode",
     "first token", "first token, one graph", NEW_LENGTH, *GENERATE,
 )  # fmt: skip
+WITH_GRAPHS = ("first token", *GENERATE)
 KEEPS = (192, 128, 64, 32)
 
 
 class Variant(NamedTuple):
-    """One side of a comparison: the number of kept visual tokens, None for the stock model, and which SDPA may run."""
+    """One side of a comparison.
+
+    Attributes
+    ----------
+    keep : int or None
+        Kept visual tokens; None for the stock model.
+    cudnn : bool
+        Whether cuDNN's SDPA may run.
+    graphs : bool
+        Whether `vtc.graphs` is on; for the stock model with `method="none"`.
+    """
 
     keep: int | None
     cudnn: bool = True
+    graphs: bool = False
 
     @property
     def name(self) -> str:
-        return ("sdpa" if self.keep is None else f"vtc {self.keep}") + ("" if self.cudnn else ", no cudnn")
+        kind = "sdpa" if self.keep is None else f"vtc {self.keep}"
+        return kind + ("" if self.cudnn else ", no cudnn") + (", graphs" if self.graphs else "")
 
     @property
     def stock(self) -> Variant:
         """The variant that it is compared with."""
-        return self._replace(keep=None)
+        return self._replace(keep=None, graphs=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +110,7 @@ class Bench:
     def __init__(self, name: str, device: torch.device, image_size: int) -> None:
         self.name, self.device, self.image_size = name, device, image_size
         self._ready: dict[tuple[int, Variant], Stages | Exception] = {}
+        self._graphed: tuple[int | None, LlavaForConditionalGeneration] | None = None
 
     @functools.cached_property
     def stock(self) -> tuple[str, LlavaForConditionalGeneration]:
@@ -105,6 +122,19 @@ class Bench:
         """A model that compresses, with the stock model's weights."""
         return shared_copy(self.stock[1])
 
+    def graphed(self, keep: int | None) -> LlavaForConditionalGeneration:
+        """A model with graphs and the stock model's weights. It takes the place of the one before."""
+        if self._graphed is None or self._graphed[0] != keep:
+            self._ready, self._graphed = {}, None  # frees its graphs
+            model = shared_copy(self.stock[1])
+            vtc.enable(model, **({"method": "none"} if keep is None else {"keep": keep}))
+            if self.device.type == "cuda":
+                vtc.graphs(model)
+            else:
+                play_graphs(model)
+            self._graphed = keep, model
+        return self._graphed[1]
+
     @functools.cached_property
     def copy(self) -> float:
         return timing.copy_gb_per_s(self.device)
@@ -115,8 +145,12 @@ class Bench:
 
     @contextlib.contextmanager
     def running(self, variant: Variant) -> Iterator[LlavaForConditionalGeneration]:
-        model = self.stock[1] if variant.keep is None else self.compressed
-        if variant.keep is not None:
+        if variant.graphs:
+            model = self.graphed(variant.keep)
+        elif variant.keep is None:
+            model = self.stock[1]
+        else:
+            model = self.compressed
             vtc.enable(model, keep=variant.keep)
         before = torch.backends.cuda.cudnn_sdp_enabled()
         with torch.no_grad():
@@ -134,6 +168,8 @@ class Bench:
             try:
                 stages = Stages(model, make_inputs(model, batch), variant.keep)
                 stages.check()
+                if variant.graphs:
+                    self._check_graphs(stages, batch, variant)
                 self._ready[batch, variant] = stages
             except Exception as error:  # out of memory, say
                 self._ready[batch, variant] = error
@@ -141,6 +177,15 @@ class Bench:
         if isinstance(ready, Exception):
             raise ready
         return ready
+
+    def _check_graphs(self, stages: Stages, batch: int, variant: Variant) -> None:
+        """The gate of graphs: they were replayed, and give the logits of the model without them."""
+        logits = stages.first_token()
+        made = graphs_of(stages.base)
+        if made is None or not {"vision", "prompt"} <= made.replays.keys():
+            raise WrongResult(f"nothing was replayed: {made}")
+        with self.running(variant._replace(graphs=False)) as model:
+            require_close("logits", logits, model(**stages.inputs, logits_to_keep=1).logits)
 
     def stock_timer(self, batch: int, variant: Variant, stage: str) -> Callable[[], float] | None:
         """A function that times the stock model's stage once; None if there is none to compare with, or it failed."""
@@ -184,6 +229,7 @@ def jobs(device: torch.device, options: Options) -> list[Job]:
     bench = functools.lru_cache(maxsize=1)(lambda name: Bench(name, device, options.image_size))
     # cuDNN's SDPA spends tens of milliseconds on planning for each new length, and every generated token is one.
     variants = (Variant(None), *map(Variant, options.keeps))
+    with_graphs = [Variant(keep, graphs=True) for keep in (None, options.keeps[-1])]
     lengths = [Variant(keep, cudnn) for keep in (None, options.keeps[-1]) for cudnn in (True, False)]
     short = [stage for stage in STAGES if stage not in (NEW_LENGTH, LONG)]
     made = []
@@ -196,6 +242,9 @@ def jobs(device: torch.device, options: Options) -> list[Job]:
             if stage != "selection" or v.keep
         ]
         first = options.batches[0]
+        graphed = [(batch, v, stage) for v in with_graphs for batch in options.batches for stage in WITH_GRAPHS]
+        place = sum(batch == first for batch, _, _ in numbers)  # early, as most depends on them
+        numbers[place:place] = graphed
         numbers += [(first, v, stage) for v in lengths for stage in (NEW_LENGTH, *GENERATE)]
         numbers += [(batch, v, LONG) for batch in options.batches for v in variants]  # last, as they take the longest
         for batch, variant, stage in dict.fromkeys(numbers):
@@ -217,6 +266,7 @@ def run(device: torch.device, options: Options, out: Path | None, say: Callable[
     for line in (*shares(records), *speedups.bounds(records)):
         say(line)
     if records:
+        say("\n" + speedups.with_graphs(records))
         say("\n" + table.tables(records) + "\n\n" + table.provenance_line(records[-1]))
     for name, why in failed.items():
         say(f"NO NUMBER: {name}: {why}")

@@ -64,7 +64,9 @@ def models(records: list[Record]) -> list[tuple[str, float]]:
 def _model(name: str, records: list[Record]) -> list[tuple[str, float]]:
     lines = []
     found = {(r.op, r.backend, r.shape["B"]): r for r in records}
-    variants = dict.fromkeys(r.backend for r in records if r.backend.startswith("vtc"))
+    variants = dict.fromkeys(
+        r.backend for r in records if r.backend.startswith("vtc") or r.backend.endswith(", graphs")
+    )
     for variant in variants:
         stock = variant.replace(variant.partition(",")[0], "sdpa")
         for op in dict.fromkeys(r.op for r in records):
@@ -127,6 +129,22 @@ def new_lengths(records: list[Record]) -> str:
             rows.append([*sizes, *(f"{ms:.0f}" for ms in times), f"{r.speedup_50:.2f}x"])
     columns = ["model", "B", "tokens", "what is timed", "cuDNN", "stock, ms", "VTC, ms", "stock / VTC"]
     return table.markdown(columns, sorted(rows))
+
+
+def with_graphs(records: list[Record]) -> str:
+    """A table of the stock model and VTC, each without and with graphs, by what is timed and batch size."""
+    found = {(r.model, r.op, r.shape["B"], r.backend): r for r in records}
+    rows = []
+    for model, op, batch, variant in found:
+        if not (variant.startswith("vtc") and variant.endswith(", graphs")):
+            continue
+        names = ("sdpa", "sdpa, graphs", variant.removesuffix(", graphs"), variant)
+        times = [r.ms_50 if (r := found.get((model, op, batch, name))) else None for name in names]
+        ours = found[model, op, batch, variant].ms_50
+        shown = [*(f"{ms:.1f}" if ms else "" for ms in times), *(f"{ms / ours:.2f}x" if ms else "" for ms in times[:2])]
+        rows.append([model, op, str(batch), variant.split()[1].rstrip(","), *shown])
+    columns = ["model", "what is timed", "B", "tokens", "stock, ms", "stock, graphs", "VTC", "VTC, graphs"]
+    return table.markdown([*columns, "to stock", "to stock, graphs"], sorted(rows))
 
 
 def with_floors(records: list[Record], matmul_tflop_per_s: float) -> list[Record]:

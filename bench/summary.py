@@ -90,6 +90,7 @@ def page(out: Path, ran: dict[str, Ran], chosen: Sequence[str]) -> str:
         "WRONG": _wrong(ran),
         "FAST (device time unless it says host; above 1 VTC is faster)": fast,
         "SLOW": slow,
+        "GRAPHS": speedups.with_graphs(whole).splitlines(),
         "BOUNDS": speedups.bounds(whole),
         "COUNTERS": _counters(out, ran),
         "TO PASTE (MEASURED in kernels/tuning.py, FUSED in vtc/ops/cls_attention.py)": attention.to_paste(

@@ -4,7 +4,8 @@ import pytest
 import torch
 from support.bench import CPU
 
-from bench import e2e, record, roofline, timing
+from bench import e2e, record, roofline, speedups, timing
+from bench.played import PlayedRecorder
 from vtc.methods.vtc_cls import VTCCLS
 
 STOCK, FEW = e2e.Variant(None), e2e.Variant(64)
@@ -44,8 +45,10 @@ def test_e2e_times_every_stage(tmp_path, small_images):
     assert variants.pop("selection") == {"vtc 128", "vtc 64"}
     lengths = {"sdpa", "vtc 64", "sdpa, no cudnn", "vtc 64, no cudnn"}
     assert variants.pop("first token, new length") == lengths
+    graphed = {"sdpa, graphs", "vtc 64, graphs"}
     for stage in ("generate 1", "generate 32"):
-        assert variants.pop(stage) == lengths | {"vtc 128"}
+        assert variants.pop(stage) == lengths | {"vtc 128"} | graphed
+    assert variants.pop("first token") == {"sdpa", "vtc 128", "vtc 64"} | graphed
     assert {r.sdpa for r in records if r.op in ("vision", "prefill", "decode")} == {"flash (CPU)"}
     assert torch.backends.cuda.cudnn_sdp_enabled()
     assert all(found == {"sdpa", "vtc 128", "vtc 64"} for found in variants.values())
@@ -72,6 +75,32 @@ def test_e2e_compares_with_the_stock_model_in_turn(small_images):
     (made,) = bench.number(1, FEW, "first token", rep_ms=0.0, played=False)
     assert str(timing.SAMPLES * [40 + 144, 40 + 64])[1:-1] in str(prompts)
     assert made.speedup_20 <= made.speedup_50 <= made.speedup_80
+
+
+def test_graphs_are_timed_beside_both_baselines(small_images):
+    bench = bench_of()
+    made = []
+    for variant in (STOCK, FEW, STOCK._replace(graphs=True), FEW._replace(graphs=True)):
+        made += bench.number(1, variant, "generate 1", rep_ms=0.0, played=False)
+    assert [r.backend for r in made] == ["sdpa", "vtc 64", "sdpa, graphs", "vtc 64, graphs"]
+    assert [r.speedup_50 is None for r in made] == [True, False, False, False]
+    (row,) = speedups.with_graphs(made).splitlines()[2:]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[:4] == ["small LLaVA", "generate 1", "1", "64"]
+    assert [float(cell) for cell in cells[4:8]] == [round(r.ms_50, 1) for r in made]
+    assert cells[8:] == [f"{made[place].ms_50 / made[3].ms_50:.2f}x" for place in (0, 2)]
+
+
+def test_graphs_that_replay_nothing_give_no_number(small_images, monkeypatch):
+    monkeypatch.setattr(e2e, "play_graphs", lambda model: None)
+    with pytest.raises(e2e.WrongResult, match="nothing was replayed"):
+        bench_of().number(1, FEW._replace(graphs=True), "generate 1", rep_ms=0.0, played=False)
+
+
+def test_graphs_that_are_wrong_give_no_number(small_images, monkeypatch):
+    monkeypatch.setattr(PlayedRecorder, "record", lambda self, function, inputs, outputs: lambda: None)
+    with pytest.raises(e2e.WrongResult, match="logits: relative error"):
+        bench_of().number(1, FEW._replace(graphs=True), "generate 1", rep_ms=0.0, played=False)
 
 
 def test_the_stock_model_shares_its_weights_and_is_never_enabled(small_images):
@@ -104,9 +133,9 @@ def test_e2e_gives_no_number_for_the_wrong_patches(tmp_path, monkeypatch, small_
     monkeypatch.setattr(VTCCLS, "select", lambda *args: (select(*args)[0], -select(*args)[1]))
     said = []
     assert e2e.run(CPU, SMALL, tmp_path / "e2e.jsonl", say=said.append) == 1
-    assert {r.backend for r in record.read(tmp_path / "e2e.jsonl")} == {"sdpa", "sdpa, no cudnn"}
+    assert {r.backend for r in record.read(tmp_path / "e2e.jsonl")} == {"sdpa", "sdpa, no cudnn", "sdpa, graphs"}
     refused = [line for line in said if line.startswith("NO NUMBER: small LLaVA B=1 vtc")]
-    assert len(refused) == 9 + 9 + 1 + 3  # every stage of every variant
+    assert len(refused) == 9 + 9 + 1 + 3 + 3  # every stage of every variant
     assert all("WrongResult: " in line for line in refused)
 
 
