@@ -31,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     _output_options(add)
     add = commands.add_parser("launches", help="kernels, launches, reads and Python calls: stock beside VTC")
     add.add_argument("--out", type=Path, help="folder for the record, JSON lines")
+    add = commands.add_parser("host", help="what the first token costs the host, with and without graphs")
+    add.add_argument("--rounds", type=_positive, default=30, help="of which the least times count")
+    add.add_argument("--out", type=Path, help="folder for the record, JSON lines")
     add = commands.add_parser("compare", help="two git revisions in one run; further options are those of micro")
     add.add_argument("revision", help="compared with the working tree")
     add = commands.add_parser("quality", help="accuracy of the bundled model, method by method, token by token")
@@ -173,6 +176,12 @@ def _launches(chosen: Any, rest: list[str]) -> int:
     return launches.run(chosen.out)
 
 
+def _host(chosen: Any, rest: list[str]) -> int:
+    from bench import host
+
+    return host.run(chosen.out, chosen.rounds)
+
+
 def _compare(chosen: Any, rest: list[str]) -> int:
     from bench import compare
 
@@ -259,6 +268,7 @@ def _plot(chosen: Any, rest: list[str]) -> int:
 COMMANDS = {
     "micro": _micro,
     "e2e": _e2e,
+    "host": _host,
     "launches": _launches,
     "quality": _quality,
     "cpu": _cpu,

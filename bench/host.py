@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import vtc
 from bench import launches, record
-from bench.record import Provenance
+from bench.record import Provenance, Record
 from vtc.hf.graphs import model as graphs
 
 FILE = "host.jsonl"
@@ -192,6 +192,32 @@ def run(out: Path | None, rounds: int, say: Callable[[str], None] = print) -> in
     return 0
 
 
+def expected(records: Sequence[Record], hosts: Sequence[Host]) -> str:
+    """Markdown: milliseconds to the first token with graphs, by batch size, and the least that they save.
+
+    The host's time before the tower and between the tower and the language model is added to the GPU's time, as if
+    neither worked while the other does.
+    """
+    host = {each.variant: (each.before_us + each.between_us) / 1000 for each in hosts}
+    found = {(r.shape["B"], r.op, r.backend): r for r in records if r.model == "LLaVA-1.5-7B"}
+    stages = ("vision", "projector", "prefill")
+    rows = [["B", "tokens", "stock, measured", "stock: GPU + host = with graphs", "VTC: GPU + host = with graphs"]]
+    rows[0] += ["to stock", "to stock with graphs"]
+    for batch, op, name in found:
+        if op != "first token" or not name.startswith("vtc"):
+            continue
+        gpu = {each: sum(found[batch, op, each].ms for op in stages) for each in ("sdpa", name)}
+        called = found[batch, op, name].ms_50 * (found[batch, op, name].speedup_50 or 1.0)  # sampled in turn
+        stock, ours = gpu["sdpa"] + host["stock, graphs"], gpu[name] + host["vtc, graphs"]
+        sums = [
+            f"{gpu[each]:.1f} + {host[kind]:.1f} = {total:.1f}"
+            for each, kind, total in (("sdpa", "stock, graphs", stock), (name, "vtc, graphs", ours))
+        ]
+        ratios = [f"{each / ours:.1f}x" for each in (called, stock)]
+        rows.append([str(batch), name.removeprefix("vtc "), f"{called:.1f}", *sums, *ratios])
+    return _markdown(rows)
+
+
 def table(made: list[Host]) -> str:
     """Markdown: one row for each variant."""
     rows = [["first token of", "kernels", "Triton launches", "graphs", "reads", "ms before the tower"]]
@@ -200,4 +226,8 @@ def table(made: list[Host]) -> str:
         parts = [getattr(each, name) for name in TIMES]
         shown = [f"{us / 1000:.2f}" for us in (*parts, sum(parts), each.step_us)]
         rows.append([each.variant, *map(str, (each.kernels, each.launches, each.replays, each.reads)), *shown])
+    return _markdown(rows)
+
+
+def _markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])

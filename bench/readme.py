@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import calls, card, cpu, launches, pages, probe, quality, quality_tables, record, speedups
+from bench import calls, card, cpu, host, launches, pages, probe, quality, quality_tables, record, speedups
 from bench import parts as gpu
 from bench.checkout import ROOT
 from bench.workloads import WORKLOADS
@@ -282,6 +282,19 @@ def launch_counts(page: Path) -> str:
     return launches.table(after, before)
 
 
+def host_costs(page: Path) -> str:
+    """What the first token costs the host, with and without graphs."""
+    return host.table(record.read(page.parent / host.FILE, host.Host))
+
+
+def expected(page: Path) -> str:
+    """The time to the first token with graphs that follows from the GPU's times on an H200 and the host's on a CPU."""
+    return host.expected(
+        record.read(ROOT / "bench/results/h200" / WHOLE_MODELS["h200"]),
+        record.read(ROOT / "bench/results/host" / host.FILE, host.Host),
+    )
+
+
 def parts(page: Path) -> str:
     """The parts of `python -m bench gpu`, with the seconds that each gets at most."""
     rows = [[f"`{name}`", str(part.seconds), PARTS[name]] for name, part in gpu.PARTS.items()]
@@ -313,8 +326,10 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
     "bounds": bounds,
     "cpu_times": cpu_times,
+    "expected": expected,
     "files": files,
     "first_tokens": first_tokens,
+    "host": host_costs,
     "kernels": kernels,
     "launches": launch_counts,
     "methods": methods,

@@ -639,7 +639,7 @@ def test_status(model, call):
 def test_on_a_cpu_there_is_nothing_to_gain(model, call, caplog):
     expected = answer(model, call)
     made = vtc.graphs(model)
-    why = "the model is on cpu; graphs need a CUDA GPU: on a CPU, computing takes longer than launching"
+    why = "the model is on a CPU, where graphs gain nothing: computing takes longer than launching"
     assert caplog.messages[-1] == f"graphs are switched on, but nothing is replayed: {why}"
     said = len(caplog.messages)
     one = answer(model, call)

@@ -15,10 +15,11 @@ from vtc.cli.output import print_table
 from vtc.eval.ask import counted
 from vtc.eval.model import ModelSpec, pick_device, pick_dtype
 from vtc.hf import attention
+from vtc.hf.graphs.model import why_not
 
 
 def environment() -> dict[str, Any]:
-    """The JSON document: `versions`, `devices`, `backends`, `attention` and `flash_attn`."""
+    """The JSON document: `versions`, `devices`, `backends`, `attention`, `flash_attn` and `graphs`."""
     installed = {
         name: next((found.version for found in metadata.distributions(name=name)), None)
         for name in ("triton", "transformers", "pillow", "flash-attn")
@@ -39,6 +40,7 @@ def environment() -> dict[str, Any]:
         "backends": {name: {op: _backend(op, torch.device(name)) for op in ops.OPS} for name in devices},
         "attention": {name: _plain_attention(torch.device(name)) for name in devices},
         "flash_attn": flash,
+        "graphs": {name: _graphs(torch.device(name)) for name in devices},
     }
 
 
@@ -68,6 +70,11 @@ def _backend(op: str, device: torch.device) -> dict[str, str]:
     return {"backend": choice, "why": why}
 
 
+def _graphs(device: torch.device) -> dict[str, Any]:
+    why = why_not(device)
+    return {"available": why is None, "why": why or "vtc.graphs(model) replays CUDA graphs"}
+
+
 def _plain_attention(device: torch.device) -> dict[str, dict[str, str]]:
     choices = {dtype: attention.plain_attention(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     return {
@@ -86,6 +93,8 @@ def show(found: dict[str, Any]) -> None:
         (device, dtype, a["choice"], a["why"]) for device, of in found["attention"].items() for dtype, a in of.items()
     ]
     print_table("attention of layers without scores", ("device", "dtype", "choice", "why"), rows)
+    graphs = [(device, "yes" if g["available"] else "no", g["why"]) for device, g in found["graphs"].items()]
+    print_table("graphs", ("device", "available", "why"), graphs)
     typer.echo(f"flash-attn: {found['flash_attn'] or 'not installed'}")
     if about := found.get("model"):
         typer.echo(

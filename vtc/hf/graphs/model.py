@@ -21,14 +21,22 @@ from vtc.hf.graphs.recorded import Recorded, Refused
 from vtc.hf.graphs.vision_calls import VisionCalls
 
 _ATTRIBUTE = "_vtc_graphs"  # of a model without a head
-NO_GAIN = "on a CPU, computing takes longer than launching"
 
 
 def recorder_of(device: torch.device) -> Recorder:
     """What records functions on a device; raises Refused if nothing does."""
-    if device.type == "cuda" and torch.version.hip is None:
-        return CudaRecorder(device)
-    raise Refused(f"the model is on {device.type}; graphs need a CUDA GPU" + (f": {NO_GAIN}" * (device.type == "cpu")))
+    if why := why_not(device):
+        raise Refused(why)
+    return CudaRecorder(device)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why nothing can be replayed on a device, or None."""
+    if device.type == "cpu":
+        return "the model is on a CPU, where graphs gain nothing: computing takes longer than launching"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the model is on {device.type}, and graphs were made for CUDA only"
+    return None
 
 
 class Graphs:
