@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import gc
+import inspect
 import sys
 from pathlib import Path
 
@@ -232,6 +234,20 @@ def test_a_stock_model_pays_two_calls_per_hook(stock, call):
     assert len(during(lambda: stock(**call))) > 20
     vtc.disable(stock)
     assert during(lambda: stock(**call)) == ["guarded"] * hooks + ["is_on"] * hooks
+
+
+@pytest.mark.parametrize("name", ["forward", "generate", "get_image_features"])
+def test_the_signature_of_a_guard_is_made_once(stock, name):
+    """generate() asks for those of forward() and get_image_features() six times a call."""
+    owner = type(stock.model if name == "get_image_features" else stock)
+    guard = getattr(owner, name)
+    assert inspect.signature(guard) is inspect.signature(guard)
+    assert inspect.signature(guard) == inspect.signature(inspect.unwrap(guard))
+    bound = getattr(stock.model if name == "get_image_features" else stock, name)
+    wrapped = functools.update_wrapper(functools.partial(guard, stock), bound)  # as accelerate's hooks do
+    for each in (bound, wrapped):
+        assert "self" not in inspect.signature(each).parameters
+        assert "kwargs" in inspect.signature(each).parameters
 
 
 def test_nothing_is_kept_in_modules(stock, call):

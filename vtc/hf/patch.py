@@ -55,9 +55,9 @@ def _guard(owner: type, name: str, ours: Callable[..., Any], images: tuple[str, 
     `generate()` pays for the look-up of an attribute, whether the model compresses or not.
     """
     stock = getattr(owner, name)
-    parameters = inspect.signature(stock).parameters.values()
+    signature = inspect.signature(stock)
     new_word, old_word = names.CACHE_WORDS
-    positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
+    positional = [p.name for p in signature.parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD][1:]
 
     @functools.wraps(stock)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +88,14 @@ def _guard(owner: type, name: str, ours: Callable[..., Any], images: tuple[str, 
 
         return ours(stock_method, self, names.read_call(call))
 
+    @functools.wraps(stock)
+    def unguarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock(self, *args, **kwargs)
+
+    # generate() asks for the signature six times a call, and Python would put it together anew each time. It is on what
+    # the guard wraps: whoever wraps the guard of an instance copies its attributes, and this signature has `self`.
+    unguarded.__signature__ = signature  # type: ignore[attr-defined]
+    guarded.__wrapped__ = unguarded  # type: ignore[attr-defined]
     guarded._vtc_guard = True  # type: ignore[attr-defined]
     setattr(owner, name, guarded)
 
