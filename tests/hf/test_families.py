@@ -207,6 +207,33 @@ def test_forward(built, case):
         golden.close(logits[i, -1], golden.logits(eager, embeds)[-1].detach())
 
 
+def noted(outputs):
+    """What the outputs of the class without a head note of images and videos: their features, since 5.24 by image."""
+    each = [outputs.get(f"{kind}_outputs", outputs.get(f"{kind}_hidden_states")) for kind in ("image", "video")]
+    by_image = [getattr(own, "pooler_output", None) for own in each if own is not None]
+    features = [own for own in each if isinstance(own, torch.Tensor)]
+    return features or [torch.cat([image.flatten() for image in own]) for own in by_image]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_features_take_their_places_without_a_count_on_the_device(built, case, monkeypatch):
+    """Stock counts placeholders there, and so waits for the vision tower. Outputs are those of stock."""
+    model, _ = built(*CASES[case])
+    call, base = prompts(*CASES[case]).call, model.model
+    with torch.no_grad():
+        expected, plain = base(**call), base(**call, return_dict=False)
+        monkeypatch.setattr(type(base), "get_placeholder_mask", None)
+        with vtc.compress(model, ratio=1.0):
+            found, as_tuple = base(**call), base(**call, return_dict=False)
+            model.generate(**call, max_new_tokens=1)
+    assert list(found) == list(expected)
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+    assert [type(each).__mro__[-3:] for each in as_tuple] == [type(each).__mro__[-3:] for each in plain]
+    ours, stock = noted(found), noted(expected)
+    assert len(ours) == len(stock) == ("pixel_values" in call) + ("pixel_values_videos" in call)
+    assert all(torch.equal(*pair) for pair in zip(ours, stock, strict=True))
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case != "llava-clip_vision_model"])
 def test_loss_and_gradients(built, case):
     """In float64, so that rounding explains no difference."""

@@ -319,6 +319,20 @@ def test_what_is_not_supported_says_so(model, stock):
         model(**call, image_sizes=torch.tensor([[84, 84]]))
 
 
+@pytest.mark.parametrize("source", ["get_image_features", "forward"])
+def test_outputs_of_another_prompt_are_counted(model, source):
+    """Only a prompt that was shortened to its images is not counted again, and once."""
+    vtc.configure(model, keep=9)
+    call = inputs(prompts("one"))
+    given = model(**call)
+    if source == "get_image_features" or not hasattr(given, "image_outputs"):  # features alone before 5.24
+        given = model.get_image_features(call["pixel_values"])
+    else:
+        given = given.image_outputs
+    with pytest.raises(ValueError, match="do not match"):
+        model(input_ids=call["input_ids"], mm_encoder_outputs={"image": given})
+
+
 def test_attention_passes_the_scaling_on():
     """CLIP's and Llama's own scaling is also SDPA's default: no model above would notice."""
     query, key, value = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))

@@ -49,7 +49,7 @@ class Family(NamedTuple):
 
     def inputs_of(self, call: dict[str, Any]) -> tuple[VisualInput, ...]:
         """The visual inputs whose pixels are among the arguments of a call."""
-        return tuple(each for each in self.inputs if call.get(each.pixels) is not None)
+        return tuple([each for each in self.inputs if call.get(each.pixels) is not None])
 
 
 FAMILIES = {

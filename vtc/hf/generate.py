@@ -134,6 +134,8 @@ def forward(stock: Stock, model: Any, call: Call) -> Any:
     if images and not pixels:
         _require_own(settings, call["mm_encoder_outputs"], note)
     settings, run = _continued(settings, note, images), settings.run
+    if images and settings.config.compresses and not torch.compiler.is_compiling():
+        stock = functools.partial(_spliced, stock, settings)
     inside_too = pixels and not settings.config.prune_after
     is_short = images and not pixels and not settings.config.prune_after  # by our generate(), before the layers
     if is_short and settings.config.positions == "original":
@@ -180,6 +182,34 @@ def _forward_images(stock: Stock, settings: Settings, call: Call) -> Any:
     if shortening:
         shortening.spread_outputs(outputs)
     return outputs.to_tuple() if returns_tuple else outputs
+
+
+def _spliced(stock: Stock, settings: Settings, **call: Any) -> Any:
+    """`stock`, the `forward` of the class without a head, with the embeddings of a prompt that was shortened here.
+
+    The stock method reads from the device how many placeholders there are, and so waits for the vision tower before it
+    starts the language model. Here they were counted when the prompt was shortened. Other prompts are stock's.
+    """
+    base, given, ids = settings.base, call.get("mm_encoder_outputs") or {}, call.get("input_ids")
+    if not given or not all([getattr(each, "is_counted", False) for each in given.values()]):
+        return stock(**call)
+    embeds, features = base.get_input_embeddings()(ids), {}
+    for visual in settings.family.inputs:
+        if (outputs := given.get(visual.modality)) is not None:
+            outputs.is_counted, each = False, outputs.pooler_output
+            if visual.layout == "frames":
+                each = each.flatten()  # as stock notes them
+            elif not isinstance(each, torch.Tensor):
+                each = torch.cat(each)
+            each = features[visual.modality] = each.to(embeds.device, embeds.dtype)
+            is_image = (ids == getattr(base.config, visual.token)).unsqueeze(-1).to(embeds.device)
+            embeds = embeds.masked_scatter(is_image, each)
+    returns_tuple = call.pop("return_dict", base.config.return_dict) is False
+    replaced = {"input_ids": None, "inputs_embeds": embeds, "mm_encoder_outputs": None, "return_dict": True}
+    result = stock(**call | replaced)
+    for modality, each in features.items():
+        names.note_images(result, modality, given[modality], each)
+    return result.to_tuple() if returns_tuple else result
 
 
 def get_features(visual: VisualInput, stock: Stock, model: Any, call: Call) -> Any:
@@ -319,6 +349,8 @@ def _shortened(
     outputs = {visual.modality: each.encode() for visual, each in views.items()}  # an adaptive method sets the counts
     counts = {token: views[visual].counts for visual, token in tokens.items()}
     shortening = prompt.shortening(counts, {token: views[visual].kept for visual, token in tokens.items()}, original)
+    for encoded in outputs.values():
+        encoded.is_counted = not torch.compiler.is_compiling()
     shortened = functools.partial(
         prompt.shortened,
         shortening,
@@ -406,15 +438,17 @@ def _encoded(settings: Settings, call: Call) -> Call:
 
 
 def _without_pixels(settings: Settings, call: Call) -> Call:
-    encoded = {"image_sizes", *(visual.pixels for visual in settings.family.inputs)}
+    encoded = {"image_sizes", *[visual.pixels for visual in settings.family.inputs]}
     return {name: value for name, value in call.items() if name not in encoded}
 
 
 def _option(model: Any, call: Call, name: str) -> Any:
     """An option of `generate()`: the argument, else the value in its generation config, else in the model's."""
-    configs = (call.get("generation_config"), model.generation_config)
-    values = (call.get(name), *(getattr(config, name, None) for config in configs))
-    return next((value for value in values if value is not None), None)
+    value = call.get(name)
+    for config in (call.get("generation_config"), model.generation_config):
+        if value is None:
+            value = getattr(config, name, None)
+    return value
 
 
 def new_tokens(model: Any, call: Call) -> int:

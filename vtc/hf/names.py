@@ -7,6 +7,7 @@ import inspect
 import logging
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from transformers.cache_utils import Cache
@@ -48,6 +49,18 @@ def cache_of(outputs: Any) -> Any:
     if isinstance(outputs, tuple):
         return next((each for each in outputs if isinstance(each, Cache)), None)
     return getattr(outputs, CACHE, None)
+
+
+def note_images(outputs: Any, modality: str, encoded: Any, features: torch.Tensor) -> None:
+    """Set what a stock `forward()` notes of its images in its `outputs`: since 5.24 the encoder's, before the features.
+
+    `features` are those of all images of the `modality`, as the language model got them.
+    """
+    word = f"{modality}_outputs"
+    if hasattr(outputs, word):
+        outputs[word] = encoded
+    else:
+        outputs[f"{modality}_hidden_states"] = features
 
 
 def let_record(model: Any) -> None:

@@ -43,9 +43,13 @@ class ImageOutputs(BaseModelOutputWithPooling):
     selections : tuple of Tensor[images, K], int64, or None
         For each stage inside the language model, which of an image's tokens before it stay. None if the method selects
         them there itself.
+    is_counted : bool
+        Whether the prompt of this call was shortened to these features. It holds for one prefill: a caller may keep the
+        outputs, and pass them with another prompt. It is no field: parts that transformers cuts lack it.
     """
 
     selections: tuple[Tensor, ...] | None = None
+    is_counted = False  # without an annotation, so it is no field
 
 
 # Arguments of a call that the stock model hands on to its vision tower, and that change what the tower computes.
