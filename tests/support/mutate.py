@@ -769,6 +769,23 @@ MUTANTS = [
     ),
     *_of(
         "vtc/hf/patch.py",
+        "hf/test_cost",
+        {
+            "a signature is made for each question": ("    unguarded.__signature__ =", "    unguarded._signature ="),
+            "whoever wraps a bound guard sees self": ("    unguarded.__signature__ =", "    guarded.__signature__ ="),
+        },
+    ),
+    *_of(
+        "vtc/hf/generate.py",
+        "hf/test_families hf/test_generate",
+        {
+            "placeholders are counted on the device": ("if not given or not all(", "if True or not all("),
+            "features of another prompt are not counted": ("outputs.is_counted, each = False, outputs", "each = outputs"),
+            "the outputs do not name the images": ("        names.note_images(", "        (lambda *_: None)("),
+        },
+    ),
+    *_of(
+        "vtc/hf/patch.py",
         "hf/test_settings_cache hf/test_conversation hf/test_versions",
         {
             "images are not looked for": ("if call.get(image) is not None:", "if False:"),
@@ -1114,7 +1131,7 @@ MUTANTS = [
         "vtc/hf/generate.py",
         "hf/test_generate",
         {
-            "the model's own generation config is left out": ('configs = (call.get("generation_config"), model.generation_config)', 'configs = (call.get("generation_config") or model.generation_config,)'),
+            "the model's own generation config is left out": ('for config in (call.get("generation_config"), model.generation_config):', 'for config in (call.get("generation_config") or model.generation_config,):'),
             "images of others accepted": ("if not is_own and (note or settings.config.compresses):", "if False:"),
         },
     ),

@@ -1,9 +1,9 @@
 """`generate()`, `forward()` and `get_image_features()` of a LLaVA that compresses.
 
 Images are encoded here and handed to transformers as its own `mm_encoder_outputs`. If tokens are dropped before the
-language model, the prompt is shortened accordingly. transformers then sees an ordinary, shorter prompt, so masks,
-positions, caches, beams and decoding need no special handling. If tokens are dropped inside the language model,
-`vtc.hf.prune` does it.
+language model, the prompt is shortened accordingly, and its images are put in here. transformers then sees an ordinary,
+shorter prompt, so masks, positions, caches, beams and decoding need no special handling. If tokens are dropped inside
+the language model, `vtc.hf.prune` does it.
 """
 
 from __future__ import annotations
