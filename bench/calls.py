@@ -22,6 +22,7 @@ AREAS = (  # the first argument of `supported`, in the table's order
     "Switching and blocks",
     "Arguments",
     "Compiling",
+    "Graphs",
 )
 
 

@@ -10,7 +10,17 @@ import collections
 
 import torch
 
-LEFT_OUT: dict[str, str] = {}  # tests that do not hold with graphs, and why
+HIDDEN = "looks at columns that the mask hides, where graphs have other values"
+LEFT_OUT = {  # tests that do not hold with graphs, and why
+    "tests/hf/test_attention.py::test_flash_attn_is_called_as_it_documents": "counts calls that a replay does not make",
+    "tests/hf/test_cost.py::test_the_cache_holds_the_short_prompt_and_nothing_else": "the tensors share their memory",
+    "tests/hf/test_cost.py::test_vision_activations_are_linear_in_the_tokens": "counts the memory of graphs, too",
+    "tests/hf/test_encode.py::test_which_way_a_scored_layer_takes": "counts calls that a recording makes, too",
+    "tests/hf/test_families.py::test_forward": HIDDEN,
+    "tests/hf/test_generate.py::test_keep_all_is_bit_identical": HIDDEN,
+    "tests/hf/test_methods_model.py::test_none_is_the_stock_model": HIDDEN,
+    "tests/hf/test_own_method.py::test_an_object_gives_the_tokens_of_the_built_in_that_it_copies": "of a report one line",
+}
 LEAST = {"vision": 500, "prompt": 500, "step": 2000}  # replays of a run over tests/hf, or it tested nothing
 replays, refusals = collections.Counter(), collections.Counter()
 really_equal = torch.equal
