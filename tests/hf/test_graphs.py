@@ -10,6 +10,7 @@ import gc
 import io
 import logging
 import threading
+import types
 import weakref
 
 import pytest
@@ -17,11 +18,16 @@ import torch
 from support import models
 from support.models import TOKENS
 from support.prompts import detailed, inputs, prompts
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import vtc
 from bench import played
+from vtc.hf.graphs import language_calls
 from vtc.hf.graphs import model as graphs
+from vtc.hf.graphs.recorded import Refused
+from vtc.hf.graphs.window import Window
 from vtc.methods import METHODS
 from vtc.methods.vtc_cls import VTCCLS
 
@@ -312,12 +318,6 @@ def replaced_forward(model):
     return lambda: layer.__dict__.pop("forward")
 
 
-def deterministic(model):
-    """Does not hinder graphs, but other kernels run."""
-    torch.use_deterministic_algorithms(True)
-    return lambda: torch.use_deterministic_algorithms(False)
-
-
 HINDRANCES = {
     hooked: "language model: there are hooks on its modules",
     hooked_before: "language model: there are hooks on its modules",
@@ -347,6 +347,102 @@ def test_what_hinders_is_named_once(model, call, caplog, hinder):
     answer(model, call)
     assert found.refusals[reason] == 14
     assert found.replays["prompt"] == 2
+
+
+def test_flags_of_pytorch_choose_other_graphs(model, call):
+    found = played.switch_on(model)
+    answer(model, call)
+    count = len(found)
+    torch.use_deterministic_algorithms(True)
+    try:
+        answer(model, call)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(found) == 2 * count
+    answer(model, call)
+    assert len(found) == 2 * count
+
+
+def test_a_window_of_the_attention(model, call):
+    """Llama's attention has none, but the graphs look at the config only."""
+    model.model.language_model.config.sliding_window = 26  # after some steps
+    found = played.switch_on(model)
+    for text in (3, 8, 19):
+        answer(model, inputs([models.ids(text, "image", 5)]), past_key_values=DynamicCache())
+    assert found.replays == {"vision": 3, "prompt": 2, "step": 6 + 3}
+    assert found.refusals == {"language model: more columns than the attention's window has": 3 + 7}
+
+
+def test_what_cannot_be_recorded_is_tried_once(model, call, monkeypatch):
+    tried = []
+
+    def record(self, function, inputs, outputs):
+        tried.append(function)
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(played.PlayedRecorder, "record", record)
+    expected = answer(model, call)
+    found = played.switch_on(model)
+    for _ in range(2):
+        one = answer(model, call)
+        assert all(map(torch.equal, one.logits, expected.logits))
+    assert len(tried) == 4  # the tower with the selection, the tower alone, the prompt, a step
+    why = "it cannot be recorded: operation not permitted when stream is capturing"
+    assert found.refusals == {f"vision tower: {why}": 4, f"language model: {why}": 14}
+
+
+def test_another_attention(model, call):
+    AttentionInterface.register("mine", sdpa_attention_forward)
+    AttentionMaskInterface.register("mine", sdpa_mask)
+    model.model.language_model.config._attn_implementation = "mine"
+    expected = answer(model, call)
+    found = played.switch_on(model)
+    same(answer(model, call), expected)
+    assert found.replays == {"vision": 1}
+    model.model.language_model.config._attn_implementation = "sdpa"
+    same(answer(model, call), expected)
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "vtc"})
+    same(answer(model, call), expected)
+    assert found.replays == {"vision": 3, "prompt": 2, "step": 12}
+
+
+def test_a_cache_that_is_offloaded():
+    cache = types.SimpleNamespace(offloading=True)
+    with pytest.raises(Refused, match="a cache that is offloaded"):
+        language_calls._require_whole(types.SimpleNamespace(config=None), cache, 3)
+
+
+def test_which_caches_fit_into_a_window():
+    window = Window(torch.zeros(4, 2, 3, 256, 8))
+
+    def cache(shapes, dtype=torch.float32):
+        made = DynamicCache()
+        for number, shape in enumerate(shapes):
+            made.update(torch.ones(shape, dtype=dtype), torch.ones(shape, dtype=dtype), number)
+        return made
+
+    fits, shorter, other = (2, 3, 5, 8), (2, 3, 4, 8), (2, 1, 5, 8)
+    assert window.fits(cache([fits, fits]), 5)
+    assert not window.fits(cache([fits, fits]), 6)
+    assert not window.fits(cache([fits, shorter]), 5)
+    assert not window.fits(cache([other, other]), 5)
+    assert not window.fits(cache([fits]), 5)
+    assert not window.fits(cache([fits, fits], torch.float64), 5)
+
+
+@torch.no_grad()
+def test_tensors_among_the_towers_arguments():
+    model = models.build(tower="dinov2")
+    vtc.enable(model, keep=KEEP)
+    pixels = models.images(1)
+    masks = [torch.arange(TOKENS)[None] < count for count in (9, 20)]
+    encode = model.model.get_image_features
+    expected = [encode(pixels, bool_masked_pos=mask).last_hidden_state for mask in masks]
+    assert not torch.equal(*expected)
+    found = played.switch_on(model)
+    for _ in range(2):
+        close([encode(pixels, bool_masked_pos=mask).last_hidden_state for mask in masks], expected)
+    assert not found.replays
 
 
 @pytest.mark.parametrize("option", ["output_attentions", "output_hidden_states"])

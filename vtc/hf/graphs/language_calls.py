@@ -117,11 +117,7 @@ class LanguageCalls:
             raise Refused("a prompt of one token")
         if mask is None and cache is None and positions is not None:
             raise Refused("positions without a mask and a cache, which may be those of samples in one row")
-        if getattr(cache, "offloading", False):
-            raise Refused("a cache that is offloaded")
-        window = getattr(model.config, "sliding_window", None)
-        if window is not None and length > window:
-            raise Refused("a prompt that is longer than the attention's window")
+        _require_whole(model, cache, length)
         place, shape = self._prepare(model, stock, embeds)
         use_cache = model.config.use_cache if call.get("use_cache") is None else call["use_cache"]
         if use_cache and cache is None:
@@ -146,10 +142,9 @@ class LanguageCalls:
             raise Refused("one token outside of generate()")
         if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
             raise Refused(f"a step with a {type(cache).__name__}, or with layers of it that are no DynamicLayer")
-        if getattr(cache, "offloading", False):
-            raise Refused("a cache that is offloaded")
         batch, column = len(embeds), _length(cache)
-        if mask is not None and (mask.ndim != 2 or mask.shape != (batch, column + 1)):
+        _require_whole(model, cache, column + 1)
+        if mask is not None and mask.shape != (batch, column + 1):
             raise Refused("a mask of other columns than the cache's")
         if positions is None:
             positions = torch.full((1, 1), column, device=embeds.device)
@@ -175,7 +170,8 @@ class LanguageCalls:
             self._windows.move_to_end(batch)
             return window
         shape = self._prepare(model, stock, embeds)[1]
-        most = column + max(1, min(now.new_tokens or 1, model.config.max_position_embeddings - column))
+        limit = getattr(model.config, "max_position_embeddings", column + 1)
+        most = max(column + 1, min(column + (now.new_tokens or 1), limit))
         if (window := self._windows.get(batch)) is None or window.columns < most:
             self._leave(batch)
             size, dtype = shape.kv(batch, _power_of_two(most)), shape.kv_dtype
@@ -248,6 +244,15 @@ def _require_plain(model: Any, call: dict[str, Any]) -> Tensor:
     if positions is not None and positions.ndim != 2:
         raise Refused("positions of more than one kind")
     return embeds
+
+
+def _require_whole(model: Any, cache: Any, columns: int) -> None:
+    """Raise Refused unless all `columns` may be seen, and are on the device."""
+    if getattr(cache, "offloading", False):
+        raise Refused("a cache that is offloaded")
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and columns > window:
+        raise Refused("more columns than the attention's window has")
 
 
 def _outputs(hidden: Tensor, cache: Any) -> BaseModelOutputWithPast:
