@@ -27,6 +27,7 @@ from bench import played
 from vtc.hf.graphs import language_calls
 from vtc.hf.graphs import model as graphs
 from vtc.hf.graphs.recorded import Refused
+from vtc.hf.graphs.state import State
 from vtc.hf.graphs.window import Window
 from vtc.methods import METHODS
 from vtc.methods.vtc_cls import VTCCLS
@@ -256,6 +257,14 @@ def test_a_model_that_changes(model, call, change):
     assert not torch.equal(expected.logits[0], before.logits[0])
     same(answer(model, call), expected)
     assert found.replays == {"vision": 2, "prompt": 2, "step": 12}
+
+
+def test_modules_that_are_compiled_are_a_change():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    before = State([module])
+    assert not before.has_changed()
+    module[0].compile(backend="eager")
+    assert before.has_changed()
 
 
 @pytest.mark.supported("Graphs", "LoRA from peft: switched, scaled, merged")
@@ -550,6 +559,20 @@ def test_caches_keep_their_values(model, call):
     assert found.replays["prompt"] == 3
 
 
+@torch.no_grad()
+def test_outputs_keep_their_values(model):
+    found = played.switch_on(model)
+    calls = [inputs([models.ids(text, "image", seed=text)]) for text in (5, 6)]
+    first = model.model(**calls[0])
+    tensors = [first.last_hidden_state, *(layer.keys for layer in cache_of(first).layers)]
+    tensors.append(model.get_image_features(calls[0]["pixel_values"]).last_hidden_state)
+    kept = [each.clone() for each in tensors]
+    model.model(**calls[1])
+    model.get_image_features(models.images(1, seed=3))
+    assert all(map(torch.equal, tensors, kept))
+    assert found.replays == {"vision": 4, "prompt": 2}
+
+
 @pytest.mark.supported("Graphs", "further turns on a returned cache, and on one that was cropped, reordered or copied")
 @pytest.mark.parametrize("change", ["none", "crop", "reorder", "deepcopy", "select"])
 def test_further_turns(model, call, change):
@@ -626,6 +649,36 @@ def test_a_cache_of_the_caller(model):
     assert cache.get_seq_length() == cache_of(expected).get_seq_length()
     close([layer.keys for layer in cache.layers], [layer.keys for layer in cache_of(expected).layers])
     assert found.replays["step"] == 6
+
+
+def test_a_recording_in_the_middle_of_an_answer(model, call):
+    """It runs a step, which must not write into the cache of this answer, or of another that goes on."""
+    expected = answer(model, call)
+    found = played.switch_on(model, limit=1)  # each step is recorded anew
+    same(answer(model, call), expected)
+    assert found.replays["step"] == 6
+    found = played.switch_on(model)
+    cache = answer(model, call)
+    first = cache_of(answer(model, call, past_key_values=DynamicCache()))
+    window = found._language._windows[3]
+    window.take(first)  # as in another thread, whose answer goes on
+    window.give(first, first.get_seq_length())
+    kept = [layer.keys.clone() for layer in first.layers]
+    answer(model, call, max_new_tokens=300)
+    assert all(map(torch.equal, [layer.keys for layer in first.layers], kept))
+    assert cache is not None
+
+
+def test_a_broken_image_breaks_no_other_answer(model):
+    call = inputs(prompts("one"))
+    expected = answer(model, call)
+    found = played.switch_on(model)
+    broken = answer(
+        model, call | {"pixel_values": torch.full_like(call["pixel_values"], float("nan"))}, max_new_tokens=40
+    )
+    assert broken.logits[-1].isnan().all()
+    same(answer(model, call), expected)
+    assert found.replays["prompt"] == 2
 
 
 # Copies, memory

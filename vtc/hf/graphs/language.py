@@ -102,7 +102,6 @@ class PromptGraph:
         length = embeds.shape[1]
         self.embeds[:, :length].copy_(embeds)
         self.embeds[:, length:].zero_()  # a NaN of the last prompt would reach the values of this one
-        self.mask[:, length:].fill_(False)
         if mask is None:
             self.mask[:, :length].fill_(True)
         else:

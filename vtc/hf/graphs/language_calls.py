@@ -203,10 +203,13 @@ class LanguageCalls:
         if place is None or shape is None:
             raise Refused("a step before its window")
         attention = model.config._attn_implementation
-        graph: StepGraph = self._recorded.get(
-            ("step", window.batch, columns, attention),
-            lambda: StepGraph(*place, self._compiled(stock), shape, window.kv[:, :, :, :columns], attention == "eager"),
-        )
+
+        def record() -> StepGraph:
+            window.release()  # the recording runs a step, which writes
+            kv = window.kv[:, :, :, :columns]
+            return StepGraph(*place, self._compiled(stock), shape, kv, attention == "eager")
+
+        graph: StepGraph = self._recorded.get(("step", window.batch, columns, attention), record)
         return graph
 
     def _mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch.nn.modules import module as nn_module
 _OWN = ("torch", "transformers", "vtc")  # whose modules keep what changes their forward() in tensors and configs
 _PLAIN = (bool, int, float, str, type(None))
 _training = operator.attrgetter("training")
+_compiled = operator.attrgetter("_compiled_call_impl")
 
 
 class State:
@@ -42,6 +43,7 @@ class State:
         return (
             list(map(Tensor.data_ptr, self._tensors)),
             list(map(_training, self._modules)),
+            list(map(_compiled, self._modules)),
             list(map(_settings, self._foreign)),
         )
 

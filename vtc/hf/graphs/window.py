@@ -23,6 +23,7 @@ class Window:
         self.kv = kv
         self._cache: Callable[[], Cache | None] = lambda: None
         self._given: list[Tensor] = []
+        self._written = self.columns  # at most so many columns hold anything but zeros
 
     @property
     def batch(self) -> int:
@@ -50,11 +51,16 @@ class Window:
             tensors = [each.clone() for each in tensors]
         else:
             self.release()
-        torch._foreach_copy_(self._views(tensors[0].shape[2]), tensors)
+        columns = tensors[0].shape[2]
+        torch._foreach_copy_(self._views(columns), tensors)
+        # Steps read what is behind them with a weight of 0, and 0 times the NaN of another cache is NaN.
+        self.kv[:, :, :, columns : self._written].zero_()
+        self._written = columns
 
     def give(self, cache: Cache, columns: int) -> None:
         """Let the layers of `cache` hold the first `columns`."""
         self._cache, self._given = weakref.ref(cache), self._views(columns)
+        self._written = max(self._written, columns)
         fill(cache, self._given)
 
     def release(self, cache: Cache | None = None) -> None:
