@@ -68,6 +68,8 @@ NOT_RUN = {
     "python -m bench quality --sweep --processes 2 --out bench/results/quality": "takes hours",
     "OMP_NUM_THREADS=1 python -m bench cpu --out bench/results/cpu": "takes ten minutes",
     "python -m bench launches --out bench/results/launches": "rewrites the record; it runs without --out",
+    "TRITON_INTERPRET=1 OMP_NUM_THREADS=1 python -m bench host --out bench/results/host": "rewrites the "
+    "record; it runs without --out",
     "python -m bench readme": "rewrites the documents; test_generated_blocks_are_current runs it on a copy",
     "pip install -c tests/constraints.txt '.[ui]'": "installs a part of what the tests have",
     "vtc ui": "does not end by itself; tests/ui/test_ui_page.py runs it",
@@ -350,6 +352,7 @@ QUICK = {
     "e2e": ["--rep-ms", "1", "--device", "cpu"],
     "gpu": [],
     "hub": [],
+    "host": ["--rounds", "1"],
     "launches": [],
     "quality": ["--questions", "5"],
 }
@@ -383,6 +386,9 @@ def test_benchmark(command: str, tmp_path: Path) -> None:
     elif name == "launches":
         assert done.returncode == 0, done.stderr
         assert "| step | block | " in done.stdout
+    elif name == "host":
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^\| vtc, graphs \| \d\d \| 0 \| 2 \| ", done.stdout, re.MULTILINE)
     elif name == "quality":
         assert done.returncode == 0, done.stderr
         assert re.search(r"^\| random +\|", done.stdout, re.MULTILINE)
