@@ -77,5 +77,5 @@ def test_readme_says_what_is_expected(known):
     for row, (ours, stock, graphs) in zip(later, whole[1:], strict=True):
         assert f"{ours} instead of {stock} or {graphs} at {row[0]}" in text
     kernels = counts(known)
-    assert f"the {kernels['stock']['kernels']} kernels of a first token" in text
-    assert f"{kernels['vtc, graphs']['kernels']} kernels are left" in text
+    assert f"Python launches {kernels['stock']['kernels']} kernels for a first token" in text
+    assert f"each new token leave {kernels['vtc, graphs']['kernels']}." in text
