@@ -118,10 +118,14 @@ class _Operations(TorchDispatchMode):
 
 
 class _OnDevice(TorchFunctionMode):
-    """Refuses new tensors without a device: they would be made on the host, and copied."""
+    """Refuses what a CPU does without an operation: reads, and new tensors without a device, which would be copied."""
+
+    READS = frozenset((Tensor.tolist, Tensor.numpy, Tensor.cpu))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in self.READS:
+            raise RuntimeError(f"{func.__name__} waits for the device")
         if func in _device_constructors() and kwargs.get("device") is None:
             raise RuntimeError(f"torch.{func.__name__}() without a device makes a tensor on the host")
         return func(*args, **kwargs)

@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 import vtc
 from bench import played
+from vtc.hf import names
 from vtc.hf.graphs import language_calls
 from vtc.hf.graphs import model as graphs
 from vtc.hf.graphs.recorded import Refused
@@ -437,6 +438,23 @@ def test_which_caches_fit_into_a_window():
     assert not window.fits(cache([other, other]), 5)
     assert not window.fits(cache([fits]), 5)
     assert not window.fits(cache([fits, fits], torch.float64), 5)
+
+
+@torch.no_grad()
+def test_a_cache_whose_layers_differ(model):
+    language, embeds = model.model.language_model, model.get_input_embeddings()(torch.tensor([[7]]))
+
+    def step():
+        cache, generator = DynamicCache(), torch.Generator().manual_seed(0)
+        for number, columns in enumerate((5, 4)):
+            cache.update(*torch.randn(2, 1, 2, columns, 16, generator=generator), number)
+        return language(inputs_embeds=embeds, use_cache=True, **{names.CACHE: cache}).last_hidden_state
+
+    expected = step()
+    found = played.switch_on(model)
+    with found._language.generating(5, own_masks=True):
+        assert torch.equal(step(), expected)
+    assert found.refusals == {"language model: a cache whose layers differ, or are not those of this model": 1}
 
 
 @torch.no_grad()
