@@ -266,7 +266,7 @@ def run(device: torch.device, options: Options, out: Path | None, say: Callable[
     for line in (*shares(records), *speedups.bounds(records)):
         say(line)
     if records:
-        say("\n" + speedups.with_graphs(records))
+        say("\n" + speedups.with_graphs(records) + "\n")
         say("\n" + table.tables(records) + "\n\n" + table.provenance_line(records[-1]))
     for name, why in failed.items():
         say(f"NO NUMBER: {name}: {why}")

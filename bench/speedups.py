@@ -132,7 +132,7 @@ def new_lengths(records: list[Record]) -> str:
 
 
 def with_graphs(records: list[Record]) -> str:
-    """A table of the stock model and VTC, each without and with graphs, by what is timed and batch size."""
+    """A table of the stock model and VTC, each without and with graphs, by what is timed and batch size; or nothing."""
     found = {(r.model, r.op, r.shape["B"], r.backend): r for r in records}
     rows = []
     for model, op, batch, variant in found:
@@ -143,6 +143,8 @@ def with_graphs(records: list[Record]) -> str:
         ours = found[model, op, batch, variant].ms_50
         shown = [*(f"{ms:.1f}" if ms else "" for ms in times), *(f"{ms / ours:.2f}x" if ms else "" for ms in times[:2])]
         rows.append([model, op, str(batch), variant.split()[1].rstrip(","), *shown])
+    if not rows:
+        return ""
     columns = ["model", "what is timed", "B", "tokens", "stock, ms", "stock, graphs", "VTC", "VTC, graphs"]
     return table.markdown([*columns, "to stock", "to stock, graphs"], sorted(rows))
 

@@ -110,7 +110,8 @@ def test_import_alone_registers_in_any_order(saved, imports):
         "from transformers.models.llava import modeling_llava as m\n"
         "vtc.configure(model, keep=9)\n"
         "features = model.get_image_features(torch.zeros(2, 3, 84, 84)).pooler_output\n"
-        "files = [m.LlavaModel.forward.__code__.co_filename, m.LlavaModel.forward.__wrapped__.__wrapped__.__code__.co_filename]\n"
+        "forward = m.LlavaModel.forward\n"
+        "files = [f.__code__.co_filename for f in (forward, forward.__wrapped__.__wrapped__)]\n"
         "print(json.dumps([len(features), list(features[0].shape), *['/vtc/hf/' in f for f in files]]))",
         saved,
     )

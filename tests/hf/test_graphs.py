@@ -618,6 +618,15 @@ def test_further_turns(model, call, change):
     assert found.replays["step"] >= 11
 
 
+def test_columns_are_copied_once(model, call, monkeypatch):
+    found, copies, copy_all = played.switch_on(model), [], torch._foreach_copy_
+    answer(model, call)
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *args: copies.append(args) or copy_all(*args))
+    answer(model, call)
+    assert found.replays["step"] == 12
+    assert len(copies) == 1
+
+
 def test_two_caches_in_turn(model, call):
     """Each step of a generation takes the memory from the other."""
     found = played.switch_on(model)
