@@ -104,7 +104,7 @@ def graphs(
     limit : int
         How many graphs are kept. The one that was not used for the longest time leaves.
     compile : bool
-        Whether torch.compile makes the code of the language model's graphs, for each shape anew.
+        Whether torch.compile makes the code of the graphs, for each shape anew.
 
     Returns
     -------

@@ -47,8 +47,8 @@ class Generation(threading.local):
 class LanguageCalls:
     """In place of a language model's `forward`."""
 
-    def __init__(self, recorded: Recorded, compiler: Callable[..., Any] | None = None) -> None:
-        self._recorded, self.compiler = recorded, compiler
+    def __init__(self, recorded: Recorded, compiled: Callable[[Any], Any]) -> None:
+        self._recorded, self._compiled = recorded, compiled
         self._generation = Generation()
         self._windows: OrderedDict[int, Window] = OrderedDict()  # by batch size
         self._place: Place | None = None  # of the windows and the shape
@@ -220,9 +220,6 @@ class LanguageCalls:
         if mask is not None and mask.shape != (batch, length):
             raise Refused(f"a mask {list(mask.shape)} for a prompt {[batch, length]}")
         return mask
-
-    def _compiled(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        return stock if self.compiler is None else self.compiler(stock)
 
 
 def _require_plain(model: Any, call: dict[str, Any]) -> Tensor:

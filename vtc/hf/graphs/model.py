@@ -51,7 +51,7 @@ class Graphs:
     limit : int
         How many graphs are kept. The one that was not used for the longest time leaves.
     compile : bool
-        Whether the language model's graphs are of code that torch.compile made, without dynamic shapes.
+        Whether the graphs are of code that torch.compile made, without dynamic shapes.
     recorder : callable, optional
         What records functions on a device.
 
@@ -73,8 +73,9 @@ class Graphs:
         self._base: Callable[[], Any] = weakref.ref(base)
         self.compile, self._recorder_of = compile, recorder or recorder_of
         self._recorded = Recorded(base, self._recorder_of, limit)
-        self._vision = VisionCalls(self._recorded)
-        self._language = LanguageCalls(self._recorded, _compiled if compile else None)
+        made: Callable[[Any], Any] = _compiled if compile else lambda function: function
+        self._vision = VisionCalls(self._recorded, made)
+        self._language = LanguageCalls(self._recorded, made)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()

@@ -21,8 +21,8 @@ class _Call(threading.local):
 class VisionCalls:
     """In place of functions of views."""
 
-    def __init__(self, recorded: Recorded) -> None:
-        self._recorded, self._call = recorded, _Call()
+    def __init__(self, recorded: Recorded, compiled: Callable[[Any], Any]) -> None:
+        self._recorded, self._compiled, self._call = recorded, compiled, _Call()
 
     def __call__(self, key: Hashable, modules: list[Any], function: Callable[[Tensor], Any], views: Tensor) -> Any:
         """`function(views)`, a tree of tensors and other values; `key` is what it depends on besides `modules`."""
@@ -35,7 +35,7 @@ class VisionCalls:
                 place = recorded.place(views.device)
                 graph = recorded.get(
                     ("views", key, views.shape, views.dtype),
-                    lambda: ViewsGraph(place.recorder, place.memory, function, views),
+                    lambda: ViewsGraph(*place, self._compiled(function), views),
                 )
                 found = graph(views)
                 recorded.count("vision")
