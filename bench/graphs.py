@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from vtc.hf.graphs.strict import Strict
 
 
 def capture(calls: list[Callable[[], Any]]) -> Callable[[], None]:
@@ -51,7 +52,7 @@ def uncaptured() -> Iterator[None]:
 
 def play(calls: list[Callable[[], Any]]) -> Callable[[], None]:
     """A loop in place of `capture`. Raises RuntimeError for operations that a capture refuses."""
-    with _NoSync():
+    with Strict():
         calls[0]()
 
     def replay() -> None:
@@ -59,23 +60,3 @@ def play(calls: list[Callable[[], Any]]) -> Callable[[], None]:
             call()
 
     return replay
-
-
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive")
-
-
-def is_masked(name: str, args: Sequence[Any]) -> bool:
-    """Whether an operation reads or writes where a mask is true, and so has to count."""
-    return name in ("index", "index_put", "index_put_") and any(
-        index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-    )
-
-
-class _NoSync(TorchDispatchMode):
-    """Refuses operations that synchronise with the host: on a GPU, these end a capture."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in WAITS or is_masked(name, args):
-            raise RuntimeError(f"aten.{name} would wait for the GPU")
-        return func(*args, **(kwargs or {}))

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.graphs import WAITS, is_masked
 from vtc.hf.graphs import model as graphs
+from vtc.hf.graphs.strict import require_capturable
 
 
 class PlayedRecorder:
@@ -97,8 +97,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in WAITS or is_masked(name, args):
-            raise RuntimeError(f"aten.{name} waits for the device")
+        require_capturable(func, args, kwargs)
         if name == "lift_fresh":
             raise RuntimeError("a constant of the host is copied to the device")
         for each in _tensors((args, kwargs)):

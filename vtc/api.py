@@ -131,7 +131,9 @@ def graphs(
     made.say_if_useless()
     for call, new_tokens in calls:
         stop = sizes.has_two_tokens(call["input_ids"].shape[1])
-        model.generate(**call, max_new_tokens=new_tokens, do_sample=False, stopping_criteria=[stop])  # type: ignore
+        least = min(2, new_tokens)  # one step, also if the first token ends the answer
+        how: Any = {"max_new_tokens": new_tokens, "min_new_tokens": least, "do_sample": False}
+        model.generate(**call, **how, stopping_criteria=[stop])  # type: ignore[operator]
     return made
 
 

@@ -30,7 +30,7 @@ from vtc.hf.graphs import model as graphs
 from vtc.hf.graphs.recorded import Refused
 from vtc.hf.graphs.state import State
 from vtc.hf.graphs.window import Window
-from vtc.methods import METHODS
+from vtc.methods import METHODS, Needs
 from vtc.methods.vtc_cls import VTCCLS
 
 KEEP = 9
@@ -238,11 +238,22 @@ def replace_module(model):
     layer.mlp.down_proj.weight.data.mul_(1.2)
 
 
+def replace_projector(model):
+    model.model.multi_modal_projector = copy.deepcopy(model.model.multi_modal_projector)
+    model.model.multi_modal_projector.linear_1.weight.data.mul_(1.2)
+
+
+def replace_tower(model):
+    model.model.vision_tower = copy.deepcopy(model.model.vision_tower)
+    model.model.vision_tower.get_submodule("encoder.layers.0.mlp.fc1").weight.data.mul_(1.2)
+
+
 def change_dtype(model):
     model.double()
 
 
-CHANGES = [scale_in_place, replace_data, replace_parameter, replace_module, change_dtype]
+REPLACED = [replace_data, replace_parameter, replace_module, replace_projector, replace_tower]
+CHANGES = [scale_in_place, *REPLACED, change_dtype]
 
 
 @pytest.mark.supported("Graphs", "weights that move, change, or get another dtype")
@@ -302,6 +313,77 @@ def test_lora(call):
     assert not found.refusals
 
 
+class Doubled(torch.Tensor):
+    """A tensor that holds another, as quantized weights do. It has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+def test_tensors_inside_of_weights():
+    module = torch.nn.Linear(2, 2)
+    module.weight = torch.nn.Parameter(Doubled(torch.ones(2, 2)), requires_grad=False)
+    before = State([module])
+    assert not before.has_changed()
+    module.weight.inner = module.weight.inner.clone()
+    assert before.has_changed()
+
+
+def test_weights_without_memory():
+    module = torch.nn.Linear(2, 2)
+    module.register_buffer("sparse", torch.eye(2).to_sparse())
+    before = State([module])
+    assert not before.has_changed()
+    module.sparse = torch.eye(2).to_sparse()
+    assert before.has_changed()
+
+
+def test_the_configuration_that_the_stock_model_reads(model, call):
+    vtc.configure(model, method="none")
+    found = played.switch_on(model)
+    features = []
+    with torch.no_grad():
+        for layer in (-2, -3, -2):
+            model.config.vision_feature_layer = layer
+            features.append(torch.cat(list(model.get_image_features(call["pixel_values"]).pooler_output)))
+    assert not torch.allclose(features[0], features[1])
+    close([features[2]], [features[0]])
+    assert found.replays["vision"] == 3
+
+
+def test_a_method_that_is_defined_again(model, call):
+    """As in a notebook: the new class needs more of the tower."""
+    found = played.switch_on(model)
+    for needs in (Needs(cls_probs=True), Needs(cls_probs=True, keys="last")):
+        has_keys = []
+
+        class Mine(VTCCLS):
+            name = "mine"
+
+            def ranking(self, outputs, has_keys=has_keys):
+                has_keys.append(outputs.keys is not None)
+                return super().ranking(outputs)
+
+        Mine.needs = needs
+        with vtc.compress(model, method=Mine()):
+            answer(model, call)
+        assert set(has_keys) == {needs.keys is not None}
+    assert found.replays["vision"] == 2
+
+
 # Calls that are not replayed
 
 
@@ -328,11 +410,19 @@ def replaced_forward(model):
     return lambda: layer.__dict__.pop("forward")
 
 
+def replaced_projector(model):
+    projector = model.model.multi_modal_projector
+    stock = projector.forward
+    projector.forward = lambda features: 1.1 * stock(features)
+    return lambda: projector.__dict__.pop("forward")
+
+
 HINDRANCES = {
     hooked: "language model: there are hooks on its modules",
     hooked_before: "language model: there are hooks on its modules",
     hooked_all: "language model: there are hooks on all modules",
     training: "language model: it is in training mode; use model.eval()",
+    replaced_projector: "vision tower: the forward() of a module was replaced, as accelerate does to move weights",
     replaced_forward: "language model: the forward() of a module was replaced, as accelerate does to move weights",
 }
 
@@ -347,16 +437,48 @@ def test_what_hinders_is_named_once(model, call, caplog, hinder):
         with without(found, model):
             expected = answer(model, call)
         one, _ = answer(model, call), answer(model, call)
-        assert all(map(torch.equal, one.logits, expected.logits))
+        same(one, expected)
     finally:
         undo()
     reason = HINDRANCES[hinder]
-    assert found.refusals[reason] == 14
+    assert found.refusals[reason] == (2 if reason.startswith("vision") else 14)
     clause = reason.partition(": ")[2]
     assert sum(clause in text for text in caplog.messages) == 1
+    count = found.refusals.copy()
     answer(model, call)
-    assert found.refusals[reason] == 14
-    assert found.replays["prompt"] == 2
+    assert found.refusals == count
+    assert found.replays["prompt"] == (4 if reason.startswith("vision") else 2)
+
+
+def test_what_runs_out_of_memory_is_tried_again(model, call, monkeypatch):
+    real, failing = played.PlayedRecorder.record, [True]
+
+    def record(*args):
+        if failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(played.PlayedRecorder, "record", record)
+    found = played.switch_on(model)
+    expected = answer(model, call)
+    assert not found.replays
+    failing.clear()
+    same(answer(model, call), expected)
+    assert found.replays == {"vision": 1, "prompt": 1, "step": 6}
+
+
+def test_the_newer_words_for_tf32(model, call, monkeypatch):
+    """After them, PyTorch refuses to answer in the older ones."""
+    found = played.switch_on(model)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        answer(model, call)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    count = len(found)
+    answer(model, call)
+    assert len(found) == 2 * count
 
 
 def test_flags_of_pytorch_choose_other_graphs(model, call):
@@ -647,6 +769,95 @@ def test_two_caches_in_turn(model, call):
     assert found.replays["step"] == 8 * 6
 
 
+def test_threads_while_graphs_are_recorded(model, call):
+    """A thread that records is alone: calls of others are no parts of what it records."""
+    model.generation_config.eos_token_id = None
+    found, seen = played.switch_on(model), []
+    expected = answer(model, call).sequences
+    stop = threading.Event()
+
+    def other():
+        while not stop.is_set():
+            found._recorded.forget(lambda key: key[0] == "prompt")
+            answer(model, inputs([models.ids(5, "image")]), max_new_tokens=3)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        seen += [answer(model, call).sequences for _ in range(8)]
+    finally:
+        stop.set()
+        thread.join()
+    assert all(torch.equal(each, expected) for each in seen)
+    assert not found.refusals
+
+
+def test_only_the_thread_that_records_is_recording(model):
+    recorded, seen = played.switch_on(model)._recorded, []
+
+    def look():
+        thread = threading.Thread(target=lambda: seen.append(recorded.is_recording))
+        thread.start()
+        thread.join()
+        seen.append(recorded.is_recording)
+
+    recorded.place(torch.device("cpu")) if not torch.is_grad_enabled() else None
+    recorded.get("key", look)
+    look()
+    assert seen == [False, True, False, False]
+
+
+def test_graphs_that_are_dropped_by_another_thread(model, call):
+    expected = answer(model, call)
+    found, stop = played.switch_on(model), threading.Event()
+
+    def drop():
+        while not stop.wait(0.01):
+            found.drop()
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    try:
+        for _ in range(10):
+            same(answer(model, call), expected)
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("end", ["reset", "clear"])
+def test_an_answer_that_is_interrupted(model, call, end):
+    """Its cache has memory of its own, whatever becomes of it."""
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(ids, scores):
+        if ids.shape[1] > call["input_ids"].shape[1] + 2:
+            raise Interrupted
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    expected = answer(model, call)
+    found, cache = played.switch_on(model), DynamicCache()
+    with pytest.raises(Interrupted):
+        answer(model, call, past_key_values=cache, stopping_criteria=[stop])
+    assert found._language._windows[3]._cache() is None
+    kept = [layer.keys.clone() for layer in cache.layers]
+    same(answer(model, call), expected)
+    assert all(map(torch.equal, kept, [layer.keys for layer in cache.layers]))
+
+
+@pytest.mark.parametrize("change", [lambda cache: cache.reset(), lambda cache: cache.layers.clear()])
+def test_a_cache_that_is_emptied_while_its_columns_are_here(change):
+    window, cache = Window(torch.ones(2, 1, 1, 256, 4)), DynamicCache()
+    cache.update(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), 0)
+    window.take(cache)
+    window.give(cache, 3)
+    change(cache)
+    window.release()
+    assert not cache.layers or cache.get_seq_length() == 0 or not cache.layers[0].keys.any()
+
+
 def test_assisted_decoding(model, call):
     assistant, one = models.build(seed=1), inputs(prompts("one"))
     vtc.enable(assistant, keep=KEEP)
@@ -847,6 +1058,14 @@ def test_warm_up(model, monkeypatch):
     answer(model, inputs([models.ids(58, "image", seed=s) for s in range(2)]), max_new_tokens=300)
     assert len(made) == count
     assert not made.refusals
+
+
+def test_warm_up_of_a_model_that_has_nothing_to_say(model, monkeypatch):
+    """The first token of the answer may end it."""
+    model.generation_config.eos_token_id = list(range(1, models.VOCAB))
+    monkeypatch.setattr(graphs, "recorder_of", played.recorder(model.model))
+    made = vtc.graphs(model, warm_up=[(1, TOKENS + 6)])
+    assert made.replays == {"vision": 1, "prompt": 1, "step": 1}
 
 
 @pytest.mark.parametrize(

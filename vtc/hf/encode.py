@@ -129,8 +129,9 @@ def recorded(
     if any(isinstance(value, Tensor) for value in tower_arguments.values()):
         return function(views)
 
-    def key() -> tuple[str, str]:
-        return name, repr((plan.config.to_dict(), plan.method.values(), plan[2:], dict(tower_arguments)))
+    def key() -> tuple[str, type[Method], str]:
+        given = (plan.config.to_dict(), plan.method.values(), plan[2:], dict(tower_arguments))
+        return name, type(plan.method), repr(given)
 
     return replayed(settings.base, key, function, views)
 

@@ -30,6 +30,11 @@ from vtc.hf.views import ImageOutputs, read, views_of
 Call = dict[str, Any]  # the arguments of a call by name; the KV cache is "cache"
 Stock = Callable[..., Any]  # the method of transformers, of the same model
 _log = logging.getLogger("vtc")
+# What the stock get_image_features() and get_video_features() read of the model's config.
+STOCK_READS = (
+    *("vision_feature_layer", "vision_feature_select_strategy", "image_grid_pinpoints", "vision_aspect_ratio"),
+    *("spatial_pool_stride", "spatial_pool_mode"),
+)
 
 
 @torch.no_grad()
@@ -237,7 +242,8 @@ def _replayed(settings: Settings, visual: VisualInput, stock: Stock, call: Call)
         return stock(**call)
 
     def key() -> tuple[str, str]:
-        return visual.get, repr(sorted(others.items()))
+        read = [getattr(settings.base.config, name, None) for name in STOCK_READS]
+        return visual.get, repr((sorted(others.items()), read))
 
     return replayed(settings.base, key, lambda views: stock(**others, **{visual.pixels: views}), pixels)
 

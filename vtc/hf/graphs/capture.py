@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from vtc.hf.graphs.strict import Strict
 
 Replay = Callable[[], None]
 
@@ -37,12 +41,18 @@ class Recorder(Protocol):
         """
 
 
+_ONE_AT_A_TIME = threading.Lock()  # to begin a capture, PyTorch waits for the device, which breaks any other
+
+
 class CudaRecorder:
     """Records CUDA graphs on one device, in one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)  # captures need one that is not the default
+        # Captures need a stream that is not the default. Nothing else runs there: cuBLAS keeps memory for each stream,
+        # and that of this one has to be in the pool of the graphs, which outlives whatever clears it.
+        self._stream, self._first = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._failed: list[torch.cuda.CUDAGraph] = []
         self._pool = torch.cuda.graph_pool_handle()
         self._last = torch.cuda.current_stream(device)
 
@@ -55,14 +65,31 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], Any], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Replay:
         """As `Recorder.record`."""
-        with torch.cuda.device(self.device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            # Libraries initialise, and kernels compile, at their first call on a stream. A capture allows neither.
-            with torch.cuda.stream(self._stream):
+        with _ONE_AT_A_TIME, torch.cuda.device(self.device):
+            self._first.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._first):
+                with Strict():
+                    function()
+                # Libraries initialise, and kernels compile, at their first call. A capture allows neither.
                 function()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # Calls of other threads go on meanwhile; only those of this one are captured.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                function()
+            try:
+                # The outer block puts the stream back: torch.cuda.graph does not if the capture fails.
+                with (
+                    torch.cuda.stream(self._stream),
+                    # Launches of other threads go on meanwhile; only those of this one are captured.
+                    torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+                ):
+                    function()
+            except BaseException:
+                self._leave(graph)
+                raise
         return graph.replay
+
+    def _leave(self, graph: torch.cuda.CUDAGraph) -> None:
+        """After a capture that failed: the allocator may still record to its pool, and ask `graph` for its stream."""
+        self._failed.append(graph)
+        with contextlib.suppress(RuntimeError):  # it has ended
+            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()

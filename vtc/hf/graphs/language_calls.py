@@ -165,8 +165,8 @@ class LanguageCalls:
         """
         now, batch = self._generation, len(embeds)
         window = self._windows.get(batch)
-        if now.checked and window is not None and window.columns > column:
-            self._recorded.place(embeds.device)
+        is_known = now.checked and self._recorded.place(embeds.device) is self._place
+        if is_known and window is not None and window.columns > column:
             self._windows.move_to_end(batch)
             return window
         shape = self._prepare(model, stock, embeds)[1]

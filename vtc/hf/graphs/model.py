@@ -111,24 +111,26 @@ class Graphs:
 
     def say_if_useless(self) -> None:
         """Log why nothing can be replayed on the model's device, if so."""
-        try:
-            self._recorder_of(self._base().vision_tower.device)
-        except Refused as why:
-            self._recorded.say(f"graphs are switched on, but nothing is replayed: {why}", str(why))
+        if self._recorder_of is recorder_of and (why := why_not(self._base().vision_tower.device)):
+            self._recorded.say(f"graphs are switched on, but nothing is replayed: {why}", why)
 
     def drop(self) -> None:
         """Forget all graphs; the next calls record theirs again. Changes of the model that they cannot see need it."""
-        self._language.release_all()
-        self._recorded.drop()
+        with self._recorded.lock:
+            self._language.release_all()
+            self._recorded.drop()
 
     def generate(self, generate: Callable[[], Any], cache: Cache | None, new_tokens: int, own_masks: bool) -> Any:
         """`generate()`, of a call with this `cache`, that adds at most `new_tokens` tokens.
 
         `own_masks` is whether the language model's masks are those that transformers makes of a mask `[B, L]`.
         """
-        with self._language.generating(new_tokens, own_masks):
-            output = generate()
-        self._language.release(names.cache_of(output) if cache is None else cache)
+        output = None
+        try:
+            with self._language.generating(new_tokens, own_masks):
+                output = generate()
+        finally:  # also if a streamer raised an error
+            self._language.release(names.cache_of(output) if cache is None else cache)
         return output
 
     def language(self, model: Any, stock: Callable[..., Any], call: dict[str, Any]) -> Any:

@@ -62,7 +62,7 @@ class Recorded:
         self.lock = threading.RLock()
         self.replays: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
-        self._recording = False
+        self._recording: int | None = None  # the thread that records
         self._said: set[str] = set()
         self.drop()
 
@@ -79,18 +79,18 @@ class Recorded:
 
     @property
     def is_recording(self) -> bool:
-        """Whether a function is being recorded, so that calls inside are parts of it."""
-        return self._recording
+        """Whether this thread records a function, so that its calls are parts of it. Those of other threads wait."""
+        return self._recording == threading.get_ident()
 
     def require_state(self, name: str, modules: list[Any]) -> None:
         """Raise Refused if calls of `modules` cannot be replayed now. Drops everything if the model has changed."""
         state = self._states.get(name)
-        if state is not None and state.has_changed():
+        if state is not None and (not state.is_of(modules) or state.has_changed()):
             _log.info("the %s model has changed, so its graphs are recorded again", name)
             self.drop()
             state = None
         if state is None:
-            state = self._states[name] = State(modules)
+            state = self._states[name] = State(modules, replaced=name == "language")
         if (why := state.reason()) is not None:
             raise Refused(why)
 
@@ -118,6 +118,8 @@ class Recorded:
             try:
                 with self._quiet():
                     self._functions[key] = record()
+            except torch.OutOfMemoryError as error:  # another time there may be memory
+                raise Unrecordable(f"it cannot be recorded: {str(error).splitlines()[0]}") from error
             except RuntimeError as error:
                 self._failed[key] = f"it cannot be recorded: {str(error).splitlines()[0]}"
                 raise Unrecordable(self._failed[key]) from error
@@ -160,9 +162,9 @@ class Recorded:
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
         """While a function is recorded, calls inside are parts of it. Its tensors outlive an inference_mode block."""
-        self._recording = True
+        self._recording = threading.get_ident()
         try:
             with torch.inference_mode(False), torch.no_grad():
                 yield
         finally:
-            self._recording = False
+            self._recording = None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 _OWN = ("torch", "transformers", "vtc")  # whose modules keep what changes their forward() in tensors and configs
+_DENSE = (Tensor, nn.Parameter)
 _PLAIN = (bool, int, float, str, type(None))
 _training = operator.attrgetter("training")
 _compiled = operator.attrgetter("_compiled_call_impl")
@@ -22,10 +23,13 @@ class State:
     """What recorded calls of `modules` depend on besides their arguments: modules and tensors, and where they are.
 
     A tensor that is changed in place stays the same, and a replay reads its new values. The checks run before every
-    call and look at every module and tensor, so they are written for speed.
+    call and look at every module and tensor, so they are written for speed. Plain attributes of modules of PyTorch and
+    transformers, and their classes, are taken to stay as they are.
+
+    `replaced` is whether the `forward` of `modules` themselves was replaced by the graphs'.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], replaced: bool = False) -> None:
         self._roots = list(modules)
         self._modules = [each for root in self._roots for each in root.modules()]
         held: Any = [(own._modules, own._parameters, own._buffers) for own in self._modules]
@@ -34,18 +38,22 @@ class State:
         self._ids = list(map(id, self._known))
         self._tensors = [each for each in self._known if isinstance(each, Tensor)]
         self._hooks = [hooks for own in self._modules for hooks in (own._forward_hooks, own._forward_pre_hooks)]
-        self._inner = [vars(own) for own in self._modules if own not in self._roots]
+        self._own = [vars(own) for own in self._modules if not (replaced and own in self._roots)]
         self._foreign = [own for own in self._modules if type(own).__module__.partition(".")[0] not in _OWN]
         self._before = self._now()
 
     def _now(self) -> tuple[Any, ...]:
         """What may change of the known modules and tensors."""
         return (
-            list(map(Tensor.data_ptr, self._tensors)),
+            list(map(_place, self._tensors)),
             list(map(_training, self._modules)),
             list(map(_compiled, self._modules)),
             list(map(_settings, self._foreign)),
         )
+
+    def is_of(self, modules: list[nn.Module]) -> bool:
+        """Whether these are the modules."""
+        return len(modules) == len(self._roots) and all(map(operator.is_, modules, self._roots))
 
     def has_changed(self) -> bool:
         """Whether a module or a tensor is another one or has moved, or a module of another library has new settings."""
@@ -59,7 +67,7 @@ class State:
             return "there are hooks on all modules"
         if any(map(_is_hook, _values(filter(None, self._hooks)))):
             return "there are hooks on its modules"
-        if any(map(operator.contains, self._inner, repeat("forward"))):
+        if any(map(operator.contains, self._own, repeat("forward"))):
             return "the forward() of a module was replaced, as accelerate does to move weights"
         return None
 
@@ -72,10 +80,19 @@ def flags() -> Hashable:
         cuda.mem_efficient_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
         cuda.math_sdp_enabled(),
-        torch.get_float32_matmul_precision(),
+        cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         torch.are_deterministic_algorithms_enabled(),
         os.environ.get("VTC_BACKEND"),
     )
+
+
+def _place(tensor: Tensor) -> Any:
+    """Where a tensor is; of one that holds others, such as a quantized weight, where these are."""
+    if type(tensor) in _DENSE and tensor.layout == torch.strided:
+        return tensor.data_ptr()
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    return [id(tensor), *[_place(getattr(tensor, name)) for name in names]]
 
 
 def _values(dicts: Iterable[dict[Any, Any]]) -> Iterator[Any]:

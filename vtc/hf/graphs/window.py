@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class Window:
 
     def __init__(self, kv: Tensor) -> None:
         self.kv = kv
-        self._cache: Callable[[], Cache | None] = lambda: None
+        self._cache: Callable[[], Any] = lambda: None
         self._given: list[Tensor] = []
         self._written = self.columns  # at most so many columns hold anything but zeros
 
@@ -68,10 +69,13 @@ class Window:
         owner = self._cache()
         if owner is None or (cache is not None and owner is not cache):
             return
-        if all(map(operator.is_, tensors_of(owner), self._given)):
+        tensors = tensors_of(owner)
+        if len(tensors) == len(self._given) and all(map(operator.is_, tensors, self._given)):
             fill(owner, list(self.kv[:, :, :, : self._given[0].shape[2]].clone().unbind(0)))
         else:  # some were replaced, and the others may be parts of this memory
-            fill(owner, [each.clone() for each in tensors_of(owner)])
+            for layer in owner.layers:
+                if layer.keys is not None:  # as after reset()
+                    vars(layer).update(keys=layer.keys.clone(), values=layer.values.clone())
         self._cache, self._given = (lambda: None), []
 
     def _views(self, columns: int) -> list[Tensor]:
