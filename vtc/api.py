@@ -126,7 +126,7 @@ def graphs(
             raise ValueError(f"warm_up needs a model that generates, got a {type(model).__name__}; pass it whole")
         calls = sizes.calls(base, plan_of(Settings.of(base)).num_tokens, warm_up)
     switch_on(base, made)
-    if not settings.is_on(base):
+    if settings.way(base) is None:
         _log.warning("graphs act on models that compress, and this one does not; vtc.enable(model) switches it on")
     made.say_if_useless()
     for call, new_tokens in calls:

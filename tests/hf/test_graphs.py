@@ -6,6 +6,7 @@ with `pytest -p support.played tests/hf`.
 
 import contextlib
 import copy
+import functools
 import gc
 import io
 import logging
@@ -25,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 import vtc
 from bench import played
 from vtc.hf import names
-from vtc.hf.graphs import language_calls
+from vtc.hf.graphs import language_calls, warm_up
 from vtc.hf.graphs import model as graphs
 from vtc.hf.graphs.recorded import Refused
 from vtc.hf.graphs.state import State
@@ -123,6 +124,13 @@ def test_what_was_not_used_for_the_longest_time_leaves(model):
     assert len(found) == 3
 
 
+def test_what_was_used_stays(model):
+    recorded, made = played.switch_on(model, limit=2)._recorded, []
+    for key in "abacab":
+        assert recorded.get(key, lambda key=key: made.append(key) or key) == key
+    assert made == ["a", "b", "c", "b"]
+
+
 def test_only_some_batch_sizes_have_memory_for_steps(model):
     found = played.switch_on(model)
     for batch in (1, 2, 3, 4, 5, 1):
@@ -162,11 +170,12 @@ def test_a_question_is_read_at_every_call(model):
     pixels = models.images(1)
     calls = [{**models.batch([models.ids(3, "image", 9, seed=seed)]), "pixel_values": pixels} for seed in range(6)]
     expected = [(answer(model, each), vtc.select(model, each).indices) for each in calls]
-    played.switch_on(model)
+    found = played.switch_on(model)
     for each, (before, indices) in zip(calls, expected, strict=True):
         same(answer(model, each), before)
         assert torch.equal(vtc.select(model, each).indices, indices)
     assert len({tuple(indices[0].tolist()) for _, indices in expected}) > 1
+    assert not found.refusals  # no question was to be recorded
 
 
 class Alternating(VTCCLS):
@@ -536,6 +545,10 @@ def test_another_attention(model, call):
     model.set_attn_implementation({"text_config": "eager", "vision_config": "vtc"})
     same(answer(model, call), expected)
     assert found.replays == {"vision": 3, "prompt": 2, "step": 12}
+    with vtc.compress(model):
+        model.set_attn_implementation({"vision_config": "sdpa"})
+        same(answer(model, call), expected)
+    assert sum(key[0] == "views" for key, _ in found._recorded._functions) == 2
 
 
 def test_a_cache_that_is_offloaded():
@@ -592,6 +605,7 @@ def test_tensors_among_the_towers_arguments():
     for _ in range(2):
         close([encode(pixels, bool_masked_pos=mask).last_hidden_state for mask in masks], expected)
     assert not found.replays
+    assert not found.refusals
 
 
 @pytest.mark.parametrize("option", ["output_attentions", "output_hidden_states"])
@@ -1060,6 +1074,12 @@ def test_warm_up(model, monkeypatch):
     assert not made.refusals
 
 
+def test_the_largest_prompts_are_warmed_up_first(model):
+    """So that smaller ones share their memory."""
+    made = warm_up.calls(model.model, TOKENS, [(1, 50), (2, 60, 9), (1, 70)])
+    assert [(*call["input_ids"].shape, new) for call, new in made] == [(2, 60, 9), (1, 70, 256), (1, 50, 256)]
+
+
 def test_warm_up_of_a_model_that_has_nothing_to_say(model, monkeypatch):
     """The first token of the answer may end it."""
     model.generation_config.eos_token_id = list(range(1, models.VOCAB))
@@ -1111,6 +1131,16 @@ def test_a_forward_that_others_replaced(model):
 
 
 # Compiled
+
+
+def test_code_is_compiled_for_more_shapes_than_torch_compile_takes(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    run = graphs._compiled(lambda x: x + 1)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for length in range(1, 20):
+            assert torch.equal(run(torch.zeros(length)), torch.ones(length))
+    torch._dynamo.reset()
 
 
 @pytest.mark.supported("Graphs", "of compiled code: `compile=True`")

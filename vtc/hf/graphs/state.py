@@ -36,7 +36,9 @@ class State:
         self._dicts: list[dict[str, Any]] = [each for each in chain.from_iterable(held) if each]
         self._known = list(_values(self._dicts))  # alive, so that no other object gets their ids
         self._ids = list(map(id, self._known))
-        self._tensors = [each for each in self._known if isinstance(each, Tensor)]
+        tensors = [each for each in self._known if isinstance(each, Tensor)]
+        self._dense = [each for each in tensors if type(each) in _DENSE and each.layout == torch.strided]
+        self._others = [each for each in tensors if type(each) not in _DENSE or each.layout != torch.strided]
         self._hooks = [hooks for own in self._modules for hooks in (own._forward_hooks, own._forward_pre_hooks)]
         self._own = [vars(own) for own in self._modules if not (replaced and own in self._roots)]
         self._foreign = [own for own in self._modules if type(own).__module__.partition(".")[0] not in _OWN]
@@ -45,7 +47,8 @@ class State:
     def _now(self) -> tuple[Any, ...]:
         """What may change of the known modules and tensors."""
         return (
-            list(map(_place, self._tensors)),
+            list(map(Tensor.data_ptr, self._dense)),
+            list(map(_place, self._others)),
             list(map(_training, self._modules)),
             list(map(_compiled, self._modules)),
             list(map(_settings, self._foreign)),
@@ -88,11 +91,10 @@ def flags() -> Hashable:
 
 
 def _place(tensor: Tensor) -> Any:
-    """Where a tensor is; of one that holds others, such as a quantized weight, where these are."""
-    if type(tensor) in _DENSE and tensor.layout == torch.strided:
-        return tensor.data_ptr()
+    """Where a tensor is that may hold others, as a quantized weight does, or has no memory of its own."""
     names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
-    return [id(tensor), *[_place(getattr(tensor, name)) for name in names]]
+    inner = [_place(getattr(tensor, name)) for name in names]
+    return inner or (id(tensor) if tensor.layout != torch.strided else tensor.data_ptr())
 
 
 def _values(dicts: Iterable[dict[Any, Any]]) -> Iterator[Any]:
