@@ -152,11 +152,14 @@ def test_env(monkeypatch):
     assert set(found["backends"]["cpu"]) == set(vtc.ops.OPS)
     assert found["backends"]["cpu"]["topk"]["backend"] == "torch"
     assert "flash_attn" in found
+    assert found["graphs"]["cpu"]["available"] is False
+    assert "where graphs gain nothing" in found["graphs"]["cpu"]["why"]
     plain = succeed("env").stdout
     assert "\x1b" not in plain
     assert torch.__version__ in plain
     assert re.search(r"^cpu +row_scores +torch +", plain, re.MULTILINE)
     assert "flash-attn: " in plain
+    assert re.search(r"^cpu +no +the model is on a CPU, where graphs", plain, re.MULTILINE)
 
 
 def test_env_shows_what_a_model_does(model_dir):

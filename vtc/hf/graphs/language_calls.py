@@ -95,8 +95,7 @@ class LanguageCalls:
 
     def _prepare(self, model: Any, stock: Callable[..., Any], embeds: Tensor) -> tuple[Place, Shape]:
         """Look for changes of the model; where functions are recorded, and for which shape. Raises Refused."""
-        self._recorded.require_state("language", [model])
-        place = self._recorded.place(embeds.device)
+        place = self._recorded.require("language", [model], embeds.device)
         if place is not self._place:  # all was dropped
             self.release_all()
             self._place = place

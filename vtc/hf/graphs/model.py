@@ -35,7 +35,8 @@ def why_not(device: torch.device) -> str | None:
     if device.type == "cpu":
         return "the model is on a CPU, where graphs gain nothing: computing takes longer than launching"
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"the model is on {device.type}, and graphs were made for CUDA only"
+        where = "an AMD GPU" if device.type == "cuda" else device.type
+        return f"the model is on {where}, and graphs were made for CUDA only"
     return None
 
 

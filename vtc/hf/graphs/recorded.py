@@ -82,8 +82,16 @@ class Recorded:
         """Whether this thread records a function, so that its calls are parts of it. Those of other threads wait."""
         return self._recording == threading.get_ident()
 
-    def require_state(self, name: str, modules: list[Any]) -> None:
-        """Raise Refused if calls of `modules` cannot be replayed now. Drops everything if the model has changed."""
+    def require(self, name: str, modules: list[Any], device: torch.device) -> Place:
+        """Where calls of `modules` on `device` are recorded; raises Refused if none can be replayed now and here.
+
+        Drops everything if the modules have changed. `name` tells them from other parts of the model.
+        """
+        self.place(device)  # refuses sooner than a look at all modules
+        self._require_state(name, modules)
+        return self.place(device)
+
+    def _require_state(self, name: str, modules: list[Any]) -> None:
         state = self._states.get(name)
         if state is not None and (not state.is_of(modules) or state.has_changed()):
             _log.info("the %s model has changed, so its graphs are recorded again", name)
@@ -95,7 +103,7 @@ class Recorded:
             raise Refused(why)
 
     def place(self, device: torch.device) -> Place:
-        """Where functions on `device` are recorded; raises Refused if no call can be replayed now and here."""
+        """As `require`, of modules that have not changed."""
         if self._place is None:
             self._place = Place(self._recorder_of(device), Memory(device))
         if self._place.memory.device != device:

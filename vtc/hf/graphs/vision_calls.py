@@ -31,8 +31,7 @@ class VisionCalls:
             return function(views)
         with recorded.lock:
             try:
-                recorded.require_state("vision", modules)
-                place = recorded.place(views.device)
+                place = recorded.require("vision", modules, views.device)
                 graph = recorded.get(
                     ("views", key, views.shape, views.dtype),
                     lambda: ViewsGraph(*place, self._compiled(function), views),
