@@ -31,7 +31,7 @@ PARTS = {  # of `python -m bench gpu`: what each measures
     "probe": "versions, copy and matmul rates, which SDPA runs where, the host's time for a launch",
     "gate": "whether each operation is right at LLaVA's shapes, in three dtypes, against float64, "
     "with the same bits in every run",
-    "e2e": "LLaVA-1.5-7B: each stage, time to the first token, generation; batch sizes 1, 4, 16",
+    "e2e": "LLaVA-1.5-7B: each stage, time to the first token and generation, with graphs, too; batch sizes 1, 4, 16",
     "micro": "every operation against its baselines: LLaVA-1.5 first, bf16 first, `scored_layers` first",
     "attention": "which block sizes suit `cls_attention`, against SDPA; the summary has the lines to paste",
     "ncu": "hardware counters of each kernel, where Nsight Compute is installed",

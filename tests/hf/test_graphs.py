@@ -28,6 +28,7 @@ from bench import played
 from vtc.hf import names
 from vtc.hf.graphs import language_calls, warm_up
 from vtc.hf.graphs import model as graphs
+from vtc.hf.graphs.capture import CudaRecorder
 from vtc.hf.graphs.recorded import Refused
 from vtc.hf.graphs.state import State
 from vtc.hf.graphs.window import Window
@@ -1153,3 +1154,100 @@ def test_compiled_code(model, call):
     assert not found.refusals
     assert found.replays == {"vision": 2, "prompt": 2, "step": 12}
     torch._dynamo.reset()
+
+
+# On a GPU
+
+
+@pytest.fixture
+def on_gpu(model, call):
+    if not torch.cuda.is_available():
+        pytest.skip("a graph needs a GPU")
+    model.to("cuda")
+    call.update({name: each.cuda() for name, each in call.items()})
+    return model
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=["greedy", "beams", "static"]
+)
+def test_gpu_answers(on_gpu, call, how):
+    expected = answer(on_gpu, call, **how)
+    found = vtc.graphs(on_gpu)
+    for _ in range(3):
+        same(answer(on_gpu, call, **how), expected)
+    assert (found.replays["vision"], found.replays["prompt"]) == (3, 3)
+    assert how or not found.refusals
+
+
+def test_gpu_half_precision_and_compiled_code(on_gpu, call):
+    on_gpu.bfloat16()
+    call["pixel_values"] = call["pixel_values"].bfloat16()
+    expected = answer(on_gpu, call, max_new_tokens=1)
+    found = vtc.graphs(on_gpu, compile=True)
+    for _ in range(2):
+        torch.testing.assert_close(answer(on_gpu, call, max_new_tokens=1).logits, expected.logits, rtol=0.1, atol=0.1)
+    assert found.replays == {"vision": 2, "prompt": 2}, found
+
+
+def test_gpu_graphs_come_and_go(on_gpu):
+    """The memory of libraries and of graphs that left must not be what others read."""
+    calls = [
+        inputs([models.ids(text, "image", seed=s) for s in range(batch)]) for text, batch in ((5, 1), (40, 2), (80, 3))
+    ]
+    calls = [{name: each.cuda() for name, each in one.items()} for one in calls]
+    expected = [answer(on_gpu, one) for one in calls]
+    found = vtc.graphs(on_gpu, limit=2)
+    for _ in range(4):
+        for one, before in zip(calls, expected, strict=True):
+            same(answer(on_gpu, one), before)
+            torch.cuda.empty_cache()
+    assert found.replays["step"] == 4 * 3 * 6
+
+
+def test_gpu_a_capture_that_fails_breaks_no_other(on_gpu, call):
+    recorder, x = CudaRecorder(torch.device("cuda", torch.cuda.current_device())), torch.zeros(4, device="cuda")
+    stream = torch.cuda.current_stream()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            recorder.record(torch.cuda.synchronize, [], [])
+        assert torch.cuda.current_stream() == stream
+        replay = recorder.record(lambda: x.add_(1), [x], [x])
+        x.zero_()
+        replay()
+        replay()
+        assert x.tolist() == [2.0] * 4
+    expected = answer(on_gpu, call)
+    vtc.graphs(on_gpu)
+    same(answer(on_gpu, call), expected)
+
+
+def test_gpu_streams(on_gpu, call):
+    expected = answer(on_gpu, call)
+    found, results = vtc.graphs(on_gpu, warm_up=[(3, TOKENS + 12)]), []
+
+    def run():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results.extend(answer(on_gpu, call) for _ in range(3))
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 6
+    for one in results:
+        same(one, expected)
+    assert found.replays["prompt"] == 7
+
+
+def test_gpu_weights_that_change(on_gpu, call):
+    found = vtc.graphs(on_gpu)
+    answer(on_gpu, call)
+    for change in (scale_in_place, replace_data):
+        change(on_gpu)
+        with without(found, on_gpu):
+            expected = answer(on_gpu, call)
+        same(answer(on_gpu, call), expected)
+    assert found.replays["prompt"] == 3
