@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-PACKAGES = ("cli", "eval", "eval.tasks", "hf", "methods", "ops", "tiny", "ui")
+PACKAGES = ("cli", "eval", "eval.tasks", "hf", "hf.graphs", "methods", "ops", "tiny", "ui")
 
 setup(
     name="vtc-cls",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -83,3 +84,9 @@ def test_top_level_entries_of_the_repository() -> None:
 def test_checkpoint_is_small() -> None:
     size = sum(path.stat().st_size for path in (ROOT / "vtc/tiny/checkpoint").iterdir())
     assert size <= 16 * 2**20
+
+
+def test_every_folder_with_code_is_a_package_that_is_installed() -> None:
+    (listed,) = re.findall(r"^PACKAGES = (\(.*\))$", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    folders = {path.parent.relative_to(ROOT / "vtc") for path in (ROOT / "vtc").rglob("*.py")}
+    assert {".".join(folder.parts) for folder in folders} - {""} == set(ast.literal_eval(listed))
