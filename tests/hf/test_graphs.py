@@ -472,6 +472,8 @@ def test_what_runs_out_of_memory_is_tried_again(model, call, monkeypatch):
     found = played.switch_on(model)
     expected = answer(model, call)
     assert not found.replays
+    why = "there is too little memory to record it"
+    assert found.refusals == {f"vision tower: {why}": 2, f"language model: {why}": 7}
     failing.clear()
     same(answer(model, call), expected)
     assert found.replays == {"vision": 1, "prompt": 1, "step": 6}
@@ -659,7 +661,7 @@ def test_a_mask_of_four_dimensions_from_a_caller(model):
     expected = language(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
     found = played.switch_on(model)
     assert torch.equal(language(inputs_embeds=embeds, attention_mask=mask).last_hidden_state, expected)
-    assert found.refusals == {"language model: a mask [1, 1, 3, 3] for a prompt [1, 3]": 1}
+    assert found.refusals == {"language model: a mask of other rows and columns than the prompt's": 1}
 
 
 @torch.no_grad()
@@ -728,6 +730,17 @@ def test_outputs_keep_their_values(model):
     model.get_image_features(models.images(1, seed=3))
     assert all(map(torch.equal, tensors, kept))
     assert found.replays == {"vision": 4, "prompt": 3}
+
+
+def test_reasons_do_not_grow_with_the_shapes(model, call):
+    """A server's log would fill."""
+    found = played.switch_on(model)
+    for text in (3, 9, 20):
+        cache = DynamicCache()
+        first = answer(model, inputs([models.ids(text, "image", 5)]), past_key_values=cache).sequences
+        longer = torch.cat([first, torch.full((1, text), 7)], 1)
+        answer(model, {"input_ids": longer, "attention_mask": torch.ones_like(longer)}, past_key_values=cache)
+    assert set(found.refusals) == {"language model: several tokens on top of a cache"}
 
 
 @pytest.mark.supported("Graphs", "further turns on a returned cache, and on one that was cropped, reordered or copied")
@@ -842,8 +855,22 @@ def test_graphs_that_are_dropped_by_another_thread(model, call):
         thread.join()
 
 
-@pytest.mark.parametrize("end", ["reset", "clear"])
-def test_an_answer_that_is_interrupted(model, call, end):
+def test_dropping_waits_for_the_call_of_another_thread(model, call):
+    found = played.switch_on(model)
+    answer(model, call)
+    thread = threading.Thread(target=found.drop)
+    with found._recorded.lock:
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert found._language._windows
+        assert len(found) == 3
+    thread.join()
+    assert not found._language._windows
+    assert len(found) == 0
+
+
+def test_an_answer_that_is_interrupted(model, call):
     """Its cache has memory of its own, whatever becomes of it."""
 
     class Interrupted(Exception):

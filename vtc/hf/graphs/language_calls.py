@@ -109,9 +109,9 @@ class LanguageCalls:
     def _prompt(self, model: Any, stock: Callable[..., Any], embeds: Tensor, call: dict[str, Any]) -> Any:
         batch, length, _ = embeds.shape
         cache, positions = call.get("cache"), call.get("position_ids")
-        mask = self._mask(call.get("attention_mask"), batch, length)
         if _length(cache):
             raise Refused("several tokens on top of a cache")
+        mask = self._mask(call.get("attention_mask"), batch, length)
         if length == 1:
             raise Refused("a prompt of one token")
         if mask is None and cache is None and positions is not None:
@@ -178,7 +178,7 @@ class LanguageCalls:
                 with torch.inference_mode(False):
                     window = Window(torch.zeros(size, dtype=dtype, device=embeds.device))
             except torch.OutOfMemoryError as error:
-                raise Refused(f"there is no memory for keys and values {list(size)}") from error
+                raise Refused("there is too little memory for the keys and values of its answer") from error
             self._windows[batch] = window
             if len(self._windows) > WINDOWS:
                 self._leave(next(iter(self._windows)))
@@ -217,7 +217,7 @@ class LanguageCalls:
             last = mask[:, 0, -1, :length]  # the last column may see all that are real
             mask = last if last.dtype == torch.bool else last == 0
         if mask is not None and mask.shape != (batch, length):
-            raise Refused(f"a mask {list(mask.shape)} for a prompt {[batch, length]}")
+            raise Refused("a mask of other rows and columns than the prompt's")
         return mask
 
 

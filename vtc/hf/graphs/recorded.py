@@ -126,8 +126,8 @@ class Recorded:
             try:
                 with self._quiet():
                     self._functions[key] = record()
-            except torch.OutOfMemoryError as error:  # another time there may be memory
-                raise Unrecordable(f"it cannot be recorded: {str(error).splitlines()[0]}") from error
+            except torch.OutOfMemoryError as error:  # another time there may be more
+                raise Unrecordable("there is too little memory to record it") from error
             except RuntimeError as error:
                 self._failed[key] = f"it cannot be recorded: {str(error).splitlines()[0]}"
                 raise Unrecordable(self._failed[key]) from error
