@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--out", type=Path, help="folder for the record, JSON lines")
     add = commands.add_parser("host", help="what the first token costs the host, with and without graphs")
     add.add_argument("--rounds", type=_positive, default=30, help="of which the least times count")
+    add.add_argument("--compiled", action="store_true", help="what torch.compile gains on this CPU, instead")
     add.add_argument("--out", type=Path, help="folder for the record, JSON lines")
     add = commands.add_parser("compare", help="two git revisions in one run; further options are those of micro")
     add.add_argument("revision", help="compared with the working tree")
@@ -179,7 +180,7 @@ def _launches(chosen: Any, rest: list[str]) -> int:
 def _host(chosen: Any, rest: list[str]) -> int:
     from bench import host
 
-    return host.run(chosen.out, chosen.rounds)
+    return host.run(chosen.out, chosen.rounds, chosen.compiled)
 
 
 def _compare(chosen: Any, rest: list[str]) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,11 +23,12 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vtc
-from bench import launches, record
+from bench import cpu, launches, record
 from bench.record import Provenance, Record
 from vtc.hf.graphs import model as graphs
 
 FILE = "host.jsonl"
+COMPILED = "compiled.jsonl"
 VARIANTS = {
     "stock": "the stock model",
     "stock, graphs": '`vtc.graphs` on a model that keeps all tokens, `method="none"`',
@@ -52,6 +54,23 @@ class Host(Provenance):
     between_us: float  # from there to the first launch of the language model
     after_us: float  # from there to the token
     step_us: float  # each further token
+    processor: str
+
+
+@dataclasses.dataclass(kw_only=True)
+class Compiled(Provenance):
+    """The first token of the bundled model on a CPU, as it is and with tower and language model compiled.
+
+    Medians of `rounds` pairs, and the median of their ratios.
+    """
+
+    processor: str
+    threads: int
+    rounds: int
+    ms: float
+    compiled_ms: float
+    speedup: float
+    compile_s: float  # for one length of prompt
 
 
 class CountingRecorder:
@@ -173,22 +192,56 @@ def measure(rounds: int = 30) -> Iterator[Host]:
             found = launches.counts(first)
             counts = {key: found[key] for key in ("kernels", "launches", "reads")} | {"replays": len(REPLAYED)}
             taken = times(model, rounds)
-        yield Host(variant=name, **counts, **taken, **record.provenance(torch.device("cpu")))
+        facts = record.provenance(torch.device("cpu"))
+        yield Host(variant=name, **counts, **taken, processor=cpu.processor(), **facts)
 
 
-def run(out: Path | None, rounds: int, say: Callable[[str], None] = print) -> int:
-    """Measure all variants; replaces the record `out` / FILE. Returns the exit status."""
-    before, threads = torch.get_num_threads(), 1
-    torch.set_num_threads(threads)
+def compiled(rounds: int) -> Compiled:
+    """What torch.compile gains on a CPU."""
+    with launches.variant("enable") as plain, launches.variant("enable") as other:
+        for part in (other.model.vision_tower, other.model.language_model):
+            part.compile(dynamic=False)
+
+        def seconds(model: Any) -> float:
+            start = time.perf_counter()
+            model.generate(**launches.prompt(), max_new_tokens=1, do_sample=False)
+            return time.perf_counter() - start
+
+        seconds(plain)
+        first = seconds(other)
+        pairs = [(seconds(plain), seconds(other)) for _ in range(rounds)]
+    ours, theirs = (statistics.median(each) for each in zip(*pairs, strict=True))
+    return Compiled(
+        processor=cpu.processor(), threads=torch.get_num_threads(), rounds=rounds, ms=round(1000 * ours, 1),
+        compiled_ms=round(1000 * theirs, 1), speedup=round(statistics.median(a / b for a, b in pairs), 2),
+        compile_s=round(first, 1), **record.provenance(torch.device("cpu")),
+    )  # fmt: skip
+
+
+def about_compiled(found: Compiled) -> str:
+    """One sentence."""
+    return (
+        f"torch.compile of the tower and the language model: {found.compiled_ms} instead of {found.ms} ms to the first "
+        f"token of the bundled model, {found.speedup:.2f} times as fast, after {found.compile_s:.0f} s of compiling "
+        f"for one length of prompt ({found.processor}, {found.threads} thread, medians of {found.rounds} pairs)."
+    )
+
+
+def run(out: Path | None, rounds: int, compiles: bool = False, say: Callable[[str], None] = print) -> int:
+    """Measure all variants, or what torch.compile gains; replaces the record in `out`. Returns the exit status."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made: list[Any]
     try:
-        made = list(measure(rounds))
+        made = [compiled(rounds)] if compiles else list(measure(rounds))
     finally:
         torch.set_num_threads(before)
-    say(table(made))
+    say(about_compiled(made[0]) if compiles else table(made))
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        (out / FILE).unlink(missing_ok=True)
-        record.append(out / FILE, made)
+        file = out / (COMPILED if compiles else FILE)
+        file.unlink(missing_ok=True)
+        record.append(file, made)
     return 0
 
 

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -284,7 +285,14 @@ def launch_counts(page: Path) -> str:
 
 def host_costs(page: Path) -> str:
     """What the first token costs the host, with and without graphs."""
-    return host.table(record.read(page.parent / host.FILE, host.Host))
+    made = record.read(page.parent / host.FILE, host.Host)
+    return f"{host.table(made)}\n\n{made[0].processor}, one thread; the least of many calls."
+
+
+def compiled(page: Path) -> str:
+    """What torch.compile gains on a CPU."""
+    (found,) = record.read(ROOT / "bench/results/host" / host.COMPILED, host.Compiled)
+    return "\n".join(textwrap.wrap(host.about_compiled(found), 120))
 
 
 def expected(page: Path) -> str:
@@ -326,6 +334,7 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
     "bounds": bounds,
     "cpu_times": cpu_times,
+    "compiled": compiled,
     "expected": expected,
     "files": files,
     "first_tokens": first_tokens,

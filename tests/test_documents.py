@@ -68,6 +68,8 @@ NOT_RUN = {
     "python -m bench quality --sweep --processes 2 --out bench/results/quality": "takes hours",
     "OMP_NUM_THREADS=1 python -m bench cpu --out bench/results/cpu": "takes ten minutes",
     "python -m bench launches --out bench/results/launches": "rewrites the record; it runs without --out",
+    "OMP_NUM_THREADS=1 python -m bench host --compiled --rounds 15 --out bench/results/host": "rewrites the record; "
+    "tests/bench/test_host.py runs it",
     "TRITON_INTERPRET=1 OMP_NUM_THREADS=1 python -m bench host --out bench/results/host": "rewrites the "
     "record; it runs without --out",
     "python -m bench readme": "rewrites the documents; test_generated_blocks_are_current runs it on a copy",

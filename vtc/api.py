@@ -114,7 +114,8 @@ def graphs(
     Raises
     ------
     ValueError
-        If `model` holds no supported LLaVA, for other sizes, and if accelerate moves the model's weights.
+        If `model` holds no supported LLaVA, for other sizes or a model that does not compress with `warm_up`, and if
+        accelerate moves the model's weights.
     """
     base = _llava(model)
     if type(limit) is not int or limit < 1:
@@ -124,11 +125,16 @@ def graphs(
     if warm_up:
         if not hasattr(model, "generate"):
             raise ValueError(f"warm_up needs a model that generates, got a {type(model).__name__}; pass it whole")
+        if settings.way(base) is None:
+            raise ValueError(
+                "warm_up needs a model that compresses, and this one does not; call vtc.enable(model) first"
+            )
         calls = sizes.calls(base, plan_of(Settings.of(base)).num_tokens, warm_up)
     switch_on(base, made)
     if settings.way(base) is None:
         _log.warning("graphs act on models that compress, and this one does not; vtc.enable(model) switches it on")
-    made.say_if_useless()
+    if not made.is_useful():
+        return made
     for call, new_tokens in calls:
         stop = sizes.has_two_tokens(call["input_ids"].shape[1])
         least = min(2, new_tokens)  # one step, also if the first token ends the answer

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from bench import __main__ as command
 from bench import host, record
@@ -50,6 +51,15 @@ def test_graphs_leave_few_kernels(found):
 def test_times_are_those_of_parts(found):
     for each in found:
         assert all(getattr(each, name) > 0 for name in (*host.TIMES, "step_us"))
+
+
+def test_what_torch_compile_gains_on_a_cpu(tmp_path, capsys):
+    assert command.main(["host", "--compiled", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    (found,) = record.read(tmp_path / host.COMPILED, host.Compiled)
+    assert min(found.ms, found.compiled_ms, found.compile_s) > 0
+    assert found.speedup == pytest.approx(found.ms / found.compiled_ms, abs=0.01)
+    assert host.about_compiled(found) in capsys.readouterr().out
+    torch._dynamo.reset()
 
 
 def test_nothing_is_left_behind():

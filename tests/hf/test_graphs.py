@@ -87,6 +87,39 @@ def test_answers_are_those_without_graphs(model, call, how):
     assert not found.refusals
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("hides", ["nothing", "left", "right", "holes", "a row", "no mask", "float"])
+@pytest.mark.parametrize("length", [2, 31, 32, 33])
+def test_prompts_with_any_mask(model, length, hides):
+    language, generator = model.model.language_model, torch.Generator().manual_seed(length)
+    embeds = torch.randn(3, length, 64, generator=generator)
+    mask = torch.ones(3, length, dtype=torch.long)
+    for row, count in enumerate((0, 1, length // 2)):
+        if hides == "left":
+            mask[row, :count] = 0
+        elif hides == "right":
+            mask[row, length - count :] = 0
+        elif hides == "holes":
+            mask[row, 1 : 1 + 2 * (count // 2) : 2] = 0
+    if hides == "a row":
+        mask[1] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    call = {"inputs_embeds": embeds, "attention_mask": mask.float() if hides == "float" else mask}
+    call |= {"position_ids": positions, "use_cache": True}
+    if hides == "no mask":
+        call = {"inputs_embeds": embeds, "use_cache": True}
+    expected = language(**call)
+    found = played.switch_on(model)
+    for _ in range(2):
+        out, real = language(**call), mask.bool()
+        close([out.last_hidden_state[real]], [expected.last_hidden_state[real]])
+        for mine, theirs in zip(cache_of(out).layers, cache_of(expected).layers, strict=True):
+            for tensor, other in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                assert tensor.shape == other.shape
+                close([tensor.transpose(1, 2)[real]], [other.transpose(1, 2)[real]])
+    assert found.replays == {"prompt": 2}
+
+
 def test_prompts_of_a_bucket_share_a_graph(model):
     found = played.switch_on(model)
     for text in (5, 6, 12, 22):  # with KEEP visual tokens, and one at the beginning
@@ -258,12 +291,16 @@ def replace_tower(model):
     model.model.vision_tower.get_submodule("encoder.layers.0.mlp.fc1").weight.data.mul_(1.2)
 
 
+def run_fewer_layers(model):
+    model.model.language_model.config.num_hidden_layers = 1
+
+
 def change_dtype(model):
     model.double()
 
 
 REPLACED = [replace_data, replace_parameter, replace_module, replace_projector, replace_tower]
-CHANGES = [scale_in_place, *REPLACED, change_dtype]
+CHANGES = [scale_in_place, *REPLACED, run_fewer_layers, change_dtype]
 
 
 @pytest.mark.supported("Graphs", "weights that move, change, or get another dtype")
@@ -1094,8 +1131,32 @@ def test_a_model_that_does_not_compress_is_named(caplog):
 # Ahead
 
 
-def test_warm_up(model, monkeypatch):
+def on_a_cpu(model, monkeypatch):
+    """Let `vtc.graphs` take the stand-in."""
     monkeypatch.setattr(graphs, "recorder_of", played.recorder(model.model))
+    monkeypatch.setattr(graphs, "why_not", lambda device: None)
+
+
+def test_nothing_is_warmed_up_where_nothing_is_replayed(model, monkeypatch):
+    monkeypatch.setattr(model, "generate", None)
+    assert len(vtc.graphs(model, warm_up=[(1, TOKENS + 6)])) == 0
+
+
+def test_a_model_that_does_not_compress_is_not_warmed_up():
+    model = models.build()
+    with pytest.raises(ValueError, match=r"warm_up needs a model that compresses.*vtc.enable\(model\) first"):
+        vtc.graphs(model, warm_up=[(1, TOKENS + 6)])
+    assert graphs.of(model.model) is None
+
+
+def test_warm_up_of_a_model_with_several_ends(model, monkeypatch):
+    model.config.text_config.eos_token_id = [1, 2]
+    on_a_cpu(model, monkeypatch)
+    assert vtc.graphs(model, warm_up=[(1, TOKENS + 6)]).replays["step"] == 1
+
+
+def test_warm_up(model, monkeypatch):
+    on_a_cpu(model, monkeypatch)
     made = vtc.graphs(model, warm_up=[(1, TOKENS + 6), (2, TOKENS + 60, 400)])
     assert sorted(key[:3] for key, _ in made._recorded._functions if key[0] != "views") == [
         ("prompt", 1, 32), ("prompt", 2, 96), ("step", 1, 256), ("step", 1, 512), ("step", 2, 256), ("step", 2, 512),
@@ -1117,7 +1178,7 @@ def test_the_largest_prompts_are_warmed_up_first(model):
 def test_warm_up_of_a_model_that_has_nothing_to_say(model, monkeypatch):
     """The first token of the answer may end it."""
     model.generation_config.eos_token_id = list(range(1, models.VOCAB))
-    monkeypatch.setattr(graphs, "recorder_of", played.recorder(model.model))
+    on_a_cpu(model, monkeypatch)
     made = vtc.graphs(model, warm_up=[(1, TOKENS + 6)])
     assert made.replays == {"vision": 1, "prompt": 1, "step": 1}
 
@@ -1162,6 +1223,33 @@ def test_a_forward_that_others_replaced(model):
     with pytest.raises(ValueError, match=r"forward\(\) of the LlamaModel was replaced, as accelerate does"):
         vtc.graphs(model)
     assert graphs.of(model.model) is None
+
+
+def test_a_language_model_that_was_replaced(model, call):
+    found = played.switch_on(model)
+    model.model.language_model = copy.deepcopy(model.model.language_model)
+    model.model.language_model.layers[0].mlp.up_proj.weight.data.mul_(1.2)
+    answer(model, call)
+    assert found.replays == {"vision": 1}
+    assert found.refusals == {"language model: it or its forward() was replaced; use vtc.graphs(model) again": 1}
+    again = played.switch_on(model)
+    with without(again, model):
+        expected = answer(model, call)
+    same(answer(model, call), expected)
+    assert again.replays == {"vision": 1, "prompt": 1, "step": 6}
+
+
+def test_a_forward_that_others_wrap(model, call):
+    """As accelerate does when it offloads a model that has graphs."""
+    expected = answer(model, call)
+    found = played.switch_on(model)
+    language = model.model.language_model
+    own = language.forward
+    language.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    one = answer(model, call)
+    assert all(map(torch.equal, one.logits, expected.logits))
+    assert found.replays == {"vision": 1}
+    assert found.refusals == {"language model: it or its forward() was replaced; use vtc.graphs(model) again": 1 + 7}
 
 
 # Compiled

@@ -462,7 +462,7 @@ def new_tokens(model: Any, call: Call) -> int:
     new, length = (_option(model, call, name) for name in ("max_new_tokens", "max_length"))
     if new is not None:
         return int(new)
-    prompt = call.get("input_ids", call.get("inputs"))
+    prompt = call.get("inputs") if call.get("input_ids") is None else call["input_ids"]
     return max(0, int(length) - prompt.shape[1]) if length and isinstance(prompt, torch.Tensor) else 20
 
 

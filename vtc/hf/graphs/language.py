@@ -101,7 +101,9 @@ class PromptGraph:
         """
         length = embeds.shape[1]
         self.embeds[:, :length].copy_(embeds)
-        self.embeds[:, length:].zero_()  # a NaN of the last prompt would reach the values of this one
+        # Columns behind the prompt come after its real ones, whatever the mask there, and count with a weight of 0. But
+        # 0 times a NaN of the last prompt is NaN.
+        self.embeds[:, length:].zero_()
         if mask is None:
             self.mask[:, :length].fill_(True)
         else:

@@ -110,10 +110,12 @@ class Graphs:
                 del language.__dict__["forward"]
         self.drop()
 
-    def say_if_useless(self) -> None:
-        """Log why nothing can be replayed on the model's device, if so."""
-        if self._recorder_of is recorder_of and (why := why_not(self._base().vision_tower.device)):
+    def is_useful(self) -> bool:
+        """Whether anything can be replayed on the model's device. If not, the log says why."""
+        why = why_not(self._base().vision_tower.device)
+        if why is not None:
             self._recorded.say(f"graphs are switched on, but nothing is replayed: {why}", why)
+        return why is None
 
     def drop(self) -> None:
         """Forget all graphs; the next calls record theirs again. Changes of the model that they cannot see need it."""
@@ -127,6 +129,7 @@ class Graphs:
         `own_masks` is whether the language model's masks are those that transformers makes of a mask `[B, L]`.
         """
         output = None
+        self._is_ours(self._base().language_model)
         try:
             with self._language.generating(new_tokens, own_masks):
                 output = generate()
@@ -136,7 +139,16 @@ class Graphs:
 
     def language(self, model: Any, stock: Callable[..., Any], call: dict[str, Any]) -> Any:
         """The language model's `stock(**call)`."""
+        if not self._is_ours(model):  # and what wraps this call may move weights
+            return stock(**call)
         return self._language(model, stock, call)
+
+    def _is_ours(self, model: Any) -> bool:
+        """Whether the `forward` of a language model is that of graphs. If not, the call counts as refused."""
+        is_ours = isinstance(vars(model).get("forward"), Forward)
+        if not is_ours:
+            self._recorded.refuse("language model", "it or its forward() was replaced; use vtc.graphs(model) again")
+        return is_ours
 
     def views(self, key: Hashable, function: Callable[[Tensor], Any], views: Tensor) -> Any:
         """`function(views)`; see `replayed`."""

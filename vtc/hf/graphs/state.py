@@ -52,6 +52,7 @@ class State:
             list(map(_training, self._modules)),
             list(map(_compiled, self._modules)),
             list(map(_settings, self._foreign)),
+            list(map(_depth, self._roots)),
         )
 
     def is_of(self, modules: list[nn.Module]) -> bool:
@@ -95,6 +96,11 @@ def _place(tensor: Tensor) -> Any:
     names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
     inner = [_place(getattr(tensor, name)) for name in names]
     return inner or (id(tensor) if tensor.layout != torch.strided else tensor.data_ptr())
+
+
+def _depth(module: nn.Module) -> int | None:
+    """How many of its layers a model runs."""
+    return getattr(getattr(module, "config", None), "num_hidden_layers", None)
 
 
 def _values(dicts: Iterable[dict[Any, Any]]) -> Iterator[Any]:

@@ -51,10 +51,9 @@ def calls(base: Any, num_tokens: int, sizes: Sequence[Sequence[int]]) -> list[tu
 
 
 def _call(base: Any, num_tokens: int, batch: int, length: int) -> dict[str, Tensor]:
-    vision, text, image = base.config.vision_config, base.config.get_text_config(), family_of(base).inputs[0]
+    vision, image = base.config.vision_config, family_of(base).inputs[0]
     placeholder = getattr(base.config, image.token)
-    special = {placeholder, text.pad_token_id, text.bos_token_id, text.eos_token_id}
-    word = next(token for token in range(text.vocab_size) if token not in special)
+    word = int(placeholder == 0)  # any other token
     ids = torch.full((batch, length), word, device=base.language_model.device)
     ids[:, :num_tokens] = placeholder
     pixels = torch.zeros(batch, vision.num_channels, vision.image_size, vision.image_size)
