@@ -120,6 +120,22 @@ def test_prompts_with_any_mask(model, length, hides):
     assert found.replays == {"prompt": 2}
 
 
+def test_positions_behind_a_prompt_are_small(model, monkeypatch):
+    """Some rotary embeddings depend on the largest."""
+    real, seen = played.PlayedRecorder.record, []
+
+    def record(self, function, inputs, outputs):
+        replay = real(self, function, inputs, outputs)
+        return lambda: (seen.append([each.clone() for each in inputs]), replay())[1]
+
+    monkeypatch.setattr(played.PlayedRecorder, "record", record)
+    played.switch_on(model)
+    for text in (14, 5):
+        answer(model, inputs([models.ids(text, "image")]), max_new_tokens=1)
+    positions = [given[2] for given in seen if len(given) == 3]
+    assert [(each.max().item(), each[:, -1].item()) for each in positions] == [(KEEP + 14, 0), (KEEP + 5, 0)]
+
+
 def test_prompts_of_a_bucket_share_a_graph(model):
     found = played.switch_on(model)
     for text in (5, 6, 12, 22):  # with KEEP visual tokens, and one at the beginning
@@ -926,6 +942,21 @@ def test_an_answer_that_is_interrupted(model, call):
     kept = [layer.keys.clone() for layer in cache.layers]
     same(answer(model, call), expected)
     assert all(map(torch.equal, kept, [layer.keys for layer in cache.layers]))
+
+
+def test_columns_that_move_within_the_memory_are_copied_first(monkeypatch):
+    """A GPU copies all elements at once, in no order."""
+    window, cache, sources = Window(torch.zeros(2, 1, 1, 256, 4)), DynamicCache(), []
+    values = torch.arange(24.0).reshape(1, 1, 6, 4)
+    cache.update(values, values + 1, 0)
+    window.take(cache)
+    window.give(cache, 6)
+    cache.layers[0].keys, cache.layers[0].values = (x[:, :, 2:] for x in (cache.layers[0].keys, cache.layers[0].values))
+    copy_all = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: sources.extend(given) or copy_all(to, given))
+    window.take(cache)
+    assert torch.equal(window.kv[:, 0, 0, :4], torch.cat([values, values + 1])[:, 0, 2:])
+    assert window.kv.untyped_storage().data_ptr() not in {each.untyped_storage().data_ptr() for each in sources}
 
 
 @pytest.mark.parametrize("change", [lambda cache: cache.reset(), lambda cache: cache.layers.clear()])
