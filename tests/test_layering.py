@@ -20,7 +20,9 @@ FLOORS = (  # from the ground up: what lies on a floor imports from its own and 
     ("vtc.methods",),
     ("vtc.config",),
     ("vtc.plan",),
+    ("vtc.scores", "vtc.tiles"),
     ("vtc.hf",),
+    ("vtc.vllm",),
     ("vtc.api",),
     ("vtc.tiny",),
     ("vtc",),  # vtc/__init__.py: the names

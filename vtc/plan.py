@@ -1,11 +1,8 @@
-"""The settings applied to one model's configs: grid, N, K, scored layers, shares of tiles. No module runs here."""
+"""The settings applied to one model's configs: grid, N, K, scored layers. No module of a model runs here."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 from vtc.config import VTCConfig, kept_count
 from vtc.methods import Method
@@ -108,41 +105,6 @@ class Plan(NamedTuple):
         scored = method.scored_layers(max(feature_layers), depth)
         received = method.received_layers(max(feature_layers), depth)
         return cls(config, method, grid, num_tokens, kept, outputs, feature_layers, scored, pool, received)
-
-
-def share_out(scores: Tensor, layout: Tensor, how: str) -> Tensor:
-    """Rank an image's tokens `[n]` so that the K largest are the best tokens of each tile, shared as `how` says.
-
-    The token of rank r = 0, 1, 2, ... in its tile gets mass / (r + 1/2). The tile's mass is the sum of its scores
-    ("mass") or 1 ("equal"). Taking the largest of these is the Sainte-Lague method of sharing out seats: shares are
-    proportional and rounded without bias, and the other tiles get what a small tile cannot use. Newlines come last.
-
-    Parameters
-    ----------
-    scores : Tensor[T, N], floating point
-        Of the tokens of an image's tiles, the base image first; NaN ranks last.
-    layout : Tensor[n], int64, on the CPU
-        The token at each placeholder of the image, counted over its tiles: tile * N + token; -1 for a newline.
-    how : {"mass", "equal"}
-
-    Returns
-    -------
-    Tensor[n], float32
-    """
-    tile = torch.where(layout < 0, len(scores), layout // scores.shape[1])
-    sizes = tile.bincount(minlength=len(scores) + 1)
-    start = (sizes.cumsum(0) - sizes).to(scores.device)
-    tile, layout = tile.to(scores.device), layout.to(scores.device)
-    score = scores.flatten()[layout.clamp(min=0)].float()
-    order = score.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
-    order = order[tile[order].argsort(stable=True)]  # tile by tile, each from its best to its worst
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - start[tile[order]]
-    mass = torch.ones_like(start, dtype=torch.float32)
-    if how == "mass":
-        own = tile == torch.arange(len(start), device=tile.device)[:, None]
-        mass = torch.where(own, score.nan_to_num(nan=0.0), 0.0).sum(1)
-    return torch.where(layout < 0, -1.0, mass[tile] / (rank + 0.5))
 
 
 def patch_grid(vision: Any, size: Sequence[int] | None = None) -> tuple[int, int]:

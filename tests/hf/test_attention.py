@@ -17,6 +17,7 @@ from vtc import ops
 from vtc.cli.__main__ import app
 from vtc.config import VTCConfig
 from vtc.hf import attention
+from vtc.scores import ClsScores
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -146,7 +147,7 @@ def test_layers_that_are_noted_and_fused_keep_their_order(order, monkeypatch):
     """n: noted; N: with another scale; f: fused. Noted layers of one scale take one launch."""
     calls, real = [], ops.cls_probs
     monkeypatch.setattr(ops, "cls_probs", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
-    scores = attention.ClsScores(VTCConfig(), [torch.nn.Identity() for _ in order])
+    scores = ClsScores(VTCConfig(), [torch.nn.Identity() for _ in order])
     expected = []
     for seed, kind in enumerate(order):
         assert scores.cls_probs is None
@@ -162,7 +163,7 @@ def test_layers_that_are_noted_and_fused_keep_their_order(order, monkeypatch):
 
 
 def test_what_is_noted_does_not_outlive_the_last_scored_layer():
-    scores = attention.ClsScores(VTCConfig(), [torch.nn.Identity() for _ in range(2)])
+    scores = ClsScores(VTCConfig(), [torch.nn.Identity() for _ in range(2)])
     noted = []
     for seed in range(2):
         query, key, _ = layer(seed)

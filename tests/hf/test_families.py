@@ -12,7 +12,7 @@ from support.models import GRID, IMAGE, REGISTERS, TOKENS, VIDEO
 from test_api import python
 
 import vtc
-from vtc import plan
+from vtc import tiles
 from vtc.hf.families import FAMILIES
 from vtc.hf.towers import TOWERS
 
@@ -347,7 +347,7 @@ def test_share_out():
     layout = torch.tensor([0, 1, 2, 3, 4, 5, -1, 6, 7, -1])
 
     def kept(count, how, scores=scores, layout=layout):
-        return sorted(plan.share_out(scores, layout, how).argsort(descending=True, stable=True)[:count].tolist())
+        return sorted(tiles.share_out(scores, layout, how).argsort(descending=True, stable=True)[:count].tolist())
 
     assert kept(4, "mass") == [0, 4, 5, 7]
     assert kept(4, "equal") == [0, 1, 4, 5]

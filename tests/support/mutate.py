@@ -166,7 +166,7 @@ MUTANTS = [
         {"ensemble ignored": ('Ranking(self.require(outputs, "cls_probs"), self.ensemble)', 'Ranking(self.require(outputs, "cls_probs"))')},
     ),
     *_of(
-        "vtc/hf/attention.py",
+        "vtc/scores.py",
         "hf/test_attention",
         {
             "noted layers stay alive": ("self._layers = []  # the views", "pass  # the views"),
@@ -905,10 +905,14 @@ MUTANTS = [
     *_of(
         "vtc/hf/views.py",
         "hf/test_methods_model",
+        {"K = N of tiles is reduced view by view": ("each = self.plan.method.per_view and not self._keeps_all", "each = self.plan.method.per_view")},
+    ),
+    *_of(
+        "vtc/tiles.py",
+        "hf/test_methods_model",
         {
-            "K = N of tiles has no newlines": ("if not method.per_view or (kept == tokens and _is_whole(plan)):", "if not method.per_view:"),
-            "K = N of tiles is reduced view by view": ("each = self.plan.method.per_view and not self._keeps_all", "each = self.plan.method.per_view"),
-            "K = N of one image beside another has no newlines": ("layout = (tiling.layout if stays else", "layout = (tiling.layout.abs() if stays else"),
+            "K = N of tiles has no newlines": ("if not method.per_view or (kept == tokens and is_whole(plan)):", "if not method.per_view:"),
+            "K = N of one image beside another has no newlines": ("layout = (tiling.layout if _stays(plan, tiling, kept) else", "layout = (tiling.layout.abs() if _stays(plan, tiling, kept) else"),
             "K = N of tiles for methods that merge": ("return method.keeps_patches() or (resizes and", "return True or (resizes and"),
             "a view without tokens": ("    if not outputs:\n", "    if False:\n"),
             "the smallest keep is that of one view": ("keep=\"\n            f\"{views * least} or", "keep=\"\n            f\"{least} or"),
@@ -1195,7 +1199,7 @@ MUTANTS = [
         },
     ),
     *_of(
-        "vtc/plan.py",
+        "vtc/tiles.py",
         "hf/test_families hf/test_encode",
         {
             "shares not proportional": ('if how == "mass":', "if False:"),
@@ -1741,7 +1745,7 @@ MUTANTS = [
         },
     ),
     *_of(
-        "vtc/hf/attention.py",
+        "vtc/scores.py",
         "hf/test_methods_model",
         {
             "[CLS] receives": ("skip=skip, backend", "skip=0, backend"),
@@ -1755,7 +1759,7 @@ MUTANTS = [
         {"SigLIP passes arguments on": ("elif enabled and tower_of(tower.config).passes_on:", "elif enabled:")},
     ),
     *_of(
-        "vtc/hf/views.py",
+        "vtc/tiles.py",
         "hf/test_methods_model",
         {
             "padding is chosen": ("layout[places]", "torch.arange(len(places))"),
@@ -1822,7 +1826,7 @@ MUTANTS = [
         "hf/test_question",
         {
             "frames are as many as videos": ("return [len(self.views) // len(self.counts)] * len(self.counts)", "return [1] * len(self.counts)"),
-            "tiles of one size": ("alone = plan._replace(num_kept=keep)", "alone = plan._replace(num_kept=self.counts[0][1] // self.tiles[0].num_tiles)"),
+            "tiles of one size": ("alone = plan._replace(num_kept=kept_of_view(plan, tiling, kept))", "alone = plan._replace(num_kept=self.counts[0][1] // self.tiles[0].num_tiles)"),
         },
     ),
     *_of(

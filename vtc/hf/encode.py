@@ -14,12 +14,12 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.hf import names
-from vtc.hf.attention import ClsScores
 from vtc.hf.graphs.model import replayed
 from vtc.hf.settings import IMAGES, NAME, Settings
 from vtc.hf.towers import tower_of
 from vtc.methods import Method, Question, Tokens, VisionOutputs
 from vtc.plan import Plan, patch_size
+from vtc.scores import ClsScores
 
 _NOTHING: Mapping[str, Any] = {}
 # The scores of the pass that runs in this context; hooks of a pass in another thread leave them alone.

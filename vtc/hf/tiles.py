@@ -1,29 +1,17 @@
-"""LLaVA-NeXT's tiles: how many an image has, and which token stands at each of its placeholders."""
+"""LLaVA-NeXT's tiles, from transformers: how many an image has, and which token stands at each placeholder."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from vtc.tiles import Tiling
+
 if TYPE_CHECKING:
     from vtc.hf.settings import Settings
-
-
-class Tiling(NamedTuple):
-    """The tiles of one image, the base image first.
-
-    Attributes
-    ----------
-    num_tiles : int
-    layout : Tensor[n], int64, on the CPU
-        The token at each placeholder of the image, counted over its tiles: tile * N + token; -1 for a newline.
-    """
-
-    num_tiles: int
-    layout: Tensor
 
 
 def tilings(settings: Settings, sizes: Any) -> list[Tiling]:
@@ -62,22 +50,3 @@ def _read_sizes(given: Any) -> Tensor:
 
 
 _EXPECTED = "image_sizes must be the (height, width) of each image, [images, 2], as the processor returned it"
-
-
-def flat_tiles(pixels: Tensor, tiles: list[Tiling], name: str) -> Tensor:
-    """All tiles of all images, `[T, 3, height, width]`, without the padding to the largest number of tiles.
-
-    Raises
-    ------
-    ValueError
-        If the pixels do not hold the tiles that follow from the sizes of the images.
-    """
-    shape: Any = tuple(pixels.shape)
-    if pixels.ndim == 5 and len(pixels) == len(tiles):
-        pixels = torch.cat([own[: tiling.num_tiles] for own, tiling in zip(pixels, tiles, strict=True)])
-    if pixels.ndim != 4 or len(pixels) != sum(tiling.num_tiles for tiling in tiles):
-        raise ValueError(
-            f"{name} of shape {shape} does not hold the {[tiling.num_tiles for tiling in tiles]} tiles of image_sizes; "
-            "it must be [images, tiles, 3, height, width] as the processor makes it"
-        )
-    return pixels

@@ -17,17 +17,18 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vtc import ops
-from vtc.config import VTCConfig, kept_count, kept_per_view
+from vtc.config import VTCConfig
 from vtc.hf import compatibility, encode
 from vtc.hf.families import VisualInput, family_of
 from vtc.hf.lone_image import LoneImage
 from vtc.hf.prompt import Kept, Patches, Prompt
 from vtc.hf.question import question_of, repeated
 from vtc.hf.settings import Settings
-from vtc.hf.tiles import Tiling, flat_tiles, tilings
+from vtc.hf.tiles import tilings
 from vtc.hf.towers import INTERPOLATION, TowerSpec, tower_of
-from vtc.methods import Method, Question, VisionOutputs
-from vtc.plan import Plan, patch_grid, share_out
+from vtc.methods import Question
+from vtc.plan import Plan, patch_grid
+from vtc.tiles import Tiling, best_places, flat_tiles, is_whole, kept_of_tiles, kept_of_view, numbers_of, reduce_each
 
 
 @dataclasses.dataclass
@@ -329,7 +330,8 @@ class Tiles(Views):
                 f"tiles of {views.shape[-2]} x {views.shape[-1]} pixels do not fit {settings.family.name}, which puts "
                 f"tiles of {vision.image_size} together; use the model's processor"
             )
-        counts = [(len(tiling.layout), _kept_of_tiles(plan, tiling)) for tiling in tiles]
+        sizes = [len(tiling.layout) for tiling in tiles]
+        counts = [(n, kept_of_tiles(plan, n, tiling.num_tiles)) for n, tiling in zip(sizes, tiles, strict=True)]
         return cls(settings, plan, views, counts, _tower_arguments(call), tiles)
 
     @property
@@ -342,7 +344,7 @@ class Tiles(Views):
 
     @property
     def _keeps_all(self) -> bool:
-        return _is_whole(self.plan) and all(tokens == kept for tokens, kept in self.counts)
+        return is_whole(self.plan) and all(tokens == kept for tokens, kept in self.counts)
 
     def _count(self, used: list[str]) -> None:
         """Count the images, whose tokens are the means of theirs."""
@@ -355,18 +357,16 @@ class Tiles(Views):
         resizes = plan.method.view_grid(plan.grid, plan.num_kept) != plan.grid
         if not resizes:
             vision, used = encode.run_tower(self.settings, self.views, plan, self.tower_arguments, self.question)
-        for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
-            views, stays = slice(first, first + tiling.num_tiles), kept == tokens and _is_whole(plan)
-            keep = plan.num_tokens if stays else kept // tiling.num_tiles
+        for tiling, (_, kept) in zip(self.tiles, self.counts, strict=True):
+            views = slice(first, first + tiling.num_tiles)
             if resizes:  # to sizes of their own
-                alone = plan._replace(num_kept=keep)
+                alone = plan._replace(num_kept=kept_of_view(plan, tiling, kept))
                 own, used = encode.run_tower(self.settings, self.views[views], alone, self.tower_arguments)
             else:
                 own = vision.of_views(views)
-            features = plan.method.reduce(own, keep).features.flatten(0, 1)
-            layout = (tiling.layout if stays else torch.arange(kept)).to(features.device)
-            rows.append(features[layout.clamp(min=0)])
-            newlines.append(layout < 0)
+            features, is_newline = reduce_each(plan, own, tiling, kept)
+            rows.append(features)
+            newlines.append(is_newline)
             first += tiling.num_tiles
         self._count(used)
         visual = self.settings.base.multi_modal_projector(torch.cat(rows))
@@ -374,32 +374,17 @@ class Tiles(Views):
 
     def _project_best(self) -> Tensor:
         """The best tokens of all views."""
-        base, plan, backend = self.settings.base, self.plan, self.plan.config.backend
+        base, plan = self.settings.base, self.plan
         seen = plan._replace(num_kept=plan.num_tokens) if self._keeps_all else plan
         vision, used = encode.run_tower(self.settings, self.views, seen, self.tower_arguments, self.question)
         features = vision.patches  # [T, N, D]
-        scores = None if plan.method.joint or self._keeps_all else plan.method.selected(vision, 1)[1]  # [T, N]
-        selected, kept_of_images, first = [], [], 0
-        for tiling, (tokens, kept) in zip(self.tiles, self.counts, strict=True):
-            own = slice(first, first + tiling.num_tiles)
-            if kept == tokens:
-                places = torch.arange(tokens, device=features.device)[None]
-            else:
-                if scores is None:
-                    ranking = _joint_ranking(plan, vision.of_views(own), tiling.layout, kept)
-                else:
-                    ranking = share_out(scores[own], tiling.layout, plan.config.tiles)
-                places = ops.topk(ranking[None], kept, backend=backend)
-            layout = tiling.layout.to(features.device)
-            kept_of_images.append(Patches(places, tokens)())
-            numbers = layout[places[0]]
-            selected.append(torch.where(numbers < 0, numbers, numbers + first * plan.num_tokens))
-            first += tiling.num_tiles
+        places = best_places(plan, vision, self.tiles, [kept for _, kept in self.counts])
+        self.kept = torch.cat([Patches(own[None], len(t.layout))() for own, t in zip(places, self.tiles, strict=True)])
         self._count(used)
-        numbers, self.kept = torch.cat(selected), torch.cat(kept_of_images)
+        numbers = numbers_of(places, self.tiles, plan.num_tokens)
         if self._keeps_all:  # exactly what the stock model computes
             features = base.multi_modal_projector(features)
-        visual = ops.compact(features.flatten(0, 1)[None], numbers.clamp(min=0)[None], backend=backend)[0]
+        visual = ops.compact(features.flatten(0, 1)[None], numbers.clamp(min=0)[None], backend=plan.config.backend)[0]
         if not self._keeps_all:
             visual = base.multi_modal_projector(visual)
         return self._with_newlines(visual, numbers < 0)
@@ -408,60 +393,6 @@ class Tiles(Views):
         """Projected features `[images, K, D]` from those of all images `[M, D]`; `newlines` `[M]` bool are replaced."""
         visual = torch.where(newlines[:, None], self.settings.base.image_newline.to(visual), visual)
         return torch.nn.utils.rnn.pad_sequence(visual.split([kept for _, kept in self.counts]), batch_first=True)
-
-
-def _joint_ranking(plan: Plan, vision: VisionOutputs, layout: Tensor, keep: int) -> Tensor:
-    """The scores `[n]` of an image's tokens, chosen among the patches of all its tiles. Newlines come last.
-
-    `layout` is that of `Tiling`.
-
-    Raises
-    ------
-    ValueError
-        If the method does not take so many patches.
-    """
-    places = (layout >= 0).nonzero()[:, 0]
-    patches = layout[places].to(vision.hidden.device)
-    try:
-        scores = plan.method.selected(vision.joined(patches), min(keep, len(patches)))[1][0]
-    except ValueError as error:
-        raise ValueError(
-            f"method {plan.method.name!r} chooses among all {len(patches)} patches of an image's tiles together: "
-            f"{error} Use smaller images, or a method that ranks the tiles' patches, such as 'vtc-cls' or 'received'."
-        ) from error
-    return scores.new_full(layout.shape, -1.0).index_copy(0, places.to(scores.device), scores)
-
-
-def _kept_of_tiles(plan: Plan, tiling: Tiling) -> int:
-    """K of an image with tiles, or ValueError if it is too small for its views."""
-    tokens, views, method = len(tiling.layout), tiling.num_tiles, plan.method
-    kept = kept_count(plan.config, tokens)
-    if not method.per_view or (kept == tokens and _is_whole(plan)):
-        return kept
-    keep = kept_per_view(plan.config, tokens, views, plan.num_tokens)
-    outputs, why = _outputs(plan, keep)
-    if not outputs:
-        least = next((each for each in range(1, plan.num_tokens + 1) if _outputs(plan, each)[0]), plan.num_tokens)
-        raise ValueError(
-            f"each of the {views} views of an image gets keep // {views} = {keep} tokens, which is too few; use keep="
-            f"{views * least} or more, or a larger ratio{why}"
-        )
-    return views * outputs
-
-
-def _is_whole(plan: Plan) -> bool:
-    """Whether K = N changes nothing of a view: patches are chosen, or the view is made smaller."""
-    method = plan.method
-    resizes = type(method).view_grid is not Method.view_grid
-    return method.keeps_patches() or (resizes and method.view_grid(plan.grid, plan.num_tokens) == plan.grid)
-
-
-def _outputs(plan: Plan, keep: int) -> tuple[int, str]:
-    """How many tokens a view has for `keep`; 0 and why, if they are too few."""
-    try:
-        return keep and plan.method.num_outputs(plan.num_tokens, keep), ""
-    except ValueError as error:
-        return 0, f". Of each view: {error}"
 
 
 LAYOUTS: dict[str, type[Views]] = {each.layout: each for each in (Whole, Tiles, Frames)}
