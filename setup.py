@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-PACKAGES = ("cli", "eval", "eval.tasks", "hf", "hf.graphs", "methods", "ops", "tiny", "ui")
+PACKAGES = ("cli", "eval", "eval.tasks", "hf", "hf.graphs", "methods", "ops", "tiny", "ui", "vllm")
 
 setup(
     name="vtc-cls",
@@ -55,11 +55,14 @@ setup(
         "trl": ["trl", "datasets"],
         # lmms-eval 0.7.3 reaches into a private module of filelock that 4.0 no longer has.
         "lmms": ["lmms-eval>=0.7.3", "filelock<4"],
+        # The first whose LLaVA runs with the transformers that VTC needs.
+        "vllm": ["vllm>=0.31"],
         "dev": ["ruff", "mypy"],
         "flash": ["flash-attn"],
     },
     entry_points={
         "console_scripts": ["vtc = vtc.cli.__main__:main"],
         "lmms_eval.models": ["vtc = vtc.eval.lmms_manifest:manifest"],
+        "vllm.general_plugins": ["vtc = vtc.vllm:register"],
     },
 )

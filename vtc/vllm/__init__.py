@@ -1,0 +1,49 @@
+"""VTC in vLLM: a plug-in that compresses the images of a LLaVA if the settings say so, and else changes nothing.
+
+    vllm serve llava-hf/llava-1.5-7b-hf --hf-overrides.vtc.keep 64
+
+vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The classes that take the place of vLLM's, by the architecture they serve. They are imported when a model needs them.
+MODELS = {
+    "LlavaForConditionalGeneration": "vtc.vllm.llava:VTCLlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration": "vtc.vllm.llava_next:VTCLlavaNextForConditionalGeneration",
+    "TransformersMultiModalForCausalLM": "vtc.vllm.transformers_backend:VTCTransformersMultiModalForCausalLM",
+}
+
+
+def register() -> None:
+    """Put VTC's classes in place of vLLM's, by name. May be called again. Touches no GPU."""
+    from vllm import ModelRegistry
+
+    from vtc.vllm import versions
+
+    versions.warn_if_untested()
+    for architecture, place in MODELS.items():
+        ModelRegistry.register_model(architecture, place)
+    _check_settings_of(ModelRegistry)
+
+
+def _check_settings_of(registry: Any) -> None:
+    """Let `registry` refuse a model whose config holds settings of VTC that are not valid, or that nothing would obey.
+
+    vLLM asks the registry for the class when it makes the config of a model, before weights load.
+    """
+    stock = registry.inspect_model_cls
+    if hasattr(stock, "_vtc_check"):
+        return
+
+    def inspect_model_cls(architectures: Any, model_config: Any) -> Any:
+        from vtc.vllm import settings
+
+        found = stock(architectures, model_config)
+        settings.require(model_config.hf_config, served=found[1] in MODELS, name=found[1])
+        return found
+
+    inspect_model_cls._vtc_check = True  # type: ignore[attr-defined]
+    registry.inspect_model_cls = inspect_model_cls
