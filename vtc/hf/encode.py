@@ -53,11 +53,12 @@ def run_tower(
     plan: Plan,
     tower_arguments: Mapping[str, Any] = _NOTHING,
     question: Question | None = None,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[VisionOutputs, list[str]]:
     """Run the vision tower on views `[T, 3, height, width]`, with more arguments of its `forward`.
 
     Returns the outputs that the method needs, and the operations that computed the scores. `question` is that of each
-    view, if the method needs it.
+    view, if the method needs it. `over_ranks` is for a tower whose heads are split; see `vtc.scores.ClsScores`.
 
     Raises
     ------
@@ -75,7 +76,7 @@ def run_tower(
         "tower",
         plan,
         tower_arguments,
-        lambda views: _run_tower(settings, views, plan, tower_arguments),
+        lambda views: _run_tower(settings, views, plan, tower_arguments, over_ranks),
         views,
     )
     if question is not None and needs.question:  # the language model may be on another device
@@ -86,12 +87,16 @@ def run_tower(
 
 
 def _run_tower(
-    settings: Settings, views: Tensor, plan: Plan, tower_arguments: Mapping[str, Any]
+    settings: Settings,
+    views: Tensor,
+    plan: Plan,
+    tower_arguments: Mapping[str, Any],
+    over_ranks: Callable[[Tensor], Tensor] | None,
 ) -> tuple[VisionOutputs, list[str]]:
     """As `run_tower`, without the question."""
     base, tower, needs = settings.base, settings.base.vision_tower, plan.method.required
     spec = tower_of(tower.config)
-    scores = _scores(spec.attentions_of(tower), plan, spec.cls)
+    scores = _scores(spec.attentions_of(tower), plan, spec.cls, over_ranks)
     grid = plan.method.view_grid(plan.grid, plan.num_kept)
     if grid != plan.grid:
         views, tower_arguments = _resized(settings, views, plan, grid, tower_arguments)
@@ -148,12 +153,12 @@ def _resized(
     return small.to(views.dtype), {**tower_arguments, option: True} if option else tower_arguments
 
 
-def _scores(attentions: list[Any], plan: Plan, cls: bool) -> ClsScores:
+def _scores(attentions: list[Any], plan: Plan, cls: bool, over_ranks: Callable[[Tensor], Tensor] | None) -> ClsScores:
     """What the method needs of the tower's attention modules."""
     scored, needs = [attentions[number] for number in plan.scored], plan.method.required
     compared = {"last": attentions[-1], "feature": scored[-1] if scored else None, None: None}[needs.keys]
     receiving = [attentions[number] for number in plan.received]
-    return ClsScores(plan.config, scored if needs.cls_probs else [], compared, receiving, cls)
+    return ClsScores(plan.config, scored if needs.cls_probs else [], compared, receiving, cls, over_ranks)
 
 
 def _hidden_states(

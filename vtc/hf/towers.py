@@ -23,7 +23,7 @@ class TowerSpec(NamedTuple):
         return getattr(config, self.registers) if self.registers else 0
 
     def attentions_of(self, tower: Any) -> list[Any]:
-        """Its attention modules, layer by layer: those that have a `q_proj` and a `k_proj`.
+        """Its attention modules, layer by layer: those that have a `q_proj` and a `k_proj`, or vLLM's `qkv_proj`.
 
         Raises
         ------
@@ -35,7 +35,7 @@ class TowerSpec(NamedTuple):
             layers = operator.attrgetter(self.layers)(tower)
             for layer in layers:
                 for part in layer.modules():
-                    if "q_proj" in part._modules and "k_proj" in part._modules:
+                    if {"q_proj", "k_proj"} <= part._modules.keys() or "qkv_proj" in part._modules:
                         found.append(part)
                         break
                 else:

@@ -41,9 +41,7 @@ class Tower:
         scored = [self.attentions[number] for number in plan.scored]
         compared = scored[-1] if needs.keys == "feature" else None
         receiving = [self.attentions[number] for number in plan.received]
-        return ClsScores(
-            plan.config, scored if needs.cls_probs else [], compared, receiving, self.cls, over_ranks=self.over_ranks
-        )
+        return ClsScores(plan.config, scored if needs.cls_probs else [], compared, receiving, self.cls, self.over_ranks)
 
     def _read(self, attention: Any, _module: Any, args: tuple[Tensor, ...]) -> None:
         """Read the query and key `[B, 1 + N, H * D]` of this rank's heads."""
