@@ -19,8 +19,20 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine is in
 HERE = Path(__file__).parent
 
 
+class Engine:
+    """Holds the one reference to an `LLM`, which has to be freed before the next one starts."""
+
+    def __init__(self, **given: Any) -> None:
+        self.llm: Any = LLM(**given)
+
+    @property
+    def model(self) -> Any:
+        """The model inside an engine that runs in this process."""
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+
 @contextlib.contextmanager
-def engine(model: Path | str, settings: dict[str, Any] | None = None, **given: Any) -> Iterator[LLM]:
+def engine(model: Path | str, settings: dict[str, Any] | None = None, **given: Any) -> Iterator[Engine]:
     """An engine that compresses by `settings`; `given` are more arguments of `LLM`."""
     overrides = {} if settings is None else {"vtc": settings}
     defaults = {
@@ -31,21 +43,19 @@ def engine(model: Path | str, settings: dict[str, Any] | None = None, **given: A
         "max_num_seqs": 8,
         "disable_log_stats": False,
     }
-    llm = LLM(model=str(model), hf_overrides=overrides, **{**defaults, **given})
+    made = None
     try:
-        yield llm
+        made = Engine(model=str(model), hf_overrides=overrides, **{**defaults, **given})
+        yield made
     finally:
-        del llm
+        if made is not None:
+            made.llm.llm_engine.engine_core.shutdown()
+            made.llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
 
 
-def model_of(llm: LLM) -> Any:
-    """The model inside an engine that runs in this process."""
-    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
-
-
-def ask(llm: LLM, prompts: Sequence[dict[str, Any]], max_tokens: int = 4) -> list[Any]:
+def ask(engine: Engine, prompts: Sequence[dict[str, Any]], max_tokens: int = 4) -> list[Any]:
     """vLLM's outputs for prompts {"text", "images": paths, maybe "settings"}, all in one batch."""
     requests = []
     for prompt in prompts:
@@ -53,10 +63,13 @@ def ask(llm: LLM, prompts: Sequence[dict[str, Any]], max_tokens: int = 4) -> lis
         request: dict[str, Any] = {"prompt": prompt["text"]}
         if images:
             request["multi_modal_data"] = {"image": images if len(images) > 1 else images[0]}
+        if prompt.get("uuid"):
+            request["multi_modal_uuids"] = {"image": [prompt["uuid"]] * len(images)}
         if prompt.get("settings"):
             request["mm_processor_kwargs"] = {"vtc": prompt["settings"]}
         requests.append(request)
-    return llm.generate(requests, SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1), use_tqdm=False)
+    how = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1)
+    return engine.llm.generate(requests, how, use_tqdm=False)
 
 
 def ids(outputs: Sequence[Any]) -> list[list[int]]:

@@ -16,10 +16,11 @@ from vtc.eval.ask import counted
 from vtc.eval.model import ModelSpec, pick_device, pick_dtype
 from vtc.hf import attention
 from vtc.hf.graphs.model import why_not
+from vtc.vllm.versions import plug_in
 
 
 def environment() -> dict[str, Any]:
-    """The JSON document: `versions`, `devices`, `backends`, `attention`, `flash_attn` and `graphs`."""
+    """The JSON document: `versions`, `devices`, `backends`, `attention`, `flash_attn`, `graphs` and `vllm`."""
     installed = {
         name: next((found.version for found in metadata.distributions(name=name)), None)
         for name in ("triton", "transformers", "pillow", "flash-attn")
@@ -41,6 +42,7 @@ def environment() -> dict[str, Any]:
         "attention": {name: _plain_attention(torch.device(name)) for name in devices},
         "flash_attn": flash,
         "graphs": {name: _graphs(torch.device(name)) for name in devices},
+        "vllm": plug_in()._asdict(),
     }
 
 
@@ -96,6 +98,8 @@ def show(found: dict[str, Any]) -> None:
     graphs = [(device, "yes" if g["available"] else "no", g["why"]) for device, g in found["graphs"].items()]
     print_table("graphs", ("device", "available", "why"), graphs)
     typer.echo(f"flash-attn: {found['flash_attn'] or 'not installed'}")
+    served = found["vllm"]
+    typer.echo(f"vLLM: {served['version'] or 'not installed'}" + (f", {served['why']}" if served["version"] else ""))
     if about := found.get("model"):
         typer.echo(
             f'\n{about["model"]}, of type {about["type"]}, loaded with attn_implementation="vtc"\n{about["text"]}'

@@ -19,11 +19,11 @@ MODELS = {
 
 def register() -> None:
     """Put VTC's classes in place of vLLM's, by name. May be called again. Touches no GPU."""
-    from vllm import ModelRegistry
+    from vllm import ModelRegistry, __version__
 
     from vtc.vllm import versions
 
-    versions.warn_if_untested()
+    versions.warn_if_untested(__version__)
     for architecture, place in MODELS.items():
         ModelRegistry.register_model(architecture, place)
     _check_settings_of(ModelRegistry)

@@ -13,7 +13,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vtc.config import VTCConfig
 from vtc.vllm.encoder import Encoder
 from vtc.vllm.model import Compressed
-from vtc.vllm.processing import PIXELS, CompressedLlavaInfo, CompressedLlavaProcessor
+from vtc.vllm.processing import CompressedLlavaInfo, CompressedLlavaProcessor
 from vtc.vllm.tower import Tower
 
 # transformers 5 saves a LLaVA's CLIP without the inner "vision_model.", which vLLM's class expects.
@@ -34,7 +34,7 @@ class VTCLlavaMultiModalProcessor(CompressedLlavaProcessor, llava.LlavaMultiModa
 
     def kept_of_inputs(self, hf_inputs: Any, config: VTCConfig) -> list[tuple[int, int]]:
         side = self.info.get_hf_config().vision_config.image_size
-        return [self.info.kept_of_size(config, side, side)] * len(hf_inputs[PIXELS])
+        return [self.info.kept_of_size(config, side, side)] * len(hf_inputs["pixel_values"])
 
 
 def _info(ctx: Any) -> Any:

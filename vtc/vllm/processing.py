@@ -115,9 +115,9 @@ class CompressedProcessor:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
         if self.info.vtc is None or hf_inputs.get("pixel_values") is None:
             return fields
-        hf_inputs[PIXELS] = hf_inputs.pop("pixel_values")
         config = self.settings_of(hf_processor_mm_kwargs)
         hf_inputs[KEEP] = torch.tensor([keep for keep, _ in self.kept_of_inputs(hf_inputs, config)])
+        hf_inputs[PIXELS] = hf_inputs.pop("pixel_values")
         fields = {PIXELS if name == "pixel_values" else name: field for name, field in fields.items()}
         return {**fields, KEEP: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 
