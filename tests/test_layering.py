@@ -30,6 +30,7 @@ FLOORS = (  # from the ground up: what lies on a floor imports from its own and 
     ("vtc.ui",),
     ("vtc.cli", "vtc.__main__", "bench"),
 )
+SERVING = (".llava", ".llava_next", ".model", ".processing", ".transformers_backend")
 SHARED = {"tuning", "search"}  # of kernels/: what several operations use
 
 
@@ -127,6 +128,16 @@ def test_methods_know_operations_and_no_models():
     for path in sorted((ROOT / "vtc" / "methods").glob("*.py")):
         assert packages(path) <= known, path.name
         assert all(name.startswith(("vtc.ops", "vtc.methods.")) for name in imports(path) if name[:4] == "vtc."), path
+
+
+def test_only_what_is_served_knows_vllm():
+    known = {module for module, path in MODULES.items() if "vllm" in packages(path) and module.startswith("vtc")}
+    assert known == {f"vtc.vllm{name}" for name in ("", *SERVING)}
+    data = {"vtc.hf.compatibility", "vtc.hf.families", "vtc.hf.towers"}
+    uses = {module: {name for name in imported_modules(module) if name.startswith("vtc.hf")} for module in MODULES}
+    assert {m for m, names in uses.items() if m.startswith("vtc.vllm") and names - data} == {
+        "vtc.vllm.transformers_backend"
+    }
 
 
 def test_kernels_is_no_package_of_that_name():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 
-from vtc import __version__
 from vtc.config import VTCConfig, kept_count
 from vtc.plan import Plan
 from vtc.tiles import kept_of_tiles
@@ -26,6 +26,7 @@ from vtc.vllm.settings import KEY
 # placeholders vLLM would take the first K of these, without a word.
 PIXELS = "vtc_pixel_values"
 KEEP = "vtc_keep"  # K of each image
+_VERSION = metadata.version("vtc-cls")
 
 
 class CompressedInfo:
@@ -49,7 +50,7 @@ class CompressedInfo:
     def model_id(self) -> str:
         """The model in the hash of an image, by which caches know it. Of VTC's versions, each has its own features."""
         stock: str = super().model_id  # type: ignore[misc]
-        return stock if self.vtc is None else f"{stock}+vtc-{__version__}"
+        return stock if self.vtc is None else f"{stock}+vtc-{_VERSION}"
 
     def get_hf_processor(self, **kwargs: object) -> Any:
         kwargs.pop(KEY, None)
