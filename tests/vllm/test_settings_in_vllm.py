@@ -86,8 +86,8 @@ def test_models_that_are_refused() -> None:
         require(SimpleNamespace(vtc=given, model_type=Qwen2VLConfig.model_type), served=False, name="Qwen2VL")
     with pytest.raises(ValueError, match="other code for videos"):
         plan_of(config(given, "llava_next_video"))
-    with pytest.raises(ValueError, match="which vLLM's MantisForConditionalGeneration would ignore"):
-        require(config(given), served=False, name="MantisForConditionalGeneration")
+    with pytest.raises(ValueError, match="which vLLM's LlavaOnevisionForConditionalGeneration would ignore"):
+        require(config(given), served=False, name="LlavaOnevisionForConditionalGeneration")
     with pytest.raises(ValueError, match=r"needs a vision tower with a \[CLS\] token, and SigLIP has none"):
         plan_of(config(given, tower="siglip_vision_model", vision_feature_select_strategy="full"))
     siglip = config(given | {"method": "divprune"}, tower="siglip_vision_model", vision_feature_select_strategy="full")
