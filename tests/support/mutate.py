@@ -2064,6 +2064,41 @@ MUTANTS = [
             "tensors among the arguments are recorded": ("if any(isinstance(value, Tensor) for value in tower_arguments.values()):", "if False:"),
         },
     ),
+    *_of(
+        "vtc/vllm/settings.py",
+        "vllm/test_settings_in_vllm",
+        {
+            "none is compressed": ("return config if config.compresses else None", "return config"),
+            "settings that are ignored": ("    if not served:\n", "    if False:\n"),
+            "settings of a model are not applied before": ("    plan_of(hf_config)\n    if not served", "    if not served"),
+            "other code for videos": ("if family.has_frames:", "if False:"),
+            "the tower refuses nothing": ("_refusal(config) or compatibility.tower_refusal(tower, config.method)", "_refusal(config)"),
+            "the family refuses nothing": ("if why := compatibility.family_refusal(family, config.method):", "if False:"),
+            "inside the language model": ("if method.prunes_only_language() or config.prunes_inside:", "if False:"),
+            "later stages": ("or config.prunes_inside:", "or config.prune_after:"),
+            "counts follow from features": ("if method.adaptive:", "if False:"),
+            "the question": ("if method.needs.question:", "if False:"),
+            "the image is made smaller": ("if method.view_grid((24, 24), 64) != (24, 24):", "if False:"),
+            "original positions": ('if config.positions != "packed":', "if False:"),
+            "fused attention": ("if config.fused:", "if False:"),
+            "a request sets all": ("set(given) - set(FOR_REQUESTS)", "False"),
+            "a request starts anew": ("return _config(given, engine)", "return _config(given)"),
+            "a request keeps more": ("if kept > most:", "if False:"),
+            "settings of one budget are the same": ("json.dumps(config.to_dict(), sort_keys=True)", "json.dumps({'keep': config.keep})"),
+            "settings are no mapping": ("if not isinstance(given, Mapping):", "if False:"),
+            "no tiles": ("shares_keep=family.inputs[0].layout == TILES.layout", "shares_keep=False"),
+        },
+    ),
+    *_of(
+        "vtc/vllm/versions.py",
+        "vllm/test_settings_in_vllm",
+        {
+            "VLLM_PLUGINS is not read": ("if chosen is not None and NAME not in chosen.split(\",\"):", "if False:"),
+            "without an entry point": ("if not any(point.name == NAME", "if False and not any(point.name == NAME"),
+            "old versions are tested": ("Version(OLDEST).release <= Version(version)", "Version(version).release[:1] <= Version(version)"),
+            "new versions are tested": ("<= Version(NEWEST).release:", "<= (9, 9):"),
+        },
+    ),
 ]  # fmt: skip
 
 
