@@ -69,6 +69,8 @@ def test_methods(method: str) -> None:
         ({"ensemble_layers": 9, "keep": 9}, "cannot score vision layers"),
         ({"prune_layer": 1, "keep": 9}, "vLLM's KV cache has as many tokens in every layer"),
         ({"schedule": [[0, 20], [1, 9]]}, "vLLM's KV cache has as many tokens in every layer"),
+        ({"method": "prumerge+", "keep": 9}, "counts an image's tokens by its features"),
+        ({"method": "prumerge", "keep": 9}, "counts an image's tokens by its features"),
         ({"positions": "original", "keep": 9}, "vLLM counts positions itself"),
         ({"fused": True, "keep": 9}, "leave fused out"),
         ({"method": "visionzip", "keep": 1}, "visionzip keeps"),
@@ -78,6 +80,11 @@ def test_methods(method: str) -> None:
 def test_settings_that_are_refused(given, says) -> None:
     with pytest.raises(ValueError, match=says):
         require(config(given), served=True, name="LlavaForConditionalGeneration")
+
+
+def test_tiles_share_what_an_image_keeps() -> None:
+    plan = plan_of(config({"keep": 40}, "llava_next"))
+    assert (plan.num_tokens, plan.num_kept, plan.num_outputs) == (36, 0, 0)
 
 
 def test_models_that_are_refused() -> None:
