@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,6 +80,17 @@ def let_record(model: Any) -> None:
 def is_supported() -> bool:
     """Whether the installed transformers is new enough for models; the rest of VTC works with older ones, too."""
     return Version(transformers.__version__).release[:2] >= Version(OLDEST).release
+
+
+SELECTS_STATES = is_supported()
+
+
+def states_to_record(numbers: Sequence[int]) -> list[int] | bool:
+    """The `output_hidden_states` with which a model returns these: all with an older transformers.
+
+    There a list counts without the first one, which is the input of the first layer.
+    """
+    return list(numbers) if SELECTS_STATES else True
 
 
 def require_supported() -> None:

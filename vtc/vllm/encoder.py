@@ -38,19 +38,19 @@ class Encoder(NamedTuple):
     def whole(self, pixels: Tensor, keeps: Sequence[int]) -> list[Tensor]:
         """The tokens `[K, D]` of each image, `pixels` `[images, 3, height, width]`, with `keep` of its own."""
         found: list[Tensor] = [pixels] * len(pixels)
-        for keep in sorted(set(keeps)):  # the requests of a batch have different budgets
+        for keep in set(keeps):  # the requests of a batch have different budgets
             numbers = [number for number, own in enumerate(keeps) if own == keep]
-            for some in (numbers[at : at + self.batch] for at in range(0, len(numbers), self.batch)):
-                vision = self.tower(pixels[some])
-                tokens = self.plan.method.reduce(vision, keep)
-                expected = self.plan.method.num_outputs(self.plan.num_tokens, keep)
+            images = pixels if len(numbers) == len(pixels) else torch.stack([pixels[number] for number in numbers])
+            expected = self.plan.method.num_outputs(self.plan.num_tokens, keep)
+            for some in images.split(self.batch):
+                tokens = self.plan.method.reduce(self.tower(some), keep)
                 if tokens.features.shape[1] != expected:
                     raise ValueError(
                         f"reduce of method {self.plan.method.name!r} must return {expected} tokens of an image, as its "
                         f"num_outputs says, got {tokens.features.shape[1]}"
                     )
-                for number, own in zip(some, self.projector(tokens.features), strict=True):
-                    found[number] = own
+                for own in self.projector(tokens.features):
+                    found[numbers.pop(0)] = own
         return found
 
     def tiled(self, images: Sequence[Tensor], tiles: Sequence[Tiling], counts: Sequence[int]) -> list[Tensor]:

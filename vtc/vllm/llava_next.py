@@ -13,7 +13,7 @@ from vllm.model_executor.models import llava_next
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vtc.config import VTCConfig
+from vtc.config import VTCConfig, kept_count
 from vtc.tiles import Tiling
 from vtc.vllm.encoder import Encoder
 from vtc.vllm.llava import SAVED_BY_TRANSFORMERS_5
@@ -31,9 +31,20 @@ class VTCLlavaNextProcessingInfo(CompressedLlavaInfo, llava_next.LlavaNextProces
         count: int = image_size_to_num_patches((height, width), pinpoints, side)
         return count
 
+    @functools.cached_property
+    def stock(self) -> Any:
+        """What vLLM knows of an image before compression."""
+        return llava_next.LlavaNextProcessingInfo(self.ctx)
+
     def get_image_size_with_most_features(self) -> Any:
         """The size with the most tokens before compression: vLLM measures memory with it, and the tower sees them."""
-        return llava_next.LlavaNextProcessingInfo(self.ctx).get_image_size_with_most_features()
+        return self.stock.get_image_size_with_most_features()
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Any) -> Any:
+        """The most tokens that an image keeps. Views that are reduced one by one may be fewer, and keep more."""
+        if self.vtc is None:
+            return super().get_mm_max_tokens_per_item(seq_len, mm_counts)
+        return {"image": kept_count(self.vtc.config, self.stock.get_max_image_tokens())}
 
 
 class VTCLlavaNextMultiModalProcessor(CompressedLlavaProcessor, llava_next.LlavaNextMultiModalProcessor):
@@ -54,7 +65,7 @@ class VTCLlavaNextForConditionalGeneration(Compressed, llava_next.LlavaNextForCo
 
     @functools.cached_property
     def vtc_encoder(self) -> Encoder:
-        tower = Tower(self.vision_tower, self.vtc, self.multi_modal_projector)
+        tower = Tower(self.vision_tower, self.vtc, self.multi_modal_projector, self.select_layers)
         return Encoder(self.vtc, tower, self.multi_modal_projector, self.image_newline, self.vtc_batch)
 
     def vtc_encode(self, keeps: list[int], **kwargs: Any) -> list[Tensor]:

@@ -24,10 +24,12 @@ class Tower:
     plan : Plan
     projector : callable
         For a method that chooses by projected patches.
+    select_layers : list of int, optional
+        The feature layers, of a model with several.
     """
 
-    def __init__(self, tower: Any, plan: Plan, projector: Any) -> None:
-        self.tower, self.plan, self.projector = tower, plan, projector
+    def __init__(self, tower: Any, plan: Plan, projector: Any, select_layers: Any = None) -> None:
+        self.tower, self.plan, self.projector, self.select_layers = tower, plan, projector, select_layers
         self.cls = tower_of(tower.vision_model.config).cls
         self.attentions = [layer.self_attn for layer in tower.vision_model.encoder.layers]
         self.over_ranks = mean_over_ranks(self.attentions[0].tp_size)
@@ -57,7 +59,7 @@ class Tower:
         """The outputs of views `[T, 3, height, width]` that the method needs."""
         scores = self.scores = self._scores()
         try:
-            hidden = self.tower(views, feature_select_strategy="full")
+            hidden = self.tower(views, select_layers=self.select_layers, feature_select_strategy="full")
         finally:
             self.scores = None
         if not scores.is_complete:

@@ -19,7 +19,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models import transformers as backend
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vtc.config import VTCConfig
+from vtc.config import VTCConfig, kept_count
 from vtc.hf import encode
 from vtc.hf.attention import vtc_attention
 from vtc.hf.families import TILES
@@ -45,11 +45,9 @@ class VTCMultiModalProcessingInfo(CompressedInfo, backend.MultiModalProcessingIn
         return count
 
     def get_max_image_tokens(self) -> int:
+        """The most tokens that an image keeps. Views that are reduced one by one may be fewer, and keep more."""
         most: int = super().get_max_image_tokens()
-        if self.vtc is None:
-            return most
-        size = self.get_image_size_with_most_features()
-        return self.kept(self.vtc.config, most, size.height, size.width)[1]
+        return most if self.vtc is None else kept_count(self.vtc.config, most)
 
 
 class VTCMultiModalProcessor(CompressedProcessor, backend.MultiModalProcessor):

@@ -1,0 +1,85 @@
+"""Tensor parallelism: two processes, which see half of the vision tower's heads each, give the answers of one."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import draw, pil, saved  # noqa: F401
+from engines import ask, engine, equal, first_logprobs, references
+
+from vtc.vllm import settings, tower, transformers_backend
+
+KEEP = 12
+METHODS = ("vtc-cls", "visionzip", "hiprune")  # by [CLS]; by keys, too; by the attention received
+ALONE = "alone"  # vtc-cls, without the mean over the processes
+
+
+class Extension:
+    """What an engine asks its workers: to encode the next images by another method that keeps as many tokens."""
+
+    model_runner: Any
+
+    def set_method(self, method: str, alone: bool) -> None:
+        model = self.model_runner.model
+        config = copy.copy(model.config)
+        config.vtc = {"method": method, "keep": KEEP}
+        model.vtc = settings.plan_of(config)
+        for name in ("vtc_encoder", "vtc_settings"):
+            vars(model).pop(name, None)
+        if alone:
+            tower.mean_over_ranks = transformers_backend.mean_over_ranks = lambda shards: None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Path:
+    return saved(folder, ["clip"])["clip"]
+
+
+@pytest.fixture(scope="module")
+def prompts(folder) -> dict[str, list[dict]]:
+    """By method; each has images of its own, which no cache knows."""
+    found: dict[str, list[dict]] = {}
+    for number, name in enumerate((*METHODS, ALONE)):
+        paths = [draw(folder / f"{name}{seed}.png", (84, 84), 10 * number + seed) for seed in range(6)]
+        found[name] = [{"text": "USER: <image> what is there ? ASSISTANT:", "images": [path]} for path in paths]
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(folder, model, prompts) -> dict[str, list]:
+    cases = []
+    for name, own in prompts.items():
+        method = "vtc-cls" if name == ALONE else name
+        cases.append({"model": model, "settings": {"method": method, "keep": KEEP}, "prompts": own})
+    return dict(zip(prompts, references(folder, cases), strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["vllm", "transformers"])
+def test_two_processes(implementation, model, prompts, expected, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    given = {
+        "model_impl": implementation,
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "worker_extension_cls": "test_vllm_parallel.Extension",
+        "enable_prefix_caching": False,
+    }
+    with engine(model, {"keep": KEEP}, **given) as running:
+        try:
+            for method in METHODS:
+                running.llm.collective_rpc("set_method", args=(method, False))
+                equal(ask(running, prompts[method]), expected[method])
+            running.llm.collective_rpc("set_method", args=("vtc-cls", True))
+            found = first_logprobs(ask(running, prompts[ALONE]))
+        finally:
+            running.llm.llm_engine.engine_core.shutdown()
+    differences = [abs(own - each["first"][token]) for (token, own), each in zip(found, expected[ALONE], strict=True)]
+    assert max(differences) > 1e-2
