@@ -38,7 +38,7 @@ class Encoder(NamedTuple):
     def whole(self, pixels: Tensor, keeps: Sequence[int]) -> list[Tensor]:
         """The tokens `[K, D]` of each image, `pixels` `[images, 3, height, width]`, with `keep` of its own."""
         found: list[Tensor] = [pixels] * len(pixels)
-        for keep in set(keeps):  # the requests of a batch have different budgets
+        for keep in sorted(set(keeps)):  # the requests of a batch have different budgets
             numbers = [number for number, own in enumerate(keeps) if own == keep]
             images = pixels if len(numbers) == len(pixels) else torch.stack([pixels[number] for number in numbers])
             expected = self.plan.method.num_outputs(self.plan.num_tokens, keep)
