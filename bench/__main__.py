@@ -52,6 +52,15 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--keep", type=_positive, nargs="+", metavar="K", help="default: 192 128 64 32")
     add.add_argument("--rounds", type=_positive, help="samples of each time (5), taken in turn")
     add.add_argument("--out", type=Path, help="folder for the records, JSON lines")
+    add = commands.add_parser("serve", help="VTC in vLLM against stock vLLM, under the load of several clients")
+    add.add_argument(
+        "--model", nargs="+", default=(), metavar="NAME", help="default: bundled scaled; with a GPU 7b, random weights"
+    )
+    add.add_argument("--concurrency", type=_positive, nargs="+", default=(), metavar="C", help="default: 1 4 16")
+    add.add_argument("--keep", type=_positive, nargs="+", default=(), metavar="K", help="default: 128 64")
+    add.add_argument("--requests", type=_positive, metavar="N", help="of a round; default: 2 C, and at least 8")
+    add.add_argument("--rounds", type=_positive, help="in which the engines take turns; default: 3, with a GPU 7")
+    add.add_argument("--out", type=Path, help="folder for the records, JSON lines")
     add = commands.add_parser("gpu", help="everything that is measured on a GPU, in minutes")
     add.add_argument("--out", type=Path, required=True, help="folder for at most 8 files")
     add.add_argument("--minutes", type=float, default=9)
@@ -226,6 +235,15 @@ def _cpu(chosen: Any, rest: list[str]) -> int:
     )
 
 
+def _serve(chosen: Any, rest: list[str]) -> int:
+    from bench import serve
+
+    options = serve.Options.of(
+        chosen.model, chosen.keep, chosen.concurrency, chosen.requests, chosen.rounds, torch.cuda.is_available()
+    )
+    return serve.run(options, chosen.out)
+
+
 def _hub(chosen: Any, rest: list[str]) -> int:
     from bench import hub
 
@@ -273,6 +291,7 @@ COMMANDS = {
     "launches": _launches,
     "quality": _quality,
     "cpu": _cpu,
+    "serve": _serve,
     "compare": _compare,
     "gpu": _gpu,
     "worker": _worker,

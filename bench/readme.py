@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import calls, card, cpu, host, launches, pages, probe, quality, quality_tables, record, speedups
+from bench import calls, card, cpu, host, launches, pages, probe, quality, quality_tables, record, serve, speedups
 from bench import parts as gpu
 from bench.checkout import ROOT
 from bench.workloads import WORKLOADS
@@ -277,6 +277,11 @@ def cpu_times(page: Path) -> str:
     return cpu.tables(record.read(page.parent / "cpu.jsonl", cpu.OnCPU))
 
 
+def serving(page: Path) -> str:
+    """VTC in vLLM against stock vLLM, under the load of several clients."""
+    return serve.tables(record.read(page.parent / serve.FILE, serve.Serving))
+
+
 def launch_counts(page: Path) -> str:
     """What a call costs the host: the record, and in brackets the earlier one beside it."""
     after, before = (record.read(page.parent / name, launches.Launches) for name in (launches.FILE, launches.BEFORE))
@@ -351,6 +356,7 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "recipe": recipe,
     "refused": refused,
     "results": results,
+    "serving": serving,
     "supported": supported,
     "tasks": tasks,
     "towers": towers,

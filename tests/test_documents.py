@@ -69,6 +69,8 @@ NOT_RUN = {
     "python tests/ops/test_compile.py --write": "rewrites the budgets",
     "python -m bench quality --sweep --processes 2 --out bench/results/quality": "takes hours",
     "OMP_NUM_THREADS=1 python -m bench cpu --out bench/results/cpu": "takes ten minutes",
+    "PYTHONPATH=tests/vllm/site OMP_NUM_THREADS=1 python -m bench serve --out bench/results/serve": "takes a quarter "
+    "of an hour, with vLLM",
     "python -m bench launches --out bench/results/launches": "rewrites the record; it runs without --out",
     "OMP_NUM_THREADS=1 python -m bench host --compiled --rounds 15 --out bench/results/host": "rewrites the record; "
     "tests/bench/test_host.py runs it",
@@ -370,6 +372,7 @@ QUICK = {
     "host": ["--rounds", "1"],
     "launches": [],
     "quality": ["--questions", "5"],
+    "serve": [],
 }
 SMALL = ["--rep-ms", "1", "--model", "small", "--batch", "1", "--provider", "reference", "--device", "cpu"]
 
@@ -395,6 +398,8 @@ def test_benchmark(command: str, tmp_path: Path) -> None:
         assert "PARTS\n  probe: " in (tmp_path / "out/summary.txt").read_text()
     elif name == "gpu":
         assert (done.returncode, done.stderr.split(";")[0]) == (2, "python -m bench gpu: bench gpu needs a GPU")
+    elif name == "serve":  # tests/vllm/test_vllm_bench.py runs it with vLLM
+        assert (done.returncode, done.stderr.split(",")[0]) == (2, "python -m bench serve: bench serve needs vLLM")
     elif name == "cpu":
         assert done.returncode == 0, done.stderr
         assert re.search(r"^\| bundled model \| vtc 64 +\| [\d.]+ ", done.stdout, re.MULTILINE)

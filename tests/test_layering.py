@@ -30,7 +30,7 @@ FLOORS = (  # from the ground up: what lies on a floor imports from its own and 
     ("vtc.ui",),
     ("vtc.cli", "vtc.__main__", "bench"),
 )
-SERVING = (".llava", ".llava_next", ".model", ".processing", ".ray", ".transformers_backend")
+SERVING = (".engine", ".llava", ".llava_next", ".model", ".processing", ".ray", ".transformers_backend")
 SHARED = {"tuning", "search"}  # of kernels/: what several operations use
 
 

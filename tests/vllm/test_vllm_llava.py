@@ -13,6 +13,7 @@ import pytest
 from engines import ask, engine, equal, ids, references
 from safetensors.torch import load_file, save_file
 from vllm.model_executor.models import llava
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.multimodal.processing import ProcessorInputs
 
 from vtc import tiny
@@ -187,17 +188,31 @@ def test_a_process_that_reads_prompts_without_vtc(prompts: list) -> None:
 
 
 @pytest.mark.parametrize("bounded", [True, False])
-def test_the_tower_runs_in_bounded_batches(bounded: bool, prompts: list, expected: dict) -> None:
-    """vLLM counts an image by the tokens that stay: 1024 of them are 16 images of 64, which the tower would see."""
+def test_a_step_encodes_no_more_images_than_without_vtc(
+    bounded: bool, prompts: list, expected: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM counts an image by the tokens that stay: 1152 of them are 2 images of 576, or 18 of 64."""
+    if not bounded:
+        monkeypatch.delitem(MODELS_CONFIG_MAP, "LlavaForConditionalGeneration", raising=False)
     sizes: list[int] = []
     with engine(tiny.CHECKPOINT, SETTINGS["64"], max_num_batched_tokens=1152, max_num_seqs=16) as llm:
-        model = llm.model
-        assert model.vtc_batch == 2
-        if not bounded:
-            model.vtc_batch = 1000
-            model.__dict__.pop("vtc_encoder", None)
-        model.vision_tower.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
+        llm.model.vtc_batch = 1000
+        llm.model.__dict__.pop("vtc_encoder", None)
+        llm.model.vision_tower.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
         equal(ask(llm, prompts), expected["64"])
+    assert (max(sizes) <= 2) == bounded
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_pass_of_the_tower_is_bounded_whatever_requests_keep(bounded: bool, prompts: list) -> None:
+    sizes: list[int] = []
+    with engine(tiny.CHECKPOINT, SETTINGS["64"], max_num_batched_tokens=1152, max_num_seqs=16) as llm:
+        assert llm.model.vtc_batch == 2
+        if not bounded:
+            llm.model.vtc_batch = 1000
+            llm.model.__dict__.pop("vtc_encoder", None)
+        llm.model.vision_tower.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
+        ask(llm, [prompt | {"settings": {"keep": 16}} for prompt in prompts])
     assert (max(sizes) <= 2) == bounded
 
 

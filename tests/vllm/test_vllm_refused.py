@@ -24,6 +24,13 @@ def config_of(settings: Any, model: Path = tiny.CHECKPOINT, **given: Any) -> Any
     return EngineArgs(model=str(model), hf_overrides=overrides, **given).create_model_config()
 
 
+def engine_config_of(settings: Any, **given: Any) -> Any:
+    """vLLM's config of an engine of the bundled model."""
+    load_general_plugins()
+    overrides = {} if settings is None else {"vtc": settings}
+    return EngineArgs(model=str(tiny.CHECKPOINT), hf_overrides=overrides, **given).create_engine_config()
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -63,9 +70,26 @@ def test_a_llava_in_a_class_of_vllm_that_vtc_does_not_know(tmp_path: Path) -> No
 
 
 def test_settings_among_the_processors() -> None:
-    config = config_of({"keep": 64}, mm_processor_kwargs={"vtc": {"keep": 32}})
     with pytest.raises(ValueError, match=r"--mm-processor-kwargs holds vtc=.*; give .* --hf-overrides\.vtc"):
-        MULTIMODAL_REGISTRY.create_processor(config).info.get_max_image_tokens()
+        engine_config_of({"keep": 64}, mm_processor_kwargs={"vtc": {"keep": 32}})
+
+
+def test_lora_on_the_tower() -> None:
+    given = {"enable_lora": True, "enable_tower_connector_lora": True}
+    assert engine_config_of(None, **given).lora_config.enable_tower_connector_lora
+    with pytest.raises(ValueError, match="VTC does not run with LoRA adapters on the vision tower"):
+        engine_config_of({"keep": 64}, **given)
+
+
+@pytest.mark.parametrize("model_impl", ["vllm", "transformers"])
+def test_a_step_encodes_as_many_images_as_without_vtc(model_impl: str) -> None:
+    given = {"max_num_batched_tokens": 2048, "model_impl": model_impl}
+    budgets = {
+        name: engine_config_of(settings, **given).scheduler_config.max_num_encoder_input_tokens
+        for name, settings in (("stock", None), ("64", {"keep": 64}), ("pool", {"method": "pool", "keep": 60}))
+    }
+    assert budgets == {"stock": 2048, "64": 227, "pool": 174}
+    assert {budgets["stock"] // 576, budgets["64"] // 64, budgets["pool"] // 49} == {3}
 
 
 @pytest.mark.parametrize("model_impl", ["vllm", "transformers"])
@@ -75,13 +99,6 @@ def test_a_request_with_settings_for_an_engine_without(model_impl: str) -> None:
     assert len(processor([4], items)["prompt_token_ids"]) == 576
     with pytest.raises(ValueError, match="this engine was started without; start it with --hf-overrides"):
         processor([4], items, hf_processor_mm_kwargs={"vtc": {"keep": 64}})
-
-
-def test_lora_on_the_tower() -> None:
-    given = {"enable_lora": True, "enable_tower_connector_lora": True}
-    says = "VTC does not run with LoRA adapters on the vision tower"
-    with pytest.raises(ValueError, match=says), engine(tiny.CHECKPOINT, {"keep": 64}, **given):
-        pass
 
 
 def test_a_compiled_tower_of_the_transformers_backend() -> None:

@@ -20,12 +20,15 @@ MODELS = {
 def register() -> None:
     """Put VTC's classes in place of vLLM's, by name. May be called again. Touches no GPU."""
     from vllm import ModelRegistry, __version__
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from vtc.vllm import versions
+    from vtc.vllm.engine import CompressedEngine
 
     versions.warn_if_untested(__version__)
     for architecture, place in MODELS.items():
         ModelRegistry.register_model(architecture, place)
+        MODELS_CONFIG_MAP[architecture] = CompressedEngine
     _check_settings_of(ModelRegistry)
 
 

@@ -28,14 +28,9 @@ class Compressed:
         self.vtc = plan = settings.plan_of(vllm_config.model_config.hf_config)
         if plan is None:
             return
-        if getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
-            raise ValueError(
-                "VTC does not run with LoRA adapters on the vision tower or the projector, which vLLM counts by an "
-                "image's placeholders; leave out --enable-tower-connector-lora"
-            )
-        # vLLM counts an image by the tokens that stay. The tower sees all patches, so one pass is bounded by these.
-        budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        self.vtc_batch = max(budget // plan.num_tokens, 1)
+        # The encoder budget holds for images that keep the engine's number of tokens. Those that a request makes
+        # smaller may be more, and a pass of the tower, which sees all patches, is bounded whatever they keep.
+        self.vtc_batch = max(vllm_config.scheduler_config.max_num_batched_tokens // plan.num_tokens, 1)
         kept = f"keeps {plan.num_outputs} of" if plan.num_outputs else "shares its budget among tiles of"
         _log.info_once("VTC: method %r %s %d visual tokens; %s", plan.method.name, kept, plan.num_tokens, plan.config)
 

@@ -32,18 +32,11 @@ _VERSION = metadata.version("vtc-cls")
 class CompressedInfo:
     """Mixin for a LLaVA's processing info."""
 
-    ctx: Any
     get_hf_config: Any
 
     @functools.cached_property
     def vtc(self) -> Plan | None:
         """The engine's settings, applied to the model; None: the stock model."""
-        given = self.ctx.get_mm_config().mm_processor_kwargs or {}
-        if KEY in given:
-            raise ValueError(
-                f"--mm-processor-kwargs holds {KEY}={given[KEY]!r}; give an engine's settings as {settings.FLAG}, for "
-                f"instance {settings.FLAG}.keep 64"
-            )
         return settings.plan_of(self.get_hf_config())
 
     @property
