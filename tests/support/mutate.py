@@ -2099,6 +2099,29 @@ MUTANTS = [
             "new versions are tested": ("<= Version(NEWEST).release:", "<= (9, 9):"),
         },
     ),
+    *_of(
+        "vtc/vllm/encoder.py",
+        "vllm/test_encoder",
+        {
+            "passes without a bound": ("for some in images.split(self.batch):", "for some in (images,):"),
+            "images in another order": ("found[numbers.pop(0)] = own", "found[numbers.pop()] = own"),
+            "one budget for all": ("for number, own in enumerate(keeps) if own == keep]", "for number, own in enumerate(keeps)]"),
+            "any number of tokens": ("if tokens.features.shape[1] != expected:", "if False:"),
+            "tiles without a bound": ("if numbers and views + tiling.num_tiles > self.batch:", "if False:"),
+            "padding is a tile": ("images[number][: tiles[number].num_tiles]", "images[number]"),
+            "newlines are patches": ("visual = torch.where(is_newline[:, None], self.newline.to(visual), visual)", "pass"),
+            "the first image's tiles": ("first += tiling.num_tiles\n        features, is_newline", "first += 0\n        features, is_newline"),
+        },
+    ),
+    *_of(
+        "vtc/scores.py",
+        "vllm/test_scores_over_ranks",
+        {
+            "keys of one rank": ("self.over_ranks(key.mean(1, keepdim=True, dtype=torch.float32))", "key.mean(1, keepdim=True, dtype=torch.float32)"),
+            "received by one rank": ("self.received = self.over_ranks(self.received)", "pass"),
+            "probabilities of one rank": ("self.over_ranks(self.cls_probs.mean(2, keepdim=True))", "self.cls_probs.mean(2, keepdim=True)"),
+        },
+    ),
 ]  # fmt: skip
 
 
