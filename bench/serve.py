@@ -2,7 +2,8 @@
 
 Time to the first token (TTFT), output tokens and requests a second, and the KV cache that running requests hold. The
 engines of a model are there at the same time, each in processes of its own. One of them is loaded, the others sleep:
-they take turns in each round. Nothing is timed before its answers were checked, and no engine sees an image twice.
+they take turns in each round. Answers are checked before anything is timed (of made-up weights, their lengths), and no
+engine sees an image twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tests inside vLLM need an environment of their own; README.md beside this file says how to make it."""
+"""Tests inside vLLM need an environment of their own; .github/CONTRIBUTING.md says how to run them."""
 
 import importlib.util
 import os

@@ -16,6 +16,7 @@ from transformers import Qwen2VLConfig
 from vtc import tiny
 from vtc.config import VTCConfig
 from vtc.methods import METHODS
+from vtc.methods.vtc_cls import VTCCLS
 from vtc.vllm import versions
 from vtc.vllm.settings import of_text, plan_of, requested, require, require_fewer, stored, text_of
 
@@ -85,6 +86,14 @@ def test_settings_that_are_refused(given, says) -> None:
 def test_tiles_share_what_an_image_keeps() -> None:
     plan = plan_of(config({"keep": 40}, "llava_next"))
     assert (plan.num_tokens, plan.num_kept, plan.num_outputs) == (36, 0, 0)
+
+
+def test_a_method_that_is_an_object_is_refused() -> None:
+    class Mine(VTCCLS):
+        name = "mine"
+
+    with pytest.raises(ValueError, match="method 'mine' is an object, and vLLM's processes pass names"):
+        plan_of(config({"method": Mine(), "keep": 9}))
 
 
 def test_models_that_are_refused() -> None:
@@ -163,7 +172,7 @@ def test_what_vtc_env_says_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     points.clear()
     assert "install it with pip" in versions.plug_in().why
     points.append(SimpleNamespace(name="vtc"))
-    for version in ("0.30.2", "0.34.0"):
+    for version in ("0.30.2", "0.34.0", "dev"):
         installed(version)
         assert f"this is {version}" in versions.plug_in().why
 
@@ -173,14 +182,14 @@ def test_the_entry_point_is_installed() -> None:
     assert point.load().__module__ == "vtc.vllm"
 
 
-@pytest.mark.parametrize(("version", "lines"), [("0.31.0", 0), ("0.33.1", 0), ("0.30.0", 1), ("1.0.0", 1)])
+@pytest.mark.parametrize(("version", "lines"), [("0.31.0", 0), ("0.33.1", 0), ("0.30.0", 1), ("1.0.0", 1), ("dev", 1)])
 def test_one_line_if_vllm_is_untested(version: str, lines: int, caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("vllm.vtc")
     logger.addHandler(caplog.handler)
     versions.warn_if_untested.cache_clear()
     try:
         for _ in range(2):
-            versions.warn_if_untested(version)
+            assert versions.warn_if_untested(version) == (not lines)
     finally:
         logger.removeHandler(caplog.handler)
         versions.warn_if_untested.cache_clear()

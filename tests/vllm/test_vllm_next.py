@@ -128,7 +128,7 @@ def test_answers(name, models, prompts, mixed, expected) -> None:
         found = [len(output.prompt_token_ids) for output in outputs]
         assert found == lengths(models["next"], prompts, [count] * len(prompts))
         if name == "keep":
-            assert max(passes) == 8  # more than one image, and never more than their tokens
+            assert 1 < max(passes) <= 8  # never more than their tokens
             most_tiles(info_of(running))
             outputs = ask(running, mixed)
             equal(outputs, expected["mixed"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ def test_the_server_and_the_client_of_the_page(tmp_path: Path) -> None:
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         environment[name] = value
+    with socket.socket() as other:  # the page's port has to be free
+        other.bind(("127.0.0.1", 8000))
     log = tmp_path / "log.txt"
     with log.open("w") as file:
         running = subprocess.Popen([sys.executable, *words[1:]], cwd=ROOT, env=environment, stdout=file, stderr=file)

@@ -197,8 +197,10 @@ def test_serve(client, images, expected) -> None:
 
 
 def test_serve_without_the_server_class_fails(client, logs, images) -> None:
-    with pytest.raises(openai.InternalServerError):
-        chat(client(None), images[0])
+    """Ray may answer, or leave the client waiting for an engine that has ended."""
+    served = client(None).with_options(timeout=30)
+    with pytest.raises((openai.InternalServerError, openai.APITimeoutError)):
+        chat(served, images[0])
     assert printed(logs, "the process that reads the prompts has no VTC")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,14 @@ def config_of(settings: Any, model: Path = tiny.CHECKPOINT, **given: Any) -> Any
     load_general_plugins()
     overrides = {} if settings is None else {"vtc": settings}
     return EngineArgs(model=str(model), hf_overrides=overrides, **given).create_model_config()
+
+
+@pytest.fixture
+def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    logger = logging.getLogger("vllm.vtc")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 def engine_config_of(settings: Any, **given: Any) -> Any:
@@ -69,9 +79,18 @@ def test_a_llava_in_a_class_of_vllm_that_vtc_does_not_know(tmp_path: Path) -> No
         config_of({"keep": 64}, tmp_path)
 
 
-def test_settings_among_the_processors() -> None:
+@pytest.mark.parametrize("settings", [None, {"keep": 64}])
+def test_settings_among_the_processors(settings: dict | None) -> None:
     with pytest.raises(ValueError, match=r"--mm-processor-kwargs holds vtc=.*; give .* --hf-overrides\.vtc"):
-        engine_config_of({"keep": 64}, mm_processor_kwargs={"vtc": {"keep": 32}})
+        engine_config_of(settings, mm_processor_kwargs={"vtc": {"keep": 32}})
+
+
+def test_engines_that_hand_over_kv_caches_are_warned(caplog_vllm: pytest.LogCaptureFixture) -> None:
+    given = {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}}
+    engine_config_of(None, **given)
+    assert "need the same settings" not in caplog_vllm.text
+    engine_config_of({"keep": 64}, **given)
+    assert "need the same settings" in caplog_vllm.text
 
 
 def test_lora_on_the_tower() -> None:
@@ -89,7 +108,8 @@ def test_a_step_encodes_as_many_images_as_without_vtc(model_impl: str) -> None:
         for name, settings in (("stock", None), ("64", {"keep": 64}), ("pool", {"method": "pool", "keep": 60}))
     }
     assert budgets == {"stock": 2048, "64": 227, "pool": 174}
-    assert {budgets["stock"] // 576, budgets["64"] // 64, budgets["pool"] // 49} == {3}
+    for also in ({"enable_mm_embeds": True}, {"enable_prompt_embeds": True}):  # they may be as long as a whole image
+        assert engine_config_of({"keep": 64}, **given, **also).scheduler_config.max_num_encoder_input_tokens == 2048
 
 
 @pytest.mark.parametrize("model_impl", ["vllm", "transformers"])

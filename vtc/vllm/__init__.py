@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# The classes that take the place of vLLM's, by the architecture they serve. They are imported when a model needs them.
+# The classes that take the place of vLLM's, by the architecture they serve. Each is imported when a model needs it.
 MODELS = {
     "LlavaForConditionalGeneration": "vtc.vllm.llava:VTCLlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration": "vtc.vllm.llava_next:VTCLlavaNextForConditionalGeneration",
@@ -20,12 +20,18 @@ MODELS = {
 def register() -> None:
     """Put VTC's classes in place of vLLM's, by name. May be called again. Touches no GPU."""
     from vllm import ModelRegistry, __version__
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from vtc.vllm import versions
-    from vtc.vllm.engine import CompressedEngine
 
-    versions.warn_if_untested(__version__)
+    is_tested = versions.warn_if_untested(__version__)
+    try:
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+        from vtc.vllm.engine import CompressedEngine
+    except ImportError:  # of what another version of vLLM may not have, also where nobody wants to compress
+        if is_tested:
+            raise
+        return
     for architecture, place in MODELS.items():
         ModelRegistry.register_model(architecture, place)
         MODELS_CONFIG_MAP[architecture] = CompressedEngine

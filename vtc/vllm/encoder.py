@@ -54,7 +54,10 @@ class Encoder(NamedTuple):
         return found
 
     def tiled(self, images: Sequence[Tensor], tiles: Sequence[Tiling], counts: Sequence[int]) -> list[Tensor]:
-        """The tokens `[K, D]` of each image, given as `[tiles, 3, height, width]` with maybe padding, K in `counts`."""
+        """The tokens `[K, D]` of each image, K in `counts`.
+
+        An image is `[tiles, 3, height, width]`, and may be padded with more tiles.
+        """
         found: list[Tensor] = []
         for some in self._batches(tiles):
             own, kept = [tiles[number] for number in some], [counts[number] for number in some]

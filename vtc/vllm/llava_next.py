@@ -41,7 +41,7 @@ class VTCLlavaNextProcessingInfo(CompressedLlavaInfo, llava_next.LlavaNextProces
         return self.stock.get_image_size_with_most_features()
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Any) -> Any:
-        """The most tokens that an image keeps. Views that are reduced one by one may be fewer, and keep more."""
+        """The most tokens that an image keeps. One with fewer views may keep more: a view's share is rounded down."""
         if self.vtc is None:
             return super().get_mm_max_tokens_per_item(seq_len, mm_counts)
         return {"image": kept_count(self.vtc.config, self.stock.get_max_image_tokens())}

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from vtc.vllm import settings
 from vtc.vllm.encoder import Encoder
@@ -54,7 +55,8 @@ class Compressed:
         if kwargs.get(PIXELS) is None:  # embeddings that the caller has computed, or nothing
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         kwargs["pixel_values"] = kwargs.pop(PIXELS)
-        return self.vtc_encode(kwargs.pop(KEEP).flatten().tolist(), **kwargs)
+        with gpu_sync_allowed():  # the layout of tiles is made on the host
+            return self.vtc_encode(kwargs.pop(KEEP).flatten().tolist(), **kwargs)
 
 
 def mean_over_ranks(shards: int) -> Any:

@@ -54,12 +54,12 @@ class CompressedInfo:
         return 0
 
     def kept(self, config: VTCConfig, num_tokens: int, height: int, width: int) -> tuple[int, int]:
-        """`keep` for an image of `num_tokens` placeholders, and how many of them stay, at most as many as the engine's.
+        """Return `keep` for an image of `num_tokens` placeholders, and the number of tokens that stay.
 
         Raises
         ------
         ValueError
-            If the settings do not fit the image, or keep more.
+            If the settings do not fit the image, or keep more than the engine's.
         """
         plan = self.vtc
         if plan is None:

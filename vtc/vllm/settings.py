@@ -108,6 +108,11 @@ def _plan(hf_config: Any, config: VTCConfig) -> Plan:
 
 def _refusal(config: VTCConfig) -> str | None:
     """Why vLLM cannot run a method, as a clause, or None if it can."""
+    if not isinstance(config.method, str):
+        return (
+            "is an object, and vLLM's processes pass names and values on; put its class into vtc.methods.METHODS in "
+            "each process, with a plug-in of your own, and give its name"
+        )
     method = config.build_method()
     if method.prunes_only_language() or config.prunes_inside:
         return (

@@ -45,7 +45,7 @@ class VTCMultiModalProcessingInfo(CompressedInfo, backend.MultiModalProcessingIn
         return count
 
     def get_max_image_tokens(self) -> int:
-        """The most tokens that an image keeps. Views that are reduced one by one may be fewer, and keep more."""
+        """The most tokens that an image keeps. One with fewer views may keep more: a view's share is rounded down."""
         most: int = super().get_max_image_tokens()
         return most if self.vtc is None else kept_count(self.vtc.config, most)
 

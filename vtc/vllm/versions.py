@@ -8,7 +8,7 @@ import os
 from importlib import metadata
 from typing import NamedTuple
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 OLDEST, NEWEST = "0.31", "0.33"  # minor versions: the first whose LLaVA runs with VTC's transformers; the last checked
 GROUP, NAME = "vllm.general_plugins", "vtc"  # the entry point
@@ -45,16 +45,21 @@ def plug_in() -> PlugIn:
 
 
 def _untested(version: str) -> str | None:
-    if Version(OLDEST).release <= Version(version).release[:2] <= Version(NEWEST).release:
-        return None
+    try:
+        if Version(OLDEST).release <= Version(version).release[:2] <= Version(NEWEST).release:
+            return None
+    except InvalidVersion:  # such as "dev"
+        pass
     return (
         f"VTC works with vLLM {OLDEST} to {NEWEST}, and this is {version}: if a LLaVA does not load, set VLLM_PLUGINS "
-        "to a list without vtc, or install another version; if it does, compare answers with and without VTC"
+        "to a list without vtc, or install another version; if it does, look at usage.prompt_tokens and compare answers"
     )
 
 
 @functools.cache
-def warn_if_untested(version: str) -> None:
-    """Log one line, to vLLM's log, if its version is older or newer than those that VTC knows."""
-    if why := _untested(version):
+def warn_if_untested(version: str) -> bool:
+    """Whether VTC knows vLLM's version. If not, one line in vLLM's log says so."""
+    why = _untested(version)
+    if why:
         logging.getLogger("vllm.vtc").warning(why)
+    return why is None
