@@ -14,6 +14,8 @@ from transformers import AutoProcessor
 from vllm.model_executor.models.llava_next import LlavaNextProcessingInfo
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vtc.vllm.processing import num_tiles
+
 # The views of images by width and height. Their tiles are padded above and below, left and right, or not at all.
 VIEWS = {
     (84, 84): 3,
@@ -141,9 +143,9 @@ def test_answers(name, models, prompts, mixed, expected) -> None:
 def most_tiles(info: Any) -> None:
     """vLLM measures memory with the image that has the most tiles. By tokens after compression, all are alike."""
     size = info.get_image_size_with_most_features()
-    assert info.num_tiles(size.height, size.width) == 5
+    assert num_tiles(info.get_hf_config(), size.height, size.width) == 5
     size = LlavaNextProcessingInfo.get_image_size_with_most_features(info)  # by the tokens that stay
-    assert info.num_tiles(size.height, size.width) == 3
+    assert num_tiles(info.get_hf_config(), size.height, size.width) == 3
 
 
 def test_several_layers_of_siglip(models, prompts, expected) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from vllm.model_executor.models import llava_next
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -18,18 +17,12 @@ from vtc.tiles import Tiling
 from vtc.vllm.encoder import Encoder
 from vtc.vllm.llava import SAVED_BY_TRANSFORMERS_5
 from vtc.vllm.model import Compressed
-from vtc.vllm.processing import CompressedLlavaInfo, CompressedLlavaProcessor
+from vtc.vllm.processing import CompressedLlavaInfo, CompressedLlavaProcessor, num_tiles
 from vtc.vllm.tower import Tower
 
 
 class VTCLlavaNextProcessingInfo(CompressedLlavaInfo, llava_next.LlavaNextProcessingInfo):
     """Placeholders of LLaVA-NeXT."""
-
-    def num_tiles(self, height: int, width: int) -> int:
-        config = self.get_hf_config()
-        pinpoints, side = config.image_grid_pinpoints, config.vision_config.image_size
-        count: int = image_size_to_num_patches((height, width), pinpoints, side)
-        return count
 
     @functools.cached_property
     def stock(self) -> Any:
@@ -75,8 +68,7 @@ class VTCLlavaNextForConditionalGeneration(Compressed, llava_next.LlavaNextForCo
 
     def _tiling(self, size: Tensor) -> Tiling:
         """The tiles of an image of `size` (height, width): vLLM's own unpadding and newlines, on token numbers."""
-        vision, pinpoints = self.config.vision_config, self.config.image_grid_pinpoints
-        count = image_size_to_num_patches(size, pinpoints, vision.image_size)
+        count = num_tiles(self.config, *size.tolist())
         numbers = torch.arange(count * self.vtc.num_tokens, device="cpu").view(count, -1, 1)
         stand_in = SimpleNamespace(config=self.config, image_newline=torch.tensor([-1], device="cpu"))
         merge = llava_next.LlavaNextForConditionalGeneration._merge_image_patch_embeddings

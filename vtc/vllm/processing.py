@@ -12,11 +12,13 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 
 from vtc.config import VTCConfig, kept_count
+from vtc.hf.families import TILES
 from vtc.plan import Plan
 from vtc.tiles import kept_of_tiles
 from vtc.vllm import settings
@@ -27,6 +29,15 @@ from vtc.vllm.settings import KEY
 PIXELS = "vtc_pixel_values"
 KEEP = "vtc_keep"  # K of each image
 _VERSION = metadata.version("vtc-cls")
+
+
+def num_tiles(hf_config: Any, height: int, width: int) -> int:
+    """The number of tiles of an image of so many pixels, with the base image; 0: the model has no tiles."""
+    if settings.family_of(hf_config).inputs[0].layout != TILES.layout:
+        return 0
+    pinpoints, side = hf_config.image_grid_pinpoints, hf_config.vision_config.image_size
+    count: int = image_size_to_num_patches((height, width), pinpoints, side)
+    return count
 
 
 class CompressedInfo:
@@ -49,10 +60,6 @@ class CompressedInfo:
         kwargs.pop(KEY, None)
         return super().get_hf_processor(**kwargs)  # type: ignore[misc]
 
-    def num_tiles(self, height: int, width: int) -> int:
-        """The number of tiles of an image of so many pixels, with the base image; 0: the model has no tiles."""
-        return 0
-
     def kept(self, config: VTCConfig, num_tokens: int, height: int, width: int) -> tuple[int, int]:
         """Return `keep` for an image of `num_tokens` placeholders, and the number of tokens that stay.
 
@@ -66,7 +73,7 @@ class CompressedInfo:
             return num_tokens, num_tokens
 
         def count(config: VTCConfig) -> tuple[int, int]:
-            if tiles := self.num_tiles(height, width):
+            if tiles := num_tiles(self.get_hf_config(), height, width):
                 kept = kept_of_tiles(plan._replace(config=config), num_tokens, tiles)
                 return kept, kept
             keep = kept_count(config, num_tokens)

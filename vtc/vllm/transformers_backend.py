@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models import transformers as backend
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -35,14 +34,6 @@ from vtc.vllm.processing import KEEP, CompressedInfo, CompressedProcessor
 
 class VTCMultiModalProcessingInfo(CompressedInfo, backend.MultiModalProcessingInfo):
     """Placeholders of a model of transformers."""
-
-    def num_tiles(self, height: int, width: int) -> int:
-        config = self.get_hf_config()
-        if settings.family_of(config).inputs[0].layout != TILES.layout:
-            return 0
-        pinpoints, side = config.image_grid_pinpoints, config.vision_config.image_size
-        count: int = image_size_to_num_patches((height, width), pinpoints, side)
-        return count
 
     def get_max_image_tokens(self) -> int:
         """The most tokens that an image keeps. One with fewer views may keep more: a view's share is rounded down."""
