@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,28 +153,25 @@ class EngineAsOnGPUs(VLLMEngine):
 
 
 @pytest.fixture
-def client(logs) -> Iterator[Callable[[str | None], openai.OpenAI]]:
+def client(logs) -> Iterator[openai.OpenAI]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
 
-    def make(server_cls: str | None) -> openai.OpenAI:
-        given = {
-            "placement_group_config": ON_CPU,
-            "runtime_env": {"env_vars": {"RAYLLM_VLLM_ENGINE_CLS": f"{__name__}.{EngineAsOnGPUs.__name__}"}},
-            "deployment_config": {"num_replicas": 1},
-        }
-        snippet(
-            2,
-            {"ENGINE": ENGINE, "given": given},
-            ('server_cls="vtc.vllm.ray:LLMServer"', f"server_cls={server_cls!r}, **given"),
-            ('"hf_overrides": {"vtc": {"keep": 64}}', "**ENGINE"),
-            (", blocking=True", ""),
-        )
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
-
-    yield make
+    given = {
+        "placement_group_config": ON_CPU,
+        "runtime_env": {"env_vars": {"RAYLLM_VLLM_ENGINE_CLS": f"{__name__}.{EngineAsOnGPUs.__name__}"}},
+        "deployment_config": {"num_replicas": 1},
+    }
+    snippet(
+        2,
+        {"ENGINE": ENGINE, "given": given},
+        ('server_cls="vtc.vllm.ray:LLMServer"', 'server_cls="vtc.vllm.ray:LLMServer", **given'),
+        ('"hf_overrides": {"vtc": {"keep": 64}}', "**ENGINE"),
+        (", blocking=True", ""),
+    )
+    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
     serve.shutdown()
 
 
@@ -189,19 +186,10 @@ def chat(client: openai.OpenAI, image: str, **body: Any) -> Any:
 
 
 def test_serve(client, images, expected) -> None:
-    served = client("vtc.vllm.ray:LLMServer")
     for keep, body in ((64, {}), (32, {"mm_processor_kwargs": {"vtc": {"keep": 32}}})):
-        found = [chat(served, image, **body) for image in images]
+        found = [chat(client, image, **body) for image in images]
         assert [each.choices[0].token_ids for each in found] == expected[keep]
         assert [each.usage.prompt_tokens for each in found] == [TEXT + keep] * 2
-
-
-def test_serve_without_the_server_class_fails(client, logs, images) -> None:
-    """Ray may answer, or leave the client waiting for an engine that has ended."""
-    served = client(None).with_options(timeout=30)
-    with pytest.raises((openai.InternalServerError, openai.APITimeoutError)):
-        chat(served, images[0])
-    assert printed(logs, "the process that reads the prompts has no VTC")
 
 
 def test_a_server_whose_workers_would_not_have_vtc(monkeypatch: pytest.MonkeyPatch) -> None:
