@@ -468,3 +468,14 @@ def test_the_transcription_answers_like_transformers(keep, folders):
         with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         assert out[0, inputs["input_ids"].shape[1] :].tolist() == tokens
+
+
+def test_the_figures_of_the_page_are_those_of_the_record():
+    root = Path(__file__).parents[2]
+    records = record.read(root / "bench/results/serve" / serve.FILE, Serving)
+    own = [each for each in records if (each.model, each.keep) == ("77 M LLaVA", 64)]
+    assert [each.concurrency for each in own] == [1, 4, 16]
+    page = " ".join((root / "vtc/vllm/README.md").read_text(encoding="utf-8").split())
+    for name, rest in (("ttft", "times as early"), ("rate", "times as many tokens a second")):
+        first, second, third = (f"{getattr(each, f'{name}_ratio_50'):.2f}" for each in own)
+        assert f"{first}, {second} and {third} {rest}" in page
