@@ -167,8 +167,8 @@ def _hidden_states(
     """Call the tower, which fills `scores`: the outputs of the feature layers, each [T, 1 + N, D]."""
     if not torch.compiler.is_compiling():
         names.let_record(tower)
-    recorded_states = names.states_to_record(plan.feature_layers)
-    arguments = {**tower_arguments, "output_hidden_states": recorded_states, "return_dict": True}
+    wanted = list(plan.feature_layers) if names.SELECTS_STATES else True
+    arguments = {**tower_arguments, "output_hidden_states": wanted, "return_dict": True}
     enabled = tower.config._attn_implementation == NAME
     if plan.config.fused and not enabled:
         raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,15 +81,9 @@ def is_supported() -> bool:
     return Version(transformers.__version__).release[:2] >= Version(OLDEST).release
 
 
+# Whether a list as `output_hidden_states` names the states to return, the first layer's input as 0. With an older
+# transformers it counts without that one, so a model is asked for all states.
 SELECTS_STATES = is_supported()
-
-
-def states_to_record(numbers: Sequence[int]) -> list[int] | bool:
-    """The `output_hidden_states` with which a model returns these: all with an older transformers.
-
-    There a list counts without the first one, which is the input of the first layer.
-    """
-    return list(numbers) if SELECTS_STATES else True
 
 
 def require_supported() -> None:
