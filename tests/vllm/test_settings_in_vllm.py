@@ -6,8 +6,9 @@ import copy
 import json
 import logging
 import re
+import sys
 from importlib import metadata
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from support import models
@@ -17,7 +18,7 @@ from vtc import tiny
 from vtc.config import VTCConfig
 from vtc.methods import METHODS
 from vtc.methods.vtc_cls import VTCCLS
-from vtc.vllm import versions
+from vtc.vllm import register, versions
 from vtc.vllm.settings import of_text, plan_of, requested, require, require_fewer, stored, text_of
 
 SERVED = ("vtc-cls", "fastervlm", "visionzip", "coverage", "scope", "divprune", "vispruner", "hiprune", "received")
@@ -202,3 +203,24 @@ def test_the_bundled_model() -> None:
     bundled = AutoConfig.from_pretrained(tiny.CHECKPOINT)
     bundled.vtc = {"keep": 64}
     assert plan_of(bundled).num_outputs == 64
+
+
+@pytest.mark.parametrize("version", ["9.9.0", "0.32.0"])
+def test_a_vllm_without_what_vtc_needs(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown version serves models without settings, and refuses the others. A known one has to have it."""
+    fake = ModuleType("vllm")
+    registry = SimpleNamespace(inspect_model_cls=lambda architectures, model_config: (None, architectures[0]))
+    fake.ModelRegistry, fake.__version__ = registry, version
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    for name in ("vllm.model_executor", "vllm.model_executor.models", "vllm.model_executor.models.config"):
+        monkeypatch.setitem(sys.modules, name, None)
+    if version == "0.32.0":
+        with pytest.raises(ImportError):
+            register()
+        return
+    register()
+    register()
+    name = "LlavaForConditionalGeneration"
+    assert registry.inspect_model_cls([name], SimpleNamespace(hf_config=config())) == (None, name)
+    with pytest.raises(ValueError, match=f"which vLLM's {name} would ignore"):
+        registry.inspect_model_cls([name], SimpleNamespace(hf_config=config({"keep": 9})))

@@ -7,6 +7,7 @@ vLLM calls `register` in each of its processes, through the entry point `vllm.ge
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 # The classes that take the place of vLLM's, by the architecture they serve. Each is imported when a model needs it.
@@ -28,18 +29,19 @@ def register() -> None:
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
         from vtc.vllm.engine import CompressedEngine
-    except ImportError:  # of what another version of vLLM may not have, also where nobody wants to compress
+    except ImportError:  # another version of vLLM may lack it; models without settings go on
         if is_tested:
             raise
+        _check_settings_of(ModelRegistry, ())
         return
     for architecture, place in MODELS.items():
         ModelRegistry.register_model(architecture, place)
         MODELS_CONFIG_MAP[architecture] = CompressedEngine
-    _check_settings_of(ModelRegistry)
+    _check_settings_of(ModelRegistry, MODELS)
 
 
-def _check_settings_of(registry: Any) -> None:
-    """Let `registry` refuse a model whose config holds settings of VTC that are not valid, or that nothing would obey.
+def _check_settings_of(registry: Any, served: Collection[str]) -> None:
+    """Let `registry` refuse settings of VTC that are not valid, or of a model whose class is not one of the `served`.
 
     vLLM asks the registry for the class when it makes the config of a model, before weights load.
     """
@@ -51,7 +53,7 @@ def _check_settings_of(registry: Any) -> None:
         from vtc.vllm import settings
 
         found = stock(architectures, model_config)
-        settings.require(model_config.hf_config, served=found[1] in MODELS, name=found[1])
+        settings.require(model_config.hf_config, served=found[1] in served, name=found[1])
         return found
 
     inspect_model_cls._vtc_check = True  # type: ignore[attr-defined]
