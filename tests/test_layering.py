@@ -2,11 +2,14 @@
 
 import ast
 import graphlib
-import importlib
+import importlib.machinery
 import inspect
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from bench.workloads import WORKLOADS
 from vtc import ops, reference
@@ -138,6 +141,18 @@ def test_only_what_is_served_knows_vllm():
     assert {m for m, names in uses.items() if m.startswith("vtc.vllm") and names - data} == {
         "vtc.vllm.transformers_backend"
     }
+
+
+def test_no_folder_of_the_tests_passes_for_a_package():
+    """pytest puts `tests` on Python's path, where a folder counts as an empty package. Libraries look whether others
+    are installed, and failed: trl took a folder `vllm` for vLLM.
+    """
+    folders = {folder.name for folder in (ROOT / "tests").iterdir() if folder.is_dir()}
+    others = [entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "tests")]
+    assert not [name for name in folders if importlib.machinery.PathFinder.find_spec(name, others)]
+    optional = {Requirement(text).name for text in metadata.requires("vtc-cls")}
+    assert {"vllm", "ray"} < optional
+    assert not folders & optional
 
 
 def test_kernels_is_no_package_of_that_name():

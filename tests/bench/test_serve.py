@@ -1,13 +1,12 @@
 """`bench serve`: the load, what is checked before it is timed, and what is recorded. A stand-in takes vLLM's place.
 
-tests/vllm/test_vllm_bench.py runs the command with vLLM.
+tests/serving/test_vllm_bench.py runs the command with vLLM.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib.machinery
 import importlib.util
 import itertools
 import json
@@ -86,13 +85,6 @@ def test_without_vllm_the_command_says_how_to_install_it(tmp_path, monkeypatch, 
     assert error.startswith("python -m bench serve: bench serve needs vLLM, which ")
     assert "pip install '.[vllm]'" in error
     assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_called_vllm_is_none(monkeypatch):
-    """As tests/vllm, where `tests` is on Python's path."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
-    with pytest.raises(ValueError, match="bench serve needs vLLM"):
-        serving.require_vllm()
 
 
 def test_engines_have_no_caches_and_the_same_kv_cache(tmp_path):

@@ -2066,7 +2066,7 @@ MUTANTS = [
     ),
     *_of(
         "vtc/vllm/settings.py",
-        "vllm/test_settings_in_vllm",
+        "serving/test_settings_in_vllm",
         {
             "none is compressed": ("return config if config.compresses else None", "return config"),
             "settings that are ignored": ("    if not served:\n", "    if False:\n"),
@@ -2091,7 +2091,7 @@ MUTANTS = [
     ),
     *_of(
         "vtc/vllm/versions.py",
-        "vllm/test_settings_in_vllm",
+        "serving/test_settings_in_vllm",
         {
             "VLLM_PLUGINS is not read": ("if chosen is not None and NAME not in chosen.split(\",\"):", "if False:"),
             "without an entry point": ("if not any(point.name == NAME", "if False and not any(point.name == NAME"),
@@ -2101,7 +2101,7 @@ MUTANTS = [
     ),
     *_of(
         "vtc/vllm/encoder.py",
-        "vllm/test_encoder",
+        "serving/test_encoder",
         {
             "passes without a bound": ("for some in images.split(self.batch):", "for some in (images,):"),
             "images in another order": ("found[numbers.pop(0)] = own", "found[numbers.pop()] = own"),
@@ -2115,7 +2115,7 @@ MUTANTS = [
     ),
     *_of(
         "vtc/scores.py",
-        "vllm/test_scores_over_ranks",
+        "serving/test_scores_over_ranks",
         {
             "keys of one rank": ("self.over_ranks(key.mean(1, keepdim=True, dtype=torch.float32))", "key.mean(1, keepdim=True, dtype=torch.float32)"),
             "received by one rank": ("self.received = self.over_ranks(self.received)", "pass"),

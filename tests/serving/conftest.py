@@ -5,9 +5,7 @@ import os
 from pathlib import Path
 
 HERE = Path(__file__).parent
-found = importlib.util.find_spec("vllm")
-HAS_VLLM = found is not None and found.origin is not None  # without it, `vllm` is this folder
-if HAS_VLLM:
+if importlib.util.find_spec("vllm"):
     # For this process, and for those that vLLM starts.
     for name, value in {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
