@@ -2,9 +2,7 @@
 
 import importlib.util
 import os
-from pathlib import Path
 
-HERE = Path(__file__).parent
 if importlib.util.find_spec("vllm"):
     # For this process, and for those that vLLM starts.
     for name, value in {
@@ -16,3 +14,8 @@ if importlib.util.find_spec("vllm"):
         os.environ.setdefault(name, value)
 else:
     collect_ignore_glob = ["test_vllm_*.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """Ray's tests first: they take longest, and wait most of the time."""
+    items.sort(key=lambda item: item.path.name != "test_vllm_ray.py")

@@ -55,6 +55,7 @@ def logs() -> Iterator[Path]:
     """A cluster of this machine, and the folder of what its processes print."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # with Ray's 15, an engine starts in minutes beside other tests
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         with ray.init(
