@@ -19,7 +19,13 @@ class Group:
 
     def __init__(self, command: list[str], log: IO[str], **options: Any) -> None:
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **options
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_listen,
+            **options,
         )
 
     def status(self) -> int | None:
@@ -51,6 +57,11 @@ class Group:
     def _alive(self) -> bool:
         self._process.poll()  # collects the command itself
         return any(group == self._process.pid for group in _running_groups())
+
+
+def _listen() -> None:
+    """Let a command hear Ctrl-C. What a script starts with `&` ignores it, and so would the processes it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _running_groups() -> set[int]:

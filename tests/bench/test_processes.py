@@ -1,7 +1,10 @@
 """Process groups: ended for good, with time to write; and an idle GPU is recognised."""
 
+import signal
 import sys
 import time
+
+import pytest
 
 from bench import processes
 
@@ -36,8 +39,13 @@ def test_a_group_may_write_before_it_is_ended_for_good(tmp_path):
     assert not group._alive()
 
 
-def test_a_group_that_listens_is_not_waited_for(tmp_path):
-    group = started("import time; print('up', flush=True); time.sleep(600)", tmp_path / "log", "up")
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_group_that_listens_is_not_waited_for(in_background, tmp_path):
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.default_int_handler)
+    try:
+        group = started("import time; print('up', flush=True); time.sleep(600)", tmp_path / "log", "up")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     start = time.monotonic()
     group.end(grace=30.0)
     assert time.monotonic() - start < 10
