@@ -15,7 +15,10 @@ if importlib.util.find_spec("vllm"):
 else:
     collect_ignore_glob = ["test_vllm_*.py"]
 
+SLOWEST_FIRST = ("ray", "llava", "bench", "server", "backend", "parallel", "next", "page", "refused")
+
 
 def pytest_collection_modifyitems(items):
-    """Ray's tests first: they take longest, and wait most of the time."""
-    items.sort(key=lambda item: item.path.name != "test_vllm_ray.py")
+    """Workers take files in this order, so that all are busy until the end."""
+    order = [f"test_vllm_{name}" for name in SLOWEST_FIRST]
+    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))

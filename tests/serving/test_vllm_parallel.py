@@ -15,6 +15,7 @@ from vtc.vllm import settings, tower, transformers_backend
 KEEP = 12
 METHODS = ("vtc-cls", "visionzip", "hiprune")  # by [CLS]; by keys, too; by the attention received
 ALONE = "alone"  # vtc-cls, without the mean over the processes
+MODELS = ("clip", "next")
 
 
 class Extension:
@@ -39,8 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder) -> Path:
-    return saved(folder, ["clip"])["clip"]
+def models(folder) -> dict[str, Path]:
+    return saved(folder, MODELS)
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +55,19 @@ def prompts(folder) -> dict[str, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def expected(folder, model, prompts) -> dict[str, list]:
-    cases = []
-    for name, own in prompts.items():
-        method = "vtc-cls" if name == ALONE else name
-        cases.append({"model": model, "settings": {"method": method, "keep": KEEP}, "prompts": own})
-    return dict(zip(prompts, references(folder, cases), strict=True))
+def answers(folder, models, prompts) -> dict[tuple[str, str], list]:
+    """transformers', by model and method."""
+    cases = {}
+    for model in MODELS:
+        for name, own in prompts.items():
+            settings = {"method": "vtc-cls" if name == ALONE else name, "keep": KEEP}
+            cases[model, name] = {"model": models[model], "settings": settings, "prompts": own}
+    return dict(zip(cases, references(folder, list(cases.values())), strict=True))
 
 
-@pytest.mark.parametrize("implementation", ["vllm", "transformers"])
-def test_two_processes(implementation, model, prompts, expected, monkeypatch) -> None:
+@pytest.mark.parametrize(("implementation", "model"), [("vllm", "clip"), ("vllm", "next"), ("transformers", "clip")])
+def test_two_processes(implementation, model, models, prompts, answers, monkeypatch) -> None:
+    expected = {name: answers[model, name] for name in prompts}
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     given = {
         "model_impl": implementation,
@@ -72,7 +76,7 @@ def test_two_processes(implementation, model, prompts, expected, monkeypatch) ->
         "worker_extension_cls": "test_vllm_parallel.Extension",
         "enable_prefix_caching": False,
     }
-    with engine(model, {"keep": KEEP}, **given) as running:
+    with engine(models[model], {"keep": KEEP}, **given) as running:
         try:
             for method in METHODS:
                 running.llm.collective_rpc("set_method", args=(method, False))
