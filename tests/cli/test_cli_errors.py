@@ -190,6 +190,24 @@ def test_a_bug_is_one_line_and_a_traceback_with_debug(monkeypatch, how):
     assert trace[:1] == ([] if how == "neither" else ["Traceback (most recent call last):"])
 
 
+@pytest.mark.parametrize("cause", [None, RuntimeError("no\noperator")])
+def test_a_package_that_cannot_be_imported_is_no_bug(monkeypatch, cause):
+    def failing(*args):
+        try:
+            raise ImportError("outer") from cause
+        except ImportError as error:
+            raise ModuleNotFoundError("no AutoProcessor") from (error if cause else None)
+
+    monkeypatch.setattr(methods, "listing", failing)
+    result = call("methods", "--json")
+    because = ", because of RuntimeError: no operator" if cause else ""
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"vtc: ModuleNotFoundError: no AutoProcessor{because}; a package is missing or broken in this environment of "
+        "Python\n",
+    )
+
+
 def test_an_interrupt_is_quiet(monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt

@@ -74,7 +74,11 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"out of memory; try --dtype float16, a smaller --keep or --device cpu ({_line(error)})", 1
     if isinstance(error, typer.Abort):
         return "stopped, for the standard input has ended", 1
-    what = f"{type(error).__name__}: {_line(error)}".rstrip(": ")
+    what = _named(error)
+    if isinstance(error, ImportError):
+        why = _first_of(error)
+        because = "" if why is error else f", because of {_named(why)}"
+        return f"{what}{because}; a package is missing or broken in this environment of Python", 1
     return f"internal error: {what}; run it again with --debug and report what it prints", 1
 
 
@@ -84,6 +88,17 @@ def _is_out_of_memory(error: Exception) -> bool:
 
         return is_out_of_memory(error)
     return isinstance(error, MemoryError)
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """The error that an error comes from: transformers' own of an import does not name it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_line(error)}".rstrip(": ")
 
 
 def _line(message: object) -> str:
